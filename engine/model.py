@@ -1,0 +1,160 @@
+"""Llama 2: one forward for trainer, sampler and judge (DESIGN idea "one forward").
+
+Shapes: N = rows (tokens, packed without padding), H = query heads, G = key/value heads, D = head dim.
+What differs between training and sampling comes in as two arguments of `Llama.forward`:
+  attend(layer, q [N, H, D], k [N, G, D], v [N, G, D]) -> [N, H, D]   tree attention, or write-pages-and-fold-chunks
+  linear(x [N, in], weight [out, in]) -> [N, out]                     torch's matmul, or a batch-invariant one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine import ops
+from engine.config import LlamaConfig
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """`qkv` holds the query, key and value projections one below the other: [(H + 2G) * D, dim]."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.head_dim = config.head_dim
+        self.qkv = nn.Parameter(torch.empty(sum(self.heads) * config.head_dim, config.dim))
+        self.o = nn.Parameter(torch.empty(config.dim, config.n_heads * config.head_dim))
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, linear: Linear
+    ) -> torch.Tensor:
+        qkv = linear(x, self.qkv).view(len(x), -1, self.head_dim)  # [N, H + 2G, D]
+        q, k, v = qkv.split(self.heads, dim=1)
+        out = attend(layer, ops.rope(q, cos, sin), ops.rope(k, cos, sin), v)  # [N, H, D]
+        return linear(out.reshape(len(x), -1), self.o)
+
+
+class MLP(nn.Module):
+    """`gate_up` holds the gate projection above the up projection: [2 * ffn, dim]."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * config.ffn_dim, config.dim))
+        self.down = nn.Parameter(torch.empty(config.dim, config.ffn_dim))
+
+    def forward(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        return linear(ops.swiglu(linear(x, self.gate_up)), self.down)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, linear: Linear
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, layer, attend, linear)
+        return x + self.mlp(self.mlp_norm(x), linear)
+
+
+class Llama(nn.Module):
+    """Llama 2. Parameters are created uninitialised: load a checkpoint, or call `init_weights`.
+
+    `weight_epoch` counts the updates of the weights. Whoever changes them in place calls `weights_changed()`; a change
+    that nobody announced is found by `check_weights()`, because every in-place write raises a tensor's version.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        cos, sin = rope_tables(config)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.to(device=device, dtype=dtype)
+        self.rope_cos, self.rope_sin = cos.to(device), sin.to(device)  # angles stay fp32
+        self.weight_epoch = 0
+        self._announced = self._versions()
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, linear: Linear = F.linear
+    ) -> torch.Tensor:
+        """tokens [N] int64, positions [N] int64 -> hidden states after the last norm [N, dim]. The head is the caller's:
+        `token_logprobs(hidden, model.head, targets)`, or `linear(hidden, model.head)` for logits [N, vocab]."""
+        x = F.embedding(tokens, self.embed)  # [N, dim]
+        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [N, D/2]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, layer, attend, linear)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, std: float = 0.02) -> Llama:
+        """Normal(0, std) for matrices, ones for norms, from `seed` alone. Returns the model."""
+        generator = torch.Generator(device=self.embed.device).manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+        self.weights_changed()
+        return self
+
+    def weights_changed(self) -> int:
+        """Raise and return the weight epoch: everything cached from the old weights (KV blocks, packed copies) is stale."""
+        self.weight_epoch += 1
+        self._announced = self._versions()
+        return self.weight_epoch
+
+    def check_weights(self) -> None:
+        """Raise if a parameter was written in place since the last announced change (writes through `.data` escape)."""
+        if self._versions() != self._announced:
+            raise RuntimeError(
+                "the model's parameters were changed in place without model.weights_changed(): "
+                "cached keys and values would be stale; call it after every update"
+            )
+
+    def _versions(self) -> int:
+        return sum(parameter._version for parameter in self.parameters())
+
+
+def rope_tables(config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [max_seq_len, D/2], fp32, by the same fp32 products as HF's LlamaRotaryEmbedding."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    inverse = 1.0 / (config.rope_theta**exponent)
+    angle = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * inverse[None, :]
+    return angle.cos(), angle.sin()
+
+
+def tree_attend(end: torch.Tensor) -> Attend:
+    """The trainer's `attend`: tree attention over one pack, `end` [N] int64 (`Pack.end`)."""
+    windows = ops.tree_windows(end)
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ops.tree_attention(q, k, v, windows)
+
+    return attend

@@ -1,0 +1,138 @@
+"""The op table: for every operation its backends in order of preference, and why one does not apply.
+
+A backend is `(name, why_not, fn)`; `why_not(device)` returns None or one sentence. `SELFREWARD_BACKEND=torch` forces the
+references. `backends()` tells which one each op uses, so that a fallback can be seen and tested.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from engine import _C
+from engine.kernels import chunk_attention as _chunk
+from engine.kernels import gumbel as _gumbel
+from engine.kernels import linear_logprob as _logprob
+from engine.kernels import rms_norm as _rms_norm
+from engine.kernels import rope as _rope
+from engine.kernels import swiglu as _swiglu
+from engine.kernels import tree_attention as _tree
+
+
+class Backend(NamedTuple):
+    name: str
+    why_not: Callable[[str], str | None]
+    fn: Callable[..., Any]
+
+
+def _always(device: str) -> str | None:
+    return None
+
+
+def _native(device: str) -> str | None:
+    return None if device == "cpu" else f"the native kernels run on the CPU, the tensors are on {device}"
+
+
+def _native_gumbel_noise(
+    seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
+) -> torch.Tensor:
+    out = torch.empty(len(seeds), vocab, dtype=torch.float32)
+    _C.gumbel_noise(
+        seeds.numpy().view("uint64"),
+        positions.numpy().astype("uint32"),
+        candidates.numpy().astype("uint32"),
+        stream,
+        out.numpy(),
+    )
+    return out
+
+
+OPS: dict[str, tuple[Backend, ...]] = {
+    "rms_norm": (Backend("torch", _always, _rms_norm.rms_norm_reference),),
+    "rope": (Backend("torch", _always, _rope.rope_reference),),
+    "swiglu": (Backend("torch", _always, _swiglu.swiglu_reference),),
+    "tree_attention": (Backend("torch", _always, _tree.tree_attention_windows),),
+    "chunk_attention": (Backend("torch", _always, _chunk.chunk_attention_reference),),
+    "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
+    "gumbel_noise": (
+        Backend("native", _native, _native_gumbel_noise),
+        Backend("torch", _always, _gumbel.gumbel_noise_reference),
+    ),
+}
+
+
+@cache
+def choose(op: str, device: str) -> Backend:
+    """The first backend of `op` that applies on `device` ("cpu", "cuda"); an error with all the reasons if none does."""
+    forced = os.environ.get("SELFREWARD_BACKEND")
+    reasons = []
+    for backend in OPS[op]:
+        reason = backend.why_not(device)
+        if forced and backend.name != forced:
+            reason = f"SELFREWARD_BACKEND={forced}"
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"no backend of {op} runs on {device} ({'; '.join(reasons)})")
+
+
+def backends(device: str = "cpu") -> dict[str, str]:
+    """Which backend every op uses on this device."""
+    return {op: choose(op, device).name for op in OPS}
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., dim], weight [dim] -> [..., dim]."""
+    return choose("rms_norm", x.device.type).fn(x, weight, eps)
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [N, heads, D], cos and sin [N, D/2] -> [N, heads, D]."""
+    return choose("rope", x.device.type).fn(x, cos, sin)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [..., 2 * ffn], gate first -> [..., ffn]."""
+    return choose("swiglu", gate_up.device.type).fn(gate_up)
+
+
+def tree_windows(end: torch.Tensor) -> _tree.TreeWindows:
+    """What `tree_attention` needs to know of a pack, computed once for all layers. end [N] int64."""
+    return _tree.tree_windows(end)
+
+
+def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: _tree.TreeWindows) -> torch.Tensor:
+    """q [N, H, D], k and v [N, G, D] -> [N, H, D]; query i sees key j iff j <= i < end[j]. Differentiable."""
+    return choose("tree_attention", q.device.type).fn(q, k, v, windows)
+
+
+def chunk_attention(
+    q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """q [R, H, D] over the pages of each row's context, folded in ascending order -> [R, H, D].
+
+    key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], tables [R, chunks] int64, positions [R] int64.
+    """
+    return choose("chunk_attention", q.device.type).fn(q, key_pages, value_pages, tables, positions)
+
+
+def token_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and the log of the softmax's sum, fp32, without holding all logits.
+
+    hidden [N, dim], weight [vocab, dim] (the head), targets [N] int64 in [0, vocab) -> logp [N], lse [N].
+    Differentiable in hidden and weight, through both outputs. Pass `hidden[edges.row]` for the edges of a pack.
+    """
+    return choose("linear_logprob", hidden.device.type).fn(hidden, weight, targets)
+
+
+def gumbel_noise(
+    seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
+) -> torch.Tensor:
+    """Gumbel noise as a function of (seed, position, candidate, token, stream): three [rows] int64 -> fp32 [rows, vocab]."""
+    return choose("gumbel_noise", seeds.device.type).fn(seeds, positions, candidates, stream, vocab)

@@ -1,0 +1,146 @@
+"""How a token is drawn from logits: parameters, truncations, and the pick by Gumbel noise.
+
+Plain functions over [rows, vocab], one row per (sequence, candidate); every operation works row by row, so a row's
+result does not depend on its neighbours. Order: temperature, then top-k, then top-p over what is left, then min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import InputError, NotBuiltError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What to sample. `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0` switch a truncation off.
+
+    `logprobs=1` returns the raw log-prob (temperature 1, before truncation) of every sampled token. `seed=None` draws a
+    seed from the engine's request counter, so results then depend on the order of requests.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int = 0
+    label_token_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._integer("n", 1)
+        self._integer("top_k", 0)
+        self._integer("max_tokens", 1)
+        self._integer("min_tokens", 0, self.max_tokens)
+        self._integer("logprobs", 0, 1)
+        self._number("temperature", 0.0, math.inf)
+        self._number("top_p", 0.0, 1.0, open_below=True)
+        self._number("min_p", 0.0, 1.0)
+        if self.seed is not None:
+            self._integer("seed", 0, 2**64 - 1)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InputError(f"SamplingParams.stop holds {text!r}; expected non-empty strings")
+        for token in self.stop_token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise InputError(f"SamplingParams.stop_token_ids holds {token!r}; expected token ids")
+        for name in ("label_token_ids", "min_tokens"):
+            if getattr(self, name):
+                raise NotBuiltError(f"SamplingParams.{name} is not built yet; leave it at its default")
+
+    def _integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            limit = f"{low}..{high}" if high is not None else f"of at least {low}"
+            raise InputError(f"SamplingParams.{name} is {value!r}; expected an integer {limit}")
+
+    def _number(self, name: str, low: float, high: float, open_below: bool = False) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or not low <= value <= high or (open_below and value == low):
+            raise InputError(
+                f"SamplingParams.{name} is {value!r}; expected {'above' if open_below else 'from'} {low} to {high}"
+            )
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """The truncation parameters of a tile, one value per row: all [rows, 1]."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams]) -> RowParams:
+        def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype)[:, None]
+
+        return RowParams(
+            column([p.temperature for p in params], torch.float32),
+            column([p.top_k for p in params], torch.int64),
+            column([p.top_p for p in params], torch.float32),
+            column([p.min_p for p in params], torch.float32),
+        )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether any row of the tile cuts anything off (a row that does not gets the same bits either way)."""
+        return bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any())
+
+
+def tempered(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
+    """log-probs [rows, vocab] fp32 at each row's temperature; a greedy row at temperature 1 (its pick ignores them)."""
+    greedy = params.temperature == 0
+    return torch.log_softmax(logits / torch.where(greedy, 1.0, params.temperature), dim=-1)
+
+
+def kept(logp: torch.Tensor, params: RowParams) -> torch.Tensor:
+    """Which tokens survive top-k, top-p and min-p: bool [rows, vocab]; at least the likeliest one always does.
+
+    top-p keeps the smallest set of likeliest tokens whose mass reaches top_p, of what top-k left, renormalised. Among
+    equally likely tokens the lower id comes first, so ties at a boundary are cut by id.
+    """
+    order = torch.sort(logp, dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logp.shape[-1], device=logp.device)[None, :]
+    mass = order.values.exp()
+    by_k = (params.top_k == 0) | (ranks < params.top_k)
+    mass = torch.where(by_k, mass, 0.0)
+    before = mass.cumsum(dim=-1) - mass  # mass of the likelier tokens
+    by_p = (params.top_p >= 1) | (before < params.top_p * mass.sum(dim=-1, keepdim=True))
+    by_min = order.values >= order.values[:, :1] + params.min_p.log()
+    keep = by_k & by_p & by_min | (ranks == 0)
+    return torch.zeros_like(keep).scatter(1, order.indices, keep)
+
+
+def sample(
+    logits: torch.Tensor, params: RowParams, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw one token per row: argmax of the kept log-probs plus Gumbel noise; greedy rows take the likeliest token.
+
+    logits and noise [rows, vocab] fp32 -> ids int64 [rows]; raw log-prob (temperature 1, untruncated) [rows]; log-prob
+    under the distribution that was sampled [rows] (0 for greedy rows). The lowest id wins ties.
+    """
+    raw = torch.log_softmax(logits, dim=-1)
+    logp = tempered(logits, params)
+    if params.truncates:
+        logp = logp.masked_fill(~kept(logp, params), -math.inf)
+    greedy = params.temperature == 0
+    ids = torch.where(greedy, logits, logp + noise).argmax(dim=-1, keepdim=True)
+    drawn = logp.gather(1, ids)
+    if params.truncates:
+        drawn = drawn - torch.logsumexp(logp, dim=-1, keepdim=True)
+    return ids.squeeze(1), raw.gather(1, ids).squeeze(1), torch.where(greedy, 0.0, drawn).squeeze(1)

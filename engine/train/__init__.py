@@ -1,0 +1,1 @@
+"""Training: losses over edges, rows to token trees, the loop."""

@@ -1,0 +1,62 @@
+"""Sampling noise as a function: Gumbel noise of token v from Philox-4x32-10.
+
+key = the request's 64-bit seed, counter = (position, candidate, v // 4, stream), token v takes word v % 4.
+u = (x + 1/2) / 2^32, E = -log(1 - u), noise = -log(E). Small u wins and has full precision. All in float64 from
++ - * / and exponent arithmetic, rounded to fp32 once at the end: the same bits as csrc/gumbel.cpp.
+"""
+
+import torch
+
+_LOW = 0xFFFFFFFF
+_SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of sqrt(1/2)
+_ONE = 0x3FF0000000000000
+
+
+def philox_reference(key: torch.Tensor, counter: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Four int64 tensors holding 32-bit words; key int64 (the bit pattern of 64 bits), counter: four of the same shape."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = key & _LOW, (key >> 32) & _LOW
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _LOW, (key1 + 0xBB67AE85) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def gumbel_noise_reference(
+    seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
+) -> torch.Tensor:
+    """seeds, positions, candidates [rows] int64 -> fp32 [rows, vocab]."""
+    block = torch.arange((vocab + 3) // 4, device=seeds.device)[None, :]
+    rows = [x[:, None].expand(-1, block.shape[1]) for x in (seeds, positions, candidates)]
+    block = block.expand_as(rows[0])
+    words = philox_reference(rows[0], [rows[1], rows[2], block, torch.full_like(block, stream)])
+    return gumbel_of_words(torch.stack(words, dim=-1).flatten(1)[:, :vocab])
+
+
+def gumbel_of_words(words: torch.Tensor) -> torch.Tensor:
+    """32-bit words (int64) -> fp32 Gumbel noise."""
+    one_minus_u = (4294967295.5 - words.double()) * 2.0**-32
+    return (-_log(-_log(one_minus_u))).float()
+
+
+def _multiply(word: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product, without leaving signed 64 bits: the constant in two halves."""
+    low = word * (constant & 0xFFFF)
+    high = word * (constant >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _log(x: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm of positive float64: mantissa in [sqrt(1/2), sqrt(2)), then the series of 2 atanh(f / (2 + f))."""
+    bits = x.contiguous().view(torch.int64) + (_ONE - _SQRT_HALF)
+    exponent = (bits >> 52) - 1023
+    mantissa = ((bits & 0x000FFFFFFFFFFFFF) + _SQRT_HALF).view(torch.float64)
+    f = mantissa - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    series = torch.full_like(z, 1.0 / 17.0)
+    for odd in (15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0):
+        series = series * z + 1.0 / odd
+    return exponent.double() * 0.6931471805599453 + (s + s) * (1.0 + z * series)

@@ -1,0 +1,83 @@
+"""Attention over packed token trees: one rule, forward and backward.
+
+    query i sees key j  <=>  j <= i < end[j]
+
+Shapes: N tokens of one pack in pre-order, H query heads, G key/value heads (H a multiple of G), D head dim.
+q [N, H, D], k and v [N, G, D], end [N] int64 (where the subtree of token j stops in the pack) -> [N, H, D] in q's dtype.
+Scale 1/sqrt(D). Every token sees itself, so no row is empty.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+WINDOW = (
+    128  # tokens: separate trees are grouped up to this many, so that a pack of short ones costs N * 128, not N * N
+)
+
+
+def tree_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """The rule written down: all N x N scores. Accumulates in fp32 (fp64 for fp64 input)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    index = torch.arange(len(q), device=q.device)
+    visible = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])  # [query, key]
+    scores = torch.einsum("ihd,jhd->hij", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hij,jhd->ihd", weights, v.to(wide)).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class TreeWindows:
+    """A pack cut where no earlier token is visible any more, laid out as equal padded windows.
+
+    rows [windows, width] int64: the token of each place (0 where padded); places [N] int64: the inverse;
+    visible [windows, 1, width, width] bool. A padded query sees only itself, and nothing sees a padded key.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    visible: torch.Tensor
+
+
+def tree_windows(end: torch.Tensor, window: int = WINDOW) -> TreeWindows:
+    """Cut a pack at tree boundaries, neighbouring trees sharing a window of up to `window` tokens (a longer tree: its own)."""
+    bounds = _window_bounds(end.tolist(), window)
+    width = max(stop - start for start, stop in bounds)
+    start = torch.tensor([start for start, _ in bounds], device=end.device)[:, None]
+    stop = torch.tensor([stop for _, stop in bounds], device=end.device)[:, None]
+    offset = torch.arange(width, device=end.device)[None, :]
+    real = start + offset < stop  # [windows, width]
+    rows = torch.where(real, start + offset, 0)
+    places = torch.nonzero(real.flatten()).flatten()
+    reach = torch.where(real, end[rows], 0)  # a padded key reaches nobody
+    query, key = (start + offset)[:, :, None], (start + offset)[:, None, :]
+    visible = (key <= query) & (query < reach[:, None, :]) | (~real[:, :, None] & (key == query))
+    return TreeWindows(rows, places, visible[:, None])
+
+
+def tree_attention_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: TreeWindows) -> torch.Tensor:
+    """The same result with work that follows the trees: torch's SDPA over the windows of `tree_windows(end)`."""
+    groups = q.shape[1] // k.shape[1]
+    batch = [x[windows.rows].transpose(1, 2) for x in (q, k, v)]  # [windows, heads, width, D]
+    batch[1:] = [x.repeat_interleave(groups, dim=1) for x in batch[1:]]
+    out = F.scaled_dot_product_attention(*batch, attn_mask=windows.visible)
+    return out.transpose(1, 2).flatten(0, 1)[windows.places]  # [N, H, D]
+
+
+def _window_bounds(end: list[int], window: int) -> list[tuple[int, int]]:
+    bounds: list[tuple[int, int]] = []
+    start = reach = 0
+    cuts = []  # positions where no earlier token is visible any more
+    for index, stop in enumerate(end):
+        if index and reach <= index:
+            cuts.append(index)
+        reach = max(reach, stop)
+    for previous, cut in zip([0, *cuts], [*cuts, len(end)], strict=True):
+        if cut - start > window and previous > start:
+            bounds.append((start, previous))
+            start = previous
+    bounds.append((start, len(end)))
+    return bounds

@@ -1,0 +1,350 @@
+"""The judge's two ends: the template that asks for a score, and the parser that reads what came back.
+
+A failure to read a score is a status, never a number: nothing is clamped, guessed or floored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.sandbox import SandboxedEnvironment
+
+from engine import InputError
+
+TOP_SCORE = 5.0
+STATUSES = ("ok", "no_score", "ambiguous", "out_of_range", "truncated", "empty")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One reading of one judgement text. `score` is in 0..5 where `status` is "ok", else None."""
+
+    score: float | None
+    status: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a score
+
+
+def parse_score(text: str) -> Judgement:
+    """The score that a judgement states. Statuses: ok, no_score, ambiguous, out_of_range.
+
+    Three ranks; the first that finds anything decides:
+
+    1. an explicit total ("Score: 4", "4/5", "total 4", "4 out of 5"); different values are `ambiguous`
+    2. "n points"; the last counts
+    3. a bare number on a line of its own; the last counts
+
+    Points of a single criterion ("+1", "1 point for") are no totals. Only ASCII digits are read. A total on another
+    scale ("8/10") is `out_of_range`.
+    """
+    text = _plain(text)
+    totals = _keyed_totals(text) + _fractions(text, lambda scale: scale == TOP_SCORE)
+    totals = totals or _fractions(text, lambda scale: scale in (10, 100))
+    if len(set(totals)) > 1:
+        return Judgement(None, "ambiguous")
+    values = totals or _point_totals(text) or _bare_numbers(text)
+    if not values:
+        return Judgement(None, "no_score")
+    score = values[-1] + 0.0  # "-0" is 0
+    return Judgement(score, "ok") if 0 <= score <= TOP_SCORE else Judgement(None, "out_of_range")
+
+
+def judge_status(text: str, finish_reason: str) -> Judgement:
+    """`parse_score` for a sampled judgement: also tells `empty` text and `truncated` (cut before any score) apart."""
+    if not text.strip():
+        return Judgement(None, "empty")
+    judgement = parse_score(text)
+    if judgement.status == "no_score" and finish_reason == "length":
+        return Judgement(None, "truncated")
+    return judgement
+
+
+def mean_score(judgements: Iterable[Judgement], min_valid: int = 1) -> float | None:
+    """Mean of the `ok` scores, never floored; None if fewer than `min_valid` draws are readable."""
+    scores = [j.score for j in judgements if j.score is not None]
+    return math.fsum(scores) / len(scores) if len(scores) >= max(1, min_valid) else None
+
+
+OFF_SCALE = math.inf  # a total that says itself that it is not out of 5
+
+# A number that ends where it seems to end: not the start of "4.5.1", "4,5", "3rd" or a longer token.
+_NUM = r"[0-9]+(?:\.[0-9]+)?(?![.,]?[0-9])(?!(?!(?:points?|pts)\b)\w)"
+_OUT_OF = r"(?:/|out of(?: an?)?(?: (?:possible|maximum|total)(?: of)?)?)"
+
+_KEYED = re.compile(
+    r"(?<![\w-])(?:(?:total|final|overall) )*(?:scores?|total|ratings?|grade)"
+    r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
+    rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+))?"
+    r"(?: ?[-=]+> ?"  # Score -> 4
+    rf"| ?[:=\uff1a] ?(?:\n+(?={_NUM}(?:\n|$)))?"  # Score: 4, or the number alone on the line below
+    r"| ?[\u2013\u2014] ?| ?- |-(?=[0-9])"  # Score - 4
+    r"| (?:is|was|of|as|would be|comes to|equals)(?: (?:therefore|thus|hence))? ?:? ?(?:an? )?"
+    r"|(?P<bare> ))"  # Score 4
+    rf"\(?(?P<value>-?{_NUM})"
+    rf"(?P<range>(?:-| ?\u2013 ?| ?to | ?or | - (?={_NUM}(?:[.;)\n/]| points?| out of|$))){_NUM})?"
+    r"(?: ?(?:points?|pts)\b)?"
+    rf"(?: ?{_OUT_OF} ?(?P<denominator>{_NUM}))?(?P<percent> ?%)?",
+    re.IGNORECASE,
+)
+_SCALE_END = re.compile(rf"(?:{_OUT_OF}|[01] ?(?:-|\u2013|to)|max\w*) ?([0-9]+)", re.IGNORECASE)
+_FRACTION = re.compile(
+    rf"(?<![\w./,-])(?P<value>-?{_NUM}) ?(?:points? )?"
+    rf"(?:{_OUT_OF} ?(?P<scale>{_NUM})(?!/)|of (?:the )?(?P<scale_of>{_NUM}) (?:possible )?points\b)",
+    re.IGNORECASE,
+)
+_POINTS = re.compile(
+    rf"(?<![\w.,/+-])(?P<value>{_NUM}) ?(?:points?|pts)\b"
+    rf"|(?<!\w)points?(?: (?:awarded|given))? ?[:=\uff1a] ?(?P<after>-?{_NUM})",
+    re.IGNORECASE,
+)
+_BARE = re.compile(r"^[:=]? ?\(?(-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$", re.MULTILINE)
+_SUM = re.compile(rf"(?<![\w.+])\+?{_NUM}(?: ?\+ ?{_NUM})+ ?= ?(?={_NUM})")
+
+# What stands before a number and takes its meaning as the verdict away.
+_ONE_CRITERION = re.compile(
+    r"(?:relevan\w+|coverage|completeness|usefulness|helpfulness|clarity|organi[sz]ation|expertise|criterion(?: [0-9])?"
+    r"|max\w*|minimum|highest|lowest|possible|sub|average|previous|each)[ -]$",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(
+    r"(?:\bnot|\bcannot|n't|\bnever|\bshort of|\binstead of|\brather than|\b(?:less|more|lower|higher) than|\babove"
+    r"|\bbelow|\bat (?:least|most)|\bup to)(?: \w+){0,3} ?$",
+    re.IGNORECASE,
+)
+_SOME_POINTS = re.compile(
+    r"(?:\bof (?:the |a )?|\bto |\+ ?|\badd(?:s|ed|ing)? (?:an? )?|\b(?:another|additional|extra|further|worth) "
+    r"|\bmax\w* (?:of )?|\b(?:loses?|lost|losing|minus|less) |\b(?:deduct|subtract)\w* |[0-9] ?(?:-|\u2013|or) ?)$",
+    re.IGNORECASE,
+)
+# What stands behind it and does the same.
+_CONDITIONAL = re.compile(
+    r" (?:or|and) (?:higher|above|more|lower|less|below|better)\b| ?\+| (?:if|when|of the|of all)\b", re.IGNORECASE
+)
+_OF_CRITERION = re.compile(
+    r" ?(?:for|deducted|off|lost|each|per|if|when|more|short|about|scale|system|(?:is|are) (?:added|deducted)"
+    r"|(?:is|are) (?:awarded|given) (?:for|if|when))\b",
+    re.IGNORECASE,
+)
+
+
+def _plain(text: str) -> str:
+    """The text without markup around words and numbers, sums replaced by their result, spaces made single."""
+    text = text.replace("\r", "\n").replace("\u2212", "-").replace("\u2019", "'")
+    text = re.sub(r"<(/?\w(?:[\w./ -]{0,30}\w)?)>", r" \1 ", text)  # <4>, <score>4</score>
+    text = re.sub(r"\\(?:boxed|text\w*)|[*`\"\u201c\u201d_{}\[\]$#|]|(?<!\w)'|'(?!\w)", " ", text)
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r" ?\n ?", "\n", text).strip()
+    return _SUM.sub("", text)
+
+
+def _before(text: str, match: re.Match[str]) -> str:
+    """The up to 60 characters before a match that stand on the same line."""
+    return text[max(0, match.start() - 60) : match.start()].rpartition("\n")[2]
+
+
+def _keyed_totals(text: str) -> list[float]:
+    """Values announced by a word: "Score: 4", "total of 3.5", "Rating (out of 5) - 4"."""
+    return [value for match in _KEYED.finditer(text) for value in _keyed_values(text, match)]
+
+
+def _keyed_values(text: str, match: re.Match[str]) -> list[float]:
+    """No value if the match is no verdict, two for a range ("3-4"), else one."""
+    before, after = _before(text, match), text[match.end() :]
+    if _ONE_CRITERION.search(before) or _NEGATED.search(before) or _CONDITIONAL.match(after):
+        return []
+    if match["bare"] and re.match(r" ?[:=]", after):  # "Score 1: ..." numbers a heading
+        return []
+    if match["range"]:
+        return [float(match["value"]), OFF_SCALE]
+    scale = _SCALE_END.search(match["scale"] or "")
+    stated = [float(s) for s in (scale and scale[1], match["denominator"]) if s]
+    off_scale = match["percent"] or any(s != TOP_SCORE for s in stated)
+    return [OFF_SCALE if off_scale else float(match["value"])]
+
+
+def _fractions(text: str, wanted: Callable[[float], bool]) -> list[float]:
+    """Values written over a wanted scale: "4/5", "4 out of 5", "4 of 5 points"."""
+    values = []
+    for match in _FRACTION.finditer(text):
+        scale = float(match["scale"] or match["scale_of"])
+        verdict = not (_NEGATED.search(_before(text, match)) or _CONDITIONAL.match(text[match.end() :]))
+        if verdict and wanted(scale):
+            values.append(float(match["value"]) if scale == TOP_SCORE else OFF_SCALE)
+    return values
+
+
+def _point_totals(text: str) -> list[float]:
+    """Values of "n points" that are no points of one criterion; several of at most 1 are criteria too."""
+    values = []
+    for match in _POINTS.finditer(text):
+        before = _before(text, match)
+        if match["value"] and (_SOME_POINTS.search(before) or _OF_CRITERION.match(text[match.end() :])):
+            continue
+        if not _NEGATED.search(before):
+            values.append(float(match["value"] or match["after"]))
+    small = [v for v in values if v <= 1]
+    return [v for v in values if v > 1] if len(small) > 1 else values
+
+
+def _bare_numbers(text: str) -> list[float]:
+    """Numbers alone on their line; with a full stop ("4.") only if there is no other line, else it numbers a list."""
+    return [float(v) for v in _BARE.findall(text.removesuffix(".") if "\n" not in text else text)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking for a score
+
+BLOCKS = ("rubric", "prompt", "answer", "cue")
+_VARIABLES: dict[str, set[str]] = {
+    "rubric": set(),
+    "prompt": {"prompt"},
+    "answer": {"prompt", "answer"},
+    "cue": {"prompt", "answer"},
+}
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+class TextEncoder(Protocol):
+    """What a template needs of a tokenizer."""
+
+    bos_id: int
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        """Ids of the text without BOS; `continuation` encodes exactly as written, without a dummy prefix space."""
+        ...
+
+
+class JudgeTemplate:
+    """A judge prompt: the Jinja blocks rubric, prompt, answer and cue, in this order, tokenised apart.
+
+    Prefixes are thus shared token for token: all judgements share the rubric, all answers of a prompt the prompt.
+    `path_or_name` is a file, or the name of a shipped template ("llama2", "tiny"). Text between the blocks is blank;
+    what stands between `{% block x %}` and `{% endblock %}` counts to the last space. The rubric uses no variable and
+    the prompt block no `answer`, so that nothing breaks the sharing. Raises InputError naming file and line.
+    """
+
+    def __init__(self, path_or_name: str | Path) -> None:
+        self.path = _template_path(path_or_name)
+        try:
+            source = self.path.read_bytes()
+            text = source.decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"judge template {self.path} cannot be read: {error}") from None
+        self.hash = hashlib.sha256(source).hexdigest()
+        self._template = _compile(text, self.path)
+        self.segments("a prompt", "an answer")  # what only shows when rendering, shows now
+
+    def segments(self, prompt: str, answer: str) -> list[str]:
+        """The four rendered blocks. `prompt` and `answer` are data: Jinja syntax in them stays as it is."""
+        context = self._template.new_context({"prompt": prompt, "answer": answer})
+        try:
+            return ["".join(self._template.blocks[name](context)) for name in BLOCKS]
+        except Exception as error:  # a user's template can raise anything; the sandbox keeps it from doing more
+            line = _template_line(error, self._template)
+            raise InputError(f"judge template {self.path}{line}: {error}; correct the template") from None
+
+    def token_ids(self, tokenizer: TextEncoder, prompt: str, answer: str) -> list[int]:
+        """BOS, then the ids of each segment; a shared prefix of segments is a shared prefix of ids."""
+        first, *rest = self.segments(prompt, answer)
+        ids = [tokenizer.bos_id, *tokenizer.encode(first)]
+        for segment in rest:
+            ids += tokenizer.encode(segment, continuation=True)
+        return ids
+
+
+def _template_path(path_or_name: str | Path) -> Path:
+    """A shipped template for a plain name, else the file itself."""
+    name = str(path_or_name)
+    if isinstance(path_or_name, Path) or "/" in name or "." in name:
+        return Path(path_or_name)
+    path = _TEMPLATES / f"judge_{name.removeprefix('judge_')}.jinja"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem.removeprefix("judge_") for p in _TEMPLATES.glob("judge_*.jinja")))
+        raise InputError(f"judge template {name!r} is not shipped; use one of {shipped}, or the path of a .jinja file")
+    return path
+
+
+def _environment() -> SandboxedEnvironment:
+    """Sandboxed and deterministic: `lipsum` and `random` would make two renderings differ."""
+    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    environment.globals = {"range": environment.globals["range"]}
+    del environment.filters["random"]
+    return environment
+
+
+def _compile(text: str, path: Path) -> jinja2.Template:
+    environment = _environment()
+    try:
+        tree = environment.parse(text, name=str(path), filename=str(path))
+        _check_blocks(tree, environment, path)
+        code = environment.compile(text, name=str(path), filename=str(path))
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"judge template {path}, line {error.lineno}: {error.message}; correct the syntax") from None
+    return jinja2.Template.from_code(environment, code, environment.make_globals(None))
+
+
+def _check_blocks(tree: nodes.Template, environment: SandboxedEnvironment, path: Path) -> None:
+    """The top level holds the four blocks, in order, and nothing else; each uses only its own variables."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, nodes.Block):
+            found.append(node.name)
+            _check_variables(node, environment, path)
+        elif not _is_blank(node):
+            raise InputError(
+                f"judge template {path}, line {_first_line(node)}: text or code outside the blocks would be lost; "
+                f"move it into one of the blocks {', '.join(BLOCKS)}"
+            )
+    if tuple(found) != BLOCKS:
+        last = max((node.lineno for node in tree.body), default=1)
+        raise InputError(
+            f"judge template {path}, line {last}: found the blocks {', '.join(found) or 'none'}; "
+            f"expected exactly {', '.join(BLOCKS)}, in this order"
+        )
+
+
+def _is_blank(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Output) and all(
+        isinstance(part, nodes.TemplateData) and not part.data.strip() for part in node.nodes
+    )
+
+
+def _first_line(node: nodes.Node) -> int:
+    """The line of the first visible character: a text node's own line is that of the blank before it."""
+    data = next((part for part in node.find_all(nodes.TemplateData) if part.data.strip()), None)
+    return data.lineno + data.data[: -len(data.data.lstrip())].count("\n") if data else node.lineno
+
+
+def _check_variables(block: nodes.Block, environment: SandboxedEnvironment, path: Path) -> None:
+    allowed = _VARIABLES.get(block.name, set())
+    inner = nodes.Template(block.body, lineno=block.lineno)
+    inner.set_environment(environment)
+    used = meta.find_undeclared_variables(inner)
+    for name in block.find_all(nodes.Name):
+        if name.ctx == "load" and name.name in used - allowed:
+            raise InputError(
+                f"judge template {path}, line {name.lineno}: block {block.name!r} uses {name.name!r}; "
+                f"it may use {', '.join(sorted(allowed)) or 'no variable'}"
+            )
+    if block.name in ("prompt", "answer") and block.name not in used:
+        raise InputError(
+            f"judge template {path}, line {block.lineno}: block {block.name!r} does not use its variable; "
+            f"write {{{{ {block.name} }}}} where the text belongs"
+        )
+
+
+def _template_line(error: Exception, template: jinja2.Template) -> str:
+    """The suffix ", line N": a block's own frames carry lines of the compiled code, mapped back to the source here."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == template.filename]
+    return f", line {template.get_corresponding_lineno(lines[-1])}" if lines and lines[-1] else ""

@@ -1,0 +1,510 @@
+"""The recipe of a run: every key with its default, from a YAML file and `key.sub=value` overrides.
+
+Command line beats file beats default. The defaults are the paper's (arXiv 2401.10020, section 3.1) where it states one.
+Nothing is coerced: `true` is no string, `"4"` is no number. An unknown key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine import PRESETS, InputError, LlamaConfig, NotBuiltError
+
+PACKAGE = Path(__file__).parent
+RECIPES = PACKAGE / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Betas = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Init(Group):
+    """A Llama with random weights, for trials without a checkpoint: a preset, a shape, or a preset with changes."""
+
+    preset: Literal["7B", "13B", "70B"] | None = None
+    dim: Count | None = None
+    n_layers: Count | None = None
+    n_heads: Count | None = None
+    n_kv_heads: Count | None = None
+    ffn_dim: Count | None = None
+    seed: Steps = 0
+
+    def config(self, vocab_size: int) -> LlamaConfig:
+        """The shape, with head_dim = dim / n_heads. InputError if it is incomplete or does not fit together."""
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.preset is None and len(given) < len(names):
+            raise InputError(
+                f"without a preset all of {', '.join(names)} are needed; found {', '.join(given) or 'none'}"
+            )
+        shape = replace(PRESETS[self.preset] if self.preset else LlamaConfig(), vocab_size=vocab_size)
+        dim, n_heads = given.get("dim", shape.dim), given.get("n_heads", shape.n_heads)
+        if dim % n_heads:
+            raise InputError(f"dim is {dim}, not a multiple of n_heads ({n_heads})")
+        return replace(shape, **given, head_dim=dim // n_heads)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Init:
+        self.config(vocab_size=32000)
+        return self
+
+
+class Data(Group):
+    ift: Path  # instructions with human answers (formats.load_ift)
+    ift_limit: Count | None = None
+    eft: Path | None = None  # ranked answers to build judge data from (formats.load_ranked)
+    eft_limit: Count | None = None
+    eft_heldout: Path | None = None  # ranked answers that measure the judge
+    heldout: Path | None = None  # instructions that measure the answers; never used as prompts
+    max_tokens: Annotated[int, Field(ge=2)] = 2048  # prompt + response are cut here
+
+
+class SFT(Group):
+    """engine.SFTConfig without its seed."""
+
+    lr: Rate = 5.5e-6
+    min_lr: Rate = 1.1e-6
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Steps = 0
+    epochs: Count = 1
+    max_steps: Count | None = None
+    batch_size: Count = 16
+    weight_decay: Rate = 0.0
+    betas: Betas = (0.9, 0.95)
+    clip: Positive = 1.0
+    max_pack_tokens: Count = 4096
+    dropout: Share = 0.0
+
+    @model_validator(mode="after")
+    def _rates(self) -> SFT:
+        if self.min_lr > self.lr:
+            raise InputError(f"min_lr is {self.min_lr}, above lr ({self.lr}); lower min_lr too")
+        if self.dropout != 0:
+            raise NotBuiltError(f"dropout is {self.dropout}; only 0 is built so far")
+        return self
+
+
+class DPO(SFT):
+    """engine.DPOConfig without its seed."""
+
+    lr: Rate = 1e-6
+    min_lr: Rate = 1e-7
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    beta: Positive = 0.1
+
+
+class Sampling(Group):
+    temperature: Rate = 0.7
+    top_p: TopP = 0.9
+
+
+class EFT(Sampling):
+    """Judge data: the SFT baseline writes judgements of ranked answers, those that agree with the ranks are kept."""
+
+    required: bool = True
+    attempts: Count = 6  # per group
+    max_tokens: Count = 256
+    groups: Count | None = None  # null: all
+    keep: Literal["strict"] = "strict"
+    weight: Positive = 1.0  # of an EFT row beside an IFT row
+
+
+class Prompts(Sampling):
+    mode: Literal["few_shot", "continue", "file"] = "few_shot"
+    file: Path | None = None
+    count: Count | None = None  # per round; null with a file: all of it
+    temperature: Rate = 0.6
+    max_tokens: Count = 256
+    valid: Literal["tiny"] | None = None  # well-formedness check
+
+    @model_validator(mode="after")
+    def _source(self) -> Prompts:
+        if self.mode == "few_shot":
+            raise NotBuiltError("mode 'few_shot' is not built yet; use 'continue' (the model goes on) or 'file'")
+        if (self.mode == "file") != (self.file is not None):
+            raise InputError(
+                f"mode is {self.mode!r} and file is {self.file}; a file belongs to mode 'file', and only there"
+            )
+        if self.mode == "continue" and self.count is None:
+            raise InputError("mode 'continue' needs count, the number of new prompts in each round")
+        return self
+
+
+class Candidates(Sampling):
+    n: Annotated[int, Field(ge=2)] = 4
+    max_tokens: Count = 1024
+
+    @model_validator(mode="after")
+    def _differ(self) -> Candidates:
+        if self.temperature == 0:
+            raise InputError("temperature is 0, which makes all candidates of a prompt equal; set it above 0")
+        return self
+
+
+class Judge(Sampling):
+    template: str = "llama2"  # a shipped name, or the path of a .jinja file
+    draws: Count = 3
+    max_tokens: Count = 256
+    min_valid_draws: Count = 1
+
+    @model_validator(mode="after")
+    def _enough_draws(self) -> Judge:
+        if self.min_valid_draws > self.draws:
+            raise InputError(f"min_valid_draws is {self.min_valid_draws}, above draws ({self.draws})")
+        return self
+
+
+class Pairs(Group):
+    allow_truncated_chosen: bool = False
+
+
+class Gates(Group):
+    min_readable: Share = 0.5  # of all judgements
+    min_pairs: Count = 1
+    step0_tolerance: Positive = 1e-3  # nats per sequence
+
+
+class Evaluation(Group):
+    oracle: Literal["tiny"] | None = None
+    prompts: Count = 500
+    temperature: Rate = 0.7
+    max_tokens: Count = 1024
+    judge_groups: Count | None = None  # null: all held-out ones
+
+
+class Recipe(Group):
+    """All keys of a run. `model` xor `init` is M0; paths are absolute after `load`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Count = 2  # of DPO: M1 -> M_{rounds + 1}
+    model: Path | None = None
+    tokenizer: Path | None = None  # null: the model's
+    init: Init | None = None
+    data: Data
+    sft: SFT = SFT()
+    eft: EFT = EFT()
+    prompts: Prompts
+    candidates: Candidates = Candidates()
+    judge: Judge = Judge()
+    pairs: Pairs = Pairs()
+    dpo: DPO = DPO()
+    gates: Gates = Gates()
+    evaluation: Evaluation = Evaluation()
+    threads: Count | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        if (self.model is None) == (self.init is None):
+            found = "neither" if self.model is None else "both"
+            raise InputError(f"found {found} of model and init; set exactly one of them (the other to null)")
+        if self.init is not None and self.tokenizer is None:
+            raise InputError(
+                "init makes a model without a tokenizer; set tokenizer to a tokenizer.model or its directory"
+            )
+        if self.eft.required and self.data.eft is None:
+            raise InputError("data.eft is missing; set it, or eft.required to false to go without judge data")
+        if self.evaluation.oracle is not None and self.data.heldout is None:
+            raise InputError("evaluation.oracle needs data.heldout, the instructions to measure on")
+        return self
+
+    @classmethod
+    def load(cls, name_or_file: str | Path, overrides: Sequence[str] = (), check_files: bool = True) -> Recipe:
+        """A shipped recipe ("tiny") or a YAML file, with `key.sub=value` overrides on top.
+
+        Relative paths are relative to the file, on the command line to the working directory; "package:x" is a file
+        that ships with this package. InputError names the key, what was found and what was expected; with
+        `check_files` also a path that does not exist.
+        """
+        file = _recipe_file(name_or_file)
+        values = _with_absolute_paths(_read_yaml(file), file.parent)
+        changed: dict[str, Any] = {}
+        for override in overrides:
+            changed = _merged(changed, _parse_override(override))
+        source = _Source(file, _with_absolute_paths(changed, Path.cwd()))
+        recipe = cls._build(_without_empty_groups(_merged(values, source.changed)), source)
+        if check_files:
+            recipe._check_files(source)
+        return recipe
+
+    @classmethod
+    def _build(cls, values: dict[str, Any], source: _Source) -> Recipe:
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _explained(error, source) from None
+
+    def _check_files(self, source: _Source) -> None:
+        for key, path in self.paths().items():
+            if not path.exists():
+                raise InputError(
+                    f"{source.of(key)}: {key} is {path}, which does not exist; correct it there, or give {key}=PATH on "
+                    "the command line"
+                )
+
+    def paths(self) -> dict[str, Path]:
+        """Every file or directory that the recipe names, by dotted key."""
+        values = self.model_dump()
+        found = {key: _at(values, key) for key in _PATH_KEYS}
+        return {k: Path(v) for k, v in found.items() if v is not None and (k != "judge.template" or _is_path(v))}
+
+    def dump(self) -> dict[str, Any]:
+        """All keys as JSON values, for the manifest; shipped files as "package:x", so that a moved install agrees."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            if isinstance(value, tuple):
+                return [plain(v) for v in value]
+            if isinstance(value, Path) and value.is_relative_to(PACKAGE):
+                return f"package:{value.relative_to(PACKAGE).as_posix()}"
+            return str(value) if isinstance(value, Path) else value
+
+        return {key: plain(value) for key, value in self.model_dump().items()}
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_keys() -> list[str]:
+    """Every dotted key that a recipe may set, in reading order."""
+    return list(_keys(Recipe, ""))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        group = _group(field.annotation)
+        if group is None:
+            yield prefix + name
+        else:
+            yield from _keys(group, f"{prefix}{name}.")
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    """The group class behind a field's type (`Init | None` too), or None for a plain value."""
+    kinds = [annotation, *getattr(annotation, "__args__", ())]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: `1e-6` is a number; `no`, `010` and `1:30` are strings. A key may stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is no plain word", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)"
+_Loader.yaml_implicit_resolvers = {}  # not YAML 1.1's
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|)$"), ["~", "n", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), ["t", "f"])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT})$"), list("-+.0123456789"))
+
+
+def _recipe_file(name_or_file: str | Path) -> Path:
+    name = str(name_or_file)
+    if isinstance(name_or_file, Path) or _is_path(name):
+        return Path(name_or_file).expanduser().absolute()
+    if name not in recipe_names():
+        shipped = ", ".join(recipe_names())
+        hint = _nearest(name, recipe_names())
+        raise InputError(f"recipe {name!r} is not shipped{hint}; use one of {shipped}, or the path of a .yaml file")
+    return RECIPES / f"{name}.yaml"
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml", ".jinja")) or name.startswith("package:")
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {file} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"recipe {file}{_yaml_place(error)}; expected YAML") from None
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {file} holds {_shown(values)}; expected keys and values")
+    return values
+
+
+def _yaml_place(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f", line {error.problem_mark.line + 1}: {error.problem}"
+    return f": {error}"
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as {"a": {"b": value}}, the value read as YAML."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"override {override!r}: the value is not YAML{_yaml_place(error)}") from None
+    for part in reversed(parts):
+        value = {part: value}
+    return dict(value)
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` laid over `base`, group by group."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _without_empty_groups(values: dict[str, Any]) -> dict[str, Any]:
+    """A group whose keys are all commented out reads as null; it means the defaults."""
+    groups = {name for name, field in Recipe.model_fields.items() if _group(field.annotation)} - {"init"}
+    return {key: {} if value is None and key in groups else value for key, value in values.items()}
+
+
+_PATH_KEYS = (
+    "model",
+    "tokenizer",
+    "data.ift",
+    "data.eft",
+    "data.eft_heldout",
+    "data.heldout",
+    "prompts.file",
+    "judge.template",
+)
+
+
+def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Strings under path keys become absolute paths; values of a wrong type stay for the validation to name."""
+    for key in _PATH_KEYS:
+        value = _at(values, key)
+        if not isinstance(value, str) or not value or (key == "judge.template" and not _is_path(value)):
+            continue
+        path = _absolute(value, base)
+        change: Any = str(path) if key == "judge.template" else path
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        values = _merged(values, change)
+    return values
+
+
+def _absolute(value: str, base: Path) -> Path:
+    if value.startswith("package:"):
+        return PACKAGE / value.removeprefix("package:")
+    return base / Path(value).expanduser()
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saying what is wrong
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "path_type": "a path",
+    "is_instance_of": "a path",
+    "model_type": "a group of keys",
+    "model_attributes_type": "a group of keys",
+}
+_NOT_BUILT = ("judge_model", "prompt_model")
+
+
+class _Source:
+    """Where each key came from: the command line's own keys, else the file."""
+
+    def __init__(self, file: Path, changed: dict[str, Any]) -> None:
+        self.file, self.changed = file, changed
+
+    def of(self, key: str) -> str:
+        """`key` is dotted; the empty key is the recipe as a whole."""
+        here: Any = self.changed
+        for part in key.split("."):
+            if not isinstance(here, dict):
+                break  # an override of the whole group or list
+            if part not in here:
+                return f"recipe {self.file}" + (" and command line" if self.changed and not key else "")
+            here = here[part]
+        return "command line"
+
+
+def _explained(error: ValidationError, source: _Source) -> InputError:
+    """The first mistake as one sentence (an unknown key before anything else), and how many more there are."""
+    mistakes = sorted(error.errors(include_url=False), key=lambda m: m["type"] != "extra_forbidden")
+    first = mistakes[0]
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(parts)
+    more = f" ({len(mistakes) - 1} more after this one)" if len(mistakes) > 1 else ""
+    cause = first.get("ctx", {}).get("error")
+    kind = NotBuiltError if isinstance(cause, NotBuiltError) or key in _NOT_BUILT else InputError
+    return kind(f"{source.of(key)}: {_complaint(first, key, cause)}{more}")
+
+
+def _complaint(mistake: Any, key: str, cause: Any) -> str:
+    if cause is not None:  # raised by our own checks above, which name the key within their group
+        return f"{key}: {cause}" if key else str(cause)
+    if key in _NOT_BUILT:
+        return f"the key {key!r} is not built yet; leave it out"
+    if mistake["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(key, recipe_keys())}"
+    if ".betas." in key or mistake["type"] in ("tuple_type", "too_long"):
+        return f"{key.partition('.betas')[0]}.betas: found {_shown(mistake['input'])}; expected a list of two numbers"
+    if mistake["type"] == "missing":
+        return f"{key} is missing; set it"
+    expected = _EXPECTED.get(mistake["type"]) or mistake["msg"].removeprefix("Input should be ")
+    return f"{key} is {_shown(mistake['input'])}; expected {expected}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """A question for the nearest known key, by its last part first: `lr` means sft.lr or dpo.lr."""
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

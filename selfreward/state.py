@@ -1,0 +1,230 @@
+"""The directory of a run: what stands in it is whole, belongs to this recipe, and is written by one process at a time.
+
+manifest.json   what the run is (the caller's dictionary: recipe, hashes, versions); a resume must agree with it
+stages.json     the finished stages, in order, with their counts
+timing.jsonl    the only place for times, so that all other files are the same bytes in every run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from engine import InputError
+
+MANIFEST, STAGES, TIMING, LOCK = "manifest.json", "stages.json", "timing.jsonl", ".lock"
+_SHOWN_DIFFERENCES = 20
+
+
+def row_seed(run_seed: int, round: int, stage: str, row_id: str | int) -> int:
+    """A 64-bit seed that depends on these four and nothing else: not on order, batch, process or machine."""
+    key = json.dumps([run_seed, round, stage, row_id], ensure_ascii=True, separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+class RunDir:
+    """A run's directory: made, or resumed if its manifest agrees. Use it as a context manager, or `close` it.
+
+    InputError: the path is no directory; it holds files but no manifest; its manifest or stages cannot be read or
+    differ (every difference is listed); another process has it open.
+    """
+
+    def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = json.loads(_json(manifest))  # as it will be read back: tuples are lists
+        self.resumed = self._inspect()
+        self._lock = self._take_lock()
+        try:
+            self.resumed = self._inspect()  # another run may have written since
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process open the directory."""
+        self._lock.close()
+
+    def file(self, name: str) -> Path:
+        """The absolute path of a file in the run, such as "iter_1/pairs.jsonl"."""
+        return self.path.absolute() / name
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a whole JSON file: after a kill at any moment the old or the new one stands there, never a part."""
+        _write(self.file(name), [_json(value, indent=2) + "\n"])
+
+    def write_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write all rows of a JSON lines file, like `write_json`."""
+        _write(self.file(name), (_json(row) + "\n" for row in rows))
+
+    def done(self, stage: str) -> bool:
+        """Whether the stage is finished and need not run again."""
+        return stage in self._stages
+
+    def counts(self, stage: str) -> dict[str, Any]:
+        """What `mark_done` recorded for a finished stage."""
+        return dict(self._stages[stage])
+
+    def mark_done(self, stage: str, counts: Mapping[str, Any]) -> None:
+        """Record a stage as finished, after all of its files are written. Counts hold no times."""
+        self._stages[stage] = json.loads(_json(counts))
+        self.write_json(STAGES, self._stages)
+
+    def append_timing(self, row: Mapping[str, Any]) -> None:
+        """Add a row to timing.jsonl; a last line torn by a kill is cut first."""
+        path = self.file(TIMING)
+        try:
+            with path.open("a+b") as file:
+                _cut_torn_line(file)
+                file.write((_json(row) + "\n").encode("utf-8"))
+        except OSError as error:
+            raise _write_error(path, error) from None
+
+    # -- opening --
+
+    def _inspect(self) -> bool:
+        """Whether there is a run to resume. Changes nothing, so that a directory of something else stays as it is."""
+        if not self.path.exists():
+            return False
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; expected a new or empty directory, or one of an earlier run")
+        found = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK and not _is_temporary(entry))
+        if not found:
+            return False
+        if MANIFEST not in found:
+            raise InputError(
+                f"{self.path} is not empty ({found[0]}) and has no {MANIFEST}, so it is not a run; give a new directory"
+            )
+        differences = list(_differences(_read(self.file(MANIFEST)), self.manifest, ""))
+        if differences:
+            more = len(differences) - _SHOWN_DIFFERENCES
+            raise InputError(
+                f"{self.path} holds another run; give a new directory, or undo: "
+                + "; ".join(differences[:_SHOWN_DIFFERENCES])
+                + (f"; and {more} more" if more > 0 else "")
+            )
+        return True
+
+    def _take_lock(self) -> BinaryIO:
+        """An advisory lock on `.lock`, which the system frees when the process ends, however it ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("ab")
+        except OSError as error:
+            raise _write_error(self.path, error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise InputError(
+                f"{self.path} is in use by another run; wait for it to end, or give another directory"
+            ) from None
+        return lock
+
+    def _open(self) -> None:
+        for left_over in self.path.rglob(".*.tmp"):
+            if left_over.is_file():
+                left_over.unlink()
+        if not self.resumed:
+            self.write_json(MANIFEST, self.manifest)
+        stages = self.file(STAGES)
+        self._stages: dict[str, Any] = _read(stages) if stages.exists() else {}
+
+
+def _differences(there: Any, here: Any, key: str) -> Iterator[str]:
+    """One line per value that differs, by dotted key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in dict.fromkeys([*there, *here]):
+            dotted = f"{key}.{name}" if key else name
+            if name not in here or name not in there:
+                where, value = ("there", there[name]) if name in there else ("here", here[name])
+                yield f"{dotted} is only {where} ({_short(value)})"
+            else:
+                yield from _differences(there[name], here[name], dotted)
+    elif type(there) is not type(here) or there != here:
+        yield f"{key} is {_short(there)} there, {_short(here)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """Keys keep their order. NaN and infinity raise ValueError: they are not JSON, and a count or score is neither."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it, or start again in a new directory") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object; restore it, or start again in a new directory")
+    return value
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Into a temporary name beside the file, to the disk, then renamed: a reader sees the old or the new file."""
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            for line in lines:
+                file.write(line.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _write_error(path, error) from None
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    """The rename itself must reach the disk too."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written: {error.strerror}; make room or give another directory, then resume")
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Drop what stands after the last line feed. The file is open for reading and appending."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)

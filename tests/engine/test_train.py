@@ -1,0 +1,207 @@
+"""Losses and the training loop: packing changes nothing, the policy equals its reference at first, options have effect."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from engine.config import LlamaConfig
+from engine.errors import InputError, NotBuiltError
+from engine.model import Llama, tree_attend
+from engine.train.batches import DPORow, SFTRow, batch_order
+from engine.train.losses import dpo_loss, sequence_logps
+from engine.train.trainer import DPOConfig, SFTConfig, learning_rate, pack_logprobs, reference_logprobs, train
+from engine.train.batches import dpo_tree
+from engine.tree import TokenTree
+
+CONFIG = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=29, max_seq_len=64)
+
+
+def model(dtype=torch.float32):
+    return Llama(CONFIG, dtype=dtype).init_weights(seed=1, std=0.2)
+
+
+def pairs(count=5):
+    generator = torch.Generator().manual_seed(3)
+    ids = lambda low, high: torch.randint(  # noqa: E731
+        1, 29, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator
+    ).tolist()
+    return [DPORow(ids(2, 9), ids(1, 8), ids(1, 8)) for _ in range(count)]
+
+
+def plain_logprob(llama, prompt, answer):
+    """One sequence alone, all logits at once."""
+    ids = torch.tensor([*prompt, *answer])
+    attend = tree_attend(torch.full((len(ids),), len(ids)))
+    logits = llama(ids, torch.arange(len(ids)), attend) @ llama.head.T
+    logp = torch.log_softmax(logits, -1)[:-1].gather(1, ids[1:, None]).squeeze(1)
+    return logp[len(prompt) - 1 :].sum()
+
+
+def with_reference(rows, values):
+    return [DPORow(row.prompt, row.chosen, row.rejected, value) for row, value in zip(rows, values, strict=True)]
+
+
+def test_tree_packed_dpo_equals_the_plain_per_sequence_loss_and_gradients_in_float64():
+    llama, rows, beta = model(torch.float64), pairs(), 0.3
+    reference = torch.randn(len(rows), 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    chosen = torch.stack([plain_logprob(llama, row.prompt, row.chosen) for row in rows])
+    rejected = torch.stack([plain_logprob(llama, row.prompt, row.rejected) for row in rows])
+    margin = beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1]))
+    plain = -torch.nn.functional.logsigmoid(margin).mean()
+    expected = torch.autograd.grad(plain, list(llama.parameters()))
+    total = 0.0
+    for pack in TokenTree.pack([dpo_tree(row, i) for i, row in enumerate(rows)], budget=40):
+        loss, _ = dpo_loss(pack_logprobs(llama, pack), pack.edges, reference, beta, len(rows))
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(plain.item(), rel=1e-12)
+    for parameter, grad in zip(llama.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=1e-12)
+
+
+def test_policy_equal_to_reference_gives_ln_2_and_zero_rewards():
+    llama = model()
+    rows = with_reference(pairs(), reference_logprobs(llama, pairs()))
+    logged = []
+    train(
+        llama, rows, DPOConfig(batch_size=5, max_steps=1), on_step=lambda step, steps, metrics: logged.append(metrics)
+    )
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert logged[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_reference_does_not_depend_on_the_packing():
+    llama = model()
+    one = torch.tensor(reference_logprobs(llama, pairs(), max_pack_tokens=30))
+    many = torch.tensor(reference_logprobs(llama, pairs(), max_pack_tokens=4096))
+    assert (one - many).abs().max() <= 1e-4
+    for row, (chosen, rejected) in zip(pairs(), many.tolist(), strict=True):
+        assert chosen == pytest.approx(plain_logprob(llama, row.prompt, row.chosen).item(), abs=1e-4)
+        assert rejected == pytest.approx(plain_logprob(llama, row.prompt, row.rejected).item(), abs=1e-4)
+
+
+def test_dpo_separates_chosen_from_rejected_and_raises_the_weight_epoch(tmp_path):
+    llama = model()
+    rows = with_reference(pairs(), reference_logprobs(llama, pairs()))
+    before = llama.weight_epoch
+    result = train(llama, rows, DPOConfig(lr=3e-3, min_lr=3e-3, epochs=30, batch_size=5), tmp_path)
+    logged = [json.loads(line) for line in result.metrics_path.read_text().splitlines()]
+    assert logged[-1]["rewards/margins"] > 0.5 and logged[-1]["rewards/accuracies"] == 1.0
+    assert logged[-1]["loss"] < 0.4
+    assert result.weight_epoch == before + result.steps == before + 30
+    assert not any("second" in name for name in logged[0])  # times live apart
+    llama.check_weights()
+
+
+def test_sft_overfits_a_few_rows_on_their_completions_only():
+    llama = model()
+    rows = [SFTRow(row.prompt, row.chosen) for row in pairs()]
+    logged = []
+    train(llama, rows, SFTConfig(lr=1e-2, min_lr=1e-3, epochs=60, batch_size=5), on_step=lambda *a: logged.append(a[2]))
+    assert logged[-1]["loss"] < 0.1 * logged[0]["loss"]
+
+
+def test_packing_does_not_change_a_step():
+    small, large = model(), model()
+    rows = [SFTRow(row.prompt, row.chosen) for row in pairs(8)]
+    train(small, rows, SFTConfig(lr=1e-3, max_steps=1, batch_size=8, max_pack_tokens=20))
+    train(large, rows, SFTConfig(lr=1e-3, max_steps=1, batch_size=8, max_pack_tokens=4096))
+    for a, b in zip(small.parameters(), large.parameters(), strict=True):
+        assert (a - b).abs().max() <= 1e-4  # Adam's first step is lr * sign: rounding may flip a zero gradient only
+
+
+def test_two_runs_with_one_seed_are_identical_and_another_seed_differs():
+    rows = [SFTRow(row.prompt, row.chosen) for row in pairs(8)]
+    runs = []
+    for seed in (0, 0, 1):
+        llama = model()
+        train(llama, rows, SFTConfig(lr=1e-3, epochs=2, batch_size=3, seed=seed))
+        runs.append(llama.embed.detach().clone())
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 2e-3}, {"min_lr": 0.0}, {"schedule": "constant"}, {"warmup_steps": 3}, {"epochs": 1}, {"max_steps": 3},
+        {"batch_size": 2}, {"weight_decay": 0.5}, {"betas": (0.5, 0.5)}, {"clip": 1e-8}, {"seed": 9}, {"beta": 0.9},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_option_changes_the_result(change):
+    base = {"lr": 1e-3, "min_lr": 1e-4, "epochs": 2, "batch_size": 3}
+    results = []
+    for options in (base, base | change):
+        llama = model()
+        rows = with_reference(pairs(8), reference_logprobs(llama, pairs(8)))
+        train(llama, rows, DPOConfig(**options))
+        results.append(torch.cat([p.detach().flatten() for p in llama.parameters()]))
+    assert not torch.equal(*results)
+
+
+def test_learning_rate_warms_up_and_ends_at_min_lr():
+    config = SFTConfig(lr=1.0, min_lr=0.1, warmup_steps=2, schedule="cosine")
+    rates = [learning_rate(config, step, 10) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_every_row_is_visited_once_an_epoch_in_an_order_of_its_own():
+    batches = batch_order(10, 4, 2, seed=1, max_steps=None)
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_a_non_finite_step_is_refused_before_it_touches_the_weights():
+    llama = model()
+    with torch.no_grad():
+        llama.head[5] = float("nan")
+    llama.weights_changed()
+    before = copy.deepcopy(llama.embed)
+    with pytest.raises(FloatingPointError, match=r"step 1: .* on rows \[0\]"):
+        train(llama, [SFTRow([1, 2], [3])], SFTConfig())
+    assert torch.equal(before, llama.embed)
+
+
+def test_weights_written_behind_the_engines_back_are_noticed():
+    llama = model()
+    llama.check_weights()
+    with torch.no_grad():
+        llama.norm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        llama.check_weights()
+    llama.weights_changed()
+    llama.check_weights()
+
+
+def test_mistakes_are_named():
+    llama = model()
+    with pytest.raises(InputError, match="no rows"):
+        train(llama, [], SFTConfig())
+    with pytest.raises(InputError, match="row 1: completion has no tokens"):
+        train(llama, [SFTRow([1], [2]), SFTRow([1], [])], SFTConfig())
+    with pytest.raises(InputError, match=r"row 0: prompt has a token outside 0\.\.28"):
+        train(llama, [SFTRow([29], [2])], SFTConfig())
+    with pytest.raises(InputError, match="row 0 has 65 tokens; the model's context is 64"):
+        train(llama, [SFTRow([1], [2] * 64)], SFTConfig())
+    with pytest.raises(InputError, match="row 0 is a SFTRow; DPOConfig trains on DPORow"):
+        train(llama, [SFTRow([1], [2])], DPOConfig())
+    with pytest.raises(InputError, match="no reference log-probs"):
+        train(llama, pairs(), DPOConfig())
+    with pytest.raises(NotBuiltError, match="dropout"):
+        SFTConfig(dropout=0.1)
+    for bad in ({"schedule": "step"}, {"lr": math.nan}, {"batch_size": 0}, {"max_steps": 0}, {"clip": 0.0}):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            SFTConfig(**bad)
+    with pytest.raises(InputError, match="beta"):
+        DPOConfig(beta=0.0)
+
+
+def test_sums_follow_the_sequences_that_are_in_the_pack():
+    (pack,) = TokenTree.pack([dpo_tree(DPORow([1], [2, 3], [4]), 7)], 10)
+    sums = sequence_logps(torch.tensor([1.0, 2.0, 4.0]), pack.edges, pack.edges.sequence.unique())
+    assert sums.tolist() == [3.0, 4.0]

@@ -1,0 +1,379 @@
+"""The parser against what judges really write; the template against what users write."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import InputError, Tokenizer
+from selfreward.judge import STATUSES, Judgement, JudgeTemplate, judge_status, mean_score, parse_score
+
+DATA = os.environ.get("SELFREWARD_TEST_DATA")
+
+READ = [
+    # explicit totals
+    ("Score: 4", 4),
+    ("score: 4", 4),
+    ("SCORE:4", 4),
+    ("Score : 4", 4),
+    ("Score: 4.", 4),
+    ("Score: 4/5", 4),
+    ("Score: 4 / 5", 4),
+    ("Score: **4**", 4),
+    ("**Score:** 4", 4),
+    ("**Score: 4**", 4),
+    ("**Score**: **4/5**", 4),
+    ("Score: <4>", 4),
+    ("<score>4</score>", 4),
+    ("Score: [4]", 4),
+    ("Rating: [[4]]", 4),
+    ('Score: "4"', 4),
+    ('{"reasoning": "fine", "score": 4}', 4),
+    ("Score: $\\boxed{4}$", 4),
+    ("Score \u2013 4", 4),
+    ("Score - 4", 4),
+    ("Score \u2014 4", 4),
+    ("Score-4", 4),
+    ("Score = 4", 4),
+    ("Score -> 4", 4),
+    ("Score 4", 4),
+    ("(Score 4)", 4),
+    ("Score:4", 4),
+    ("Score: 4 points", 4),
+    ("Score: 4 points.", 4),
+    ("Score: 4 points out of 5", 4),
+    ("Score: 4 of 5", 4),
+    ("Score (out of 5): 4", 4),
+    ("Score (0-5): 4", 4),
+    ("Score out of 5: 4", 4),
+    ("Score: (4/5)", 4),
+    ("Score:\n4", 4),
+    ("**Score:**\n\n4\n", 4),
+    ("Score:\n4/5", 4),
+    ("### Final score\nTotal: 4", 4),
+    ("Score: 0", 0),
+    ("Score: 5", 5),
+    ("Score: 4.5", 4.5),
+    ("Score: 4.50", 4.5),
+    ("Score: 3.75/5", 3.75),
+    ("a score of 4.5", 4.5),
+    ("I would give this response a score of 3.", 3),
+    ("The score is 4.", 4),
+    ("The score is: 4", 4),
+    ("The total score is therefore 3", 3),
+    ("total 4", 4),
+    ("Total: 4", 4),
+    ("Total points: 4", 4),
+    ("Total points awarded: 4", 4),
+    ("a total of 4 points", 4),
+    ("The total comes to 4.", 4),
+    ("Final rating: 4", 4),
+    ("Overall score: 4", 4),
+    ("Total score for this response: 4", 4),
+    ("| Total | 4 |", 4),
+    ("4/5", 4),
+    ("**4**/5", 4),
+    ("I rate it 4/5.", 4),
+    ("4 out of 5", 4),
+    ("4.5 out of 5 stars", 4.5),
+    ("It earns 3 out of a possible 5.", 3),
+    ("3 of the 5 points", 3),
+    ("Score: 1 + 1 + 1 + 0 + 0 = 3", 3),
+    ("+1 +1 +1 = 3/5", 3),
+    # first, last, repeated
+    ("4/5\n\nThe answer is relevant and clear, but it leaves out the second step.", 4),
+    ("Score: 3\nThe response is relevant (+1), substantial (+1) and useful (+1).", 3),
+    ("It is relevant and well organised.\n\nScore: 3", 3),
+    ("Score: 4\nA good answer.\nScore: 4/5, that is 4 points", 4),
+    ("Score: 4\r\n", 4),
+    # criteria and other numbers are no totals
+    ("1 point for relevance, 1 point for coverage. Score: 2", 2),
+    ("Relevance score: 1\nCoverage score: 1\nClarity score: 0\nTotal score: 2", 2),
+    ("Maximum score: 5. Score: 2", 2),
+    ("It does not deserve a perfect score of 5.\nScore: 3", 3),
+    ("Not quite 5/5. Score: 4", 4),
+    ("A score of 5 or higher is out of reach. Score: 4", 4),
+    ("In step 1 it cites 2023 and 8/10 experts. Score: 2", 2),
+    ("It covered 4/5 of the question. Score: 3", 3),
+    ("Open 24/7 since 4/5/2023. Score: 3", 3),
+    ("4 points? No: score: 3", 3),  # the explicit rank wins
+    ("7\nScore: 3", 3),
+    # n points
+    ("4 points", 4),
+    ("I would award 4 points.", 4),
+    ("4 pts", 4),
+    ("4.5 points", 4.5),
+    ("1 point", 1),
+    ("Points: 4", 4),
+    ("3 points\n7", 3),  # points win over a bare number
+    ("At first 2 points, with the example 3 points.", 3),  # the last counts
+    ("Relevant (1 point). Substantial (1 point). Useful (1 point). In all 3 points.", 3),
+    ("On a 5 point scale: 1 point for relevance, another 1 point, so I award 2 points", 2),
+    # a number on its own line
+    ("4", 4),
+    ("4.", 4),
+    ("(4)", 4),
+    ("**4**", 4),
+    ("4.5", 4.5),
+    ("[[4]]", 4),
+    ("The answer is good.\n\n4", 4),
+    ("4\nThe answer is good.", 4),
+    ("2\nOn reflection:\n3", 3),
+]
+
+UNREAD = [
+    ("", "no_score"),
+    ("   \n", "no_score"),
+    ("The response is relevant and clear.", "no_score"),
+    ("Score:", "no_score"),
+    ("Score: <total>", "no_score"),
+    ("Score: N/A", "no_score"),
+    ("Score: four", "no_score"),
+    ("Score: 4,5", "no_score"),
+    ("Score: 3rd", "no_score"),
+    ("Score: 1.2.3", "no_score"),
+    ("Score: 1 + 1 + 1", "no_score"),
+    ("+1 for relevance, +1 for coverage", "no_score"),
+    ("+1", "no_score"),
+    ("1 point for relevance, 1 point for coverage", "no_score"),
+    ("Relevant: 1 point\nSubstantial: 1 point\nUseful: 1 point", "no_score"),
+    ("It adds 1 point.", "no_score"),
+    ("3 points deducted", "no_score"),
+    ("a 5-point scale", "no_score"),
+    ("a scale of 0 to 5 points", "no_score"),
+    ("Relevance score: 1", "no_score"),
+    ("step 1", "no_score"),
+    ("Step 1: read the request.\nStep 2: compare.", "no_score"),
+    ("1. relevant\n2. substantial\n3. useful", "no_score"),
+    ("1.\nrelevant\n2.\nsubstantial", "no_score"),
+    ("2023", "no_score"),
+    ("In 2023 the answer was 4 apples.", "no_score"),
+    ("3/4 cup of flour, open 24/7", "no_score"),
+    ("It is not a 5/5", "no_score"),
+    ("The score cannot be above 3", "no_score"),
+    ("underscore: 4", "no_score"),
+    ("Score: \u0664", "no_score"),  # Arabic-Indic four
+    ("Score: \uff14", "no_score"),  # full-width four
+    ("Score: 4\u0664", "no_score"),
+    ("Score: 4\u00bd", "no_score"),
+    ("\u096a/5", "no_score"),
+    ("\u2605\u2605\u2605\u2605\u2606", "no_score"),
+    ("Score: 4\n\nScore: 3", "ambiguous"),
+    ("Score: 4/5, or rather 3/5", "ambiguous"),
+    ("4/5 for content. Total: 3", "ambiguous"),
+    ("Score: 3-4", "ambiguous"),
+    ("Score: 6", "out_of_range"),
+    ("Score: 5.5", "out_of_range"),
+    ("Score: -1", "out_of_range"),
+    ("Score: \u22121", "out_of_range"),
+    ("Score: 100", "out_of_range"),
+    ("Score: 8/10", "out_of_range"),
+    ("Score: 4/10", "out_of_range"),
+    ("Score (out of 10): 4", "out_of_range"),
+    ("Score: 4%", "out_of_range"),
+    ("8/10", "out_of_range"),
+    ("4/10", "out_of_range"),
+    ("8 out of 10", "out_of_range"),
+    ("14/5", "out_of_range"),
+    ("10 points", "out_of_range"),
+    ("7", "out_of_range"),
+    ("-1", "out_of_range"),
+    ("4 points, on reflection 9 points", "out_of_range"),
+]
+
+
+@pytest.mark.parametrize(("text", "score"), READ, ids=[repr(t)[:40] for t, _ in READ])
+def test_parser_reads_the_score_of(text: str, score: float) -> None:
+    assert parse_score(text) == Judgement(float(score), "ok")
+
+
+@pytest.mark.parametrize(("text", "status"), UNREAD, ids=[repr(t)[:40] for t, _ in UNREAD])
+def test_parser_gives_no_number_for(text: str, status: str) -> None:
+    assert parse_score(text) == Judgement(None, status)
+
+
+@given(st.text(max_size=200) | st.text(alphabet="0123456789 score:/.-+%tof5pin\n*<>()|", max_size=200))
+def test_parser_never_raises_and_never_leaves_the_scale(text: str) -> None:
+    judgement = parse_score(text)
+    assert judgement.status in STATUSES
+    assert (judgement.score is not None) == (judgement.status == "ok")
+    assert judgement.score is None or 0 <= judgement.score <= 5
+
+
+WORDS = st.text(alphabet="abcdeghijklm ,\n", max_size=80)  # cannot spell a score, a number or a negation
+
+
+@given(
+    before=WORDS,
+    after=WORDS,
+    quarters=st.integers(0, 20),
+    bold=st.sampled_from(["{}", "**{}**", "{}/5", "{} out of 5"]),
+)
+def test_parser_reads_a_score_line_wherever_it_stands(before: str, after: str, quarters: int, bold: str) -> None:
+    score = quarters / 4
+    assert parse_score(f"{before}\nScore: {bold.format(score)}\n{after}") == Judgement(score, "ok")
+
+
+@given(first=st.integers(0, 5), second=st.integers(0, 5))
+def test_two_explicit_totals_agree_or_are_ambiguous(first: int, second: int) -> None:
+    expected = Judgement(float(first), "ok") if first == second else Judgement(None, "ambiguous")
+    assert parse_score(f"Score: {first}\nIn all, {second}/5") == expected
+
+
+@pytest.mark.parametrize(
+    "unit", ["1+", "score ", "score: ", "4 ", "4/", "9", " ", "\n", "point ", "total score: 1-", "(", "<4"]
+)
+def test_parser_takes_linear_time_on_hostile_text(unit: str) -> None:
+    start = time.perf_counter()
+    parse_score(unit * (20_000 // len(unit)))
+    assert time.perf_counter() - start < 1.0
+
+
+def test_status_tells_empty_truncated_and_unscored_apart() -> None:
+    assert judge_status(" \n", "length") == Judgement(None, "empty")
+    assert judge_status("The response is", "length") == Judgement(None, "truncated")
+    assert judge_status("The response is", "stop") == Judgement(None, "no_score")
+    assert judge_status("Score: 4. The response is", "length") == Judgement(4.0, "ok")
+    assert judge_status("Score: 9. The response is", "length") == Judgement(None, "out_of_range")
+    assert judge_status("Score: 4 Score: 3", "length") == Judgement(None, "ambiguous")
+
+
+def test_mean_is_over_readable_draws_and_not_floored() -> None:
+    draws = [Judgement(4.0, "ok"), Judgement(None, "no_score"), Judgement(5.0, "ok"), Judgement(5.0, "ok")]
+    assert mean_score(draws) == pytest.approx(14 / 3, abs=1e-12)
+    assert mean_score([Judgement(0.0, "ok"), Judgement(None, "ambiguous")]) == 0.0
+    assert mean_score([Judgement(None, "empty")]) is None
+    assert mean_score([]) is None
+    assert mean_score(draws, min_valid=3) is not None
+    assert mean_score(draws, min_valid=4) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The template
+
+
+class CharTokenizer:
+    """One id per character; a first segment gets the dummy prefix space that SentencePiece adds."""
+
+    bos_id = 1
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        return [ord(c) for c in (text if continuation else " " + text)]
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "judge.jinja"
+    path.write_text(text)
+    return path
+
+
+GOOD = (
+    "{% block rubric %}R{% endblock %}\n{% block prompt %}P {{ prompt }}{% endblock %}\n"
+    "{% block answer %}A {{ answer }}{% endblock %}\n{% block cue %}C{% endblock %}\n"
+)
+
+
+def test_tiny_template_is_one_line_of_four_segments() -> None:
+    assert JudgeTemplate("tiny").segments("copy : a b", "a b") == ["judge :", " copy : a b", " | a b", " =>"]
+
+
+@pytest.mark.parametrize("score", range(6))
+def test_every_judgement_of_the_tiny_world_is_read(score: int) -> None:
+    for checks in itertools.product(("yes", "no"), repeat=5):
+        assert parse_score(" ".join((*checks, f"Score: {score}"))) == Judgement(float(score), "ok")
+
+
+@pytest.mark.skipif(DATA is None, reason="SELFREWARD_TEST_DATA is not set: the genuine tokenizer is not at hand")
+@given(prompt=st.text("ab \n[]<>\u00e9", max_size=20), answer=st.text("ab \n[]<>\u00e9", max_size=20))
+def test_ids_by_the_genuine_tokenizer_spell_the_whole_judge_prompt(prompt: str, answer: str) -> None:
+    template, tokenizer = JudgeTemplate("llama2"), _llama2_tokenizer()
+    ids = template.token_ids(tokenizer, prompt, answer)
+    assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
+    assert tokenizer.decode(ids[1:]) == "".join(template.segments(prompt, answer))
+
+
+@functools.cache
+def _llama2_tokenizer() -> Tokenizer:
+    return Tokenizer(Path(DATA or "") / "llama2" / "tokenizer.model")
+
+
+def test_llama2_template_stands_in_one_instruction_and_asks_for_the_score_line() -> None:
+    template = JudgeTemplate("llama2")
+    segments = template.segments("Why is the sky blue?", "Rayleigh scattering.")
+    whole = "".join(segments)
+    assert whole.startswith("[INST] ") and whole.endswith(" [/INST]") and whole.count("INST]") == 2
+    assert "Score: <total>" in segments[3] and "100 words" in segments[3]
+    assert segments[0].count("\n- One ") == 5
+    assert "Why is the sky blue?" in segments[1] and "Rayleigh scattering." in segments[2]
+    assert parse_score(whole).status == "no_score"  # an echo of the rubric is no verdict
+
+
+def test_template_ids_are_bos_and_the_segments_encoded_apart() -> None:
+    ids = JudgeTemplate("tiny").token_ids(CharTokenizer(), "p", "a")
+    assert ids == [1] + [ord(c) for c in " judge : p | a =>"]
+
+
+@given(prompt=st.text(max_size=40), answers=st.lists(st.text(max_size=40), min_size=2, max_size=2))
+def test_judge_prompts_share_the_rubric_and_the_prompt_token_for_token(prompt: str, answers: list[str]) -> None:
+    template, tokenizer = JudgeTemplate("llama2"), CharTokenizer()
+    shared = 2 + sum(len(s) for s in template.segments(prompt, "")[:2])
+    first, second = (template.token_ids(tokenizer, prompt, a)[:shared] for a in answers)
+    assert first == second
+
+
+def test_jinja_in_user_text_is_inert() -> None:
+    text = "{{ 7 * 7 }} {% raw %} {# x #} {{ answer }} {% endblock %}"
+    segments = JudgeTemplate("tiny").segments(text, text)
+    assert segments[1] == " " + text and segments[2] == " | " + text
+
+
+def test_template_hash_follows_the_file(tmp_path: Path) -> None:
+    first = JudgeTemplate(write(tmp_path, GOOD)).hash
+    assert JudgeTemplate(write(tmp_path, GOOD)).hash == first
+    assert JudgeTemplate(write(tmp_path, GOOD.replace("}C{", "}D{"))).hash != first
+
+
+BAD = {
+    "missing block": (GOOD.replace("block cue", "block queue"), "line 4.*rubric, prompt, answer, queue.*expected"),
+    "wrong order": (GOOD.replace("block prompt", "block x").replace("block answer", "block prompt"), "line"),
+    "text outside": (
+        GOOD.replace("%}\n{% block answer", "%}\n\nlost\n{% block answer"),
+        "line 4: text or code outside",
+    ),
+    "code outside": ("{% set x = 1 %}" + GOOD, "line 1: text or code outside"),
+    "unknown variable": (GOOD.replace("{{ answer }}", "\n{{ reply }}"), "line 4.*'answer' uses 'reply'"),
+    "answer in prompt": (GOOD.replace("P {{", "{{ answer }} {{"), "line 2.*'prompt' uses 'answer'.*may use prompt"),
+    "prompt in rubric": (GOOD.replace("}R{", "}{{ prompt }}{"), "line 1.*'rubric' uses 'prompt'.*no variable"),
+    "unused answer": (GOOD.replace("{{ answer }}", ""), "line 3.*does not use its variable"),
+    "syntax": (GOOD.replace("{{ answer }}", "{{ answer "), "line 3"),
+    "unknown filter": (GOOD.replace("{{ answer }}", "{{ answer | shuffle }}"), "line 3.*shuffle"),
+    "random filter": (GOOD.replace("{{ answer }}", "{{ answer | random }}"), "line 3.*random"),
+    "unknown attribute": (GOOD.replace("{{ answer }}", "{{ answer.words }}"), "line 3.*words"),
+    "sandbox": (GOOD.replace("{{ answer }}", "{{ answer.__class__.__mro__ }}"), "line 3.*unsafe"),
+    "endless loop": (GOOD.replace("}C{", "}{% for i in range(10**9) %}x{% endfor %}{"), "line 4.*[Rr]ange"),
+    "include": (GOOD.replace("}C{", "}{% include '/etc/passwd' %}{"), "line 4"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_template_is_refused_naming_file_and_line(name: str, tmp_path: Path) -> None:
+    text, message = BAD[name]
+    with pytest.raises(InputError, match=f"(?s)judge.jinja, {message}" if message.startswith("line") else message):
+        JudgeTemplate(write(tmp_path, text))
+
+
+def test_missing_template_names_what_is_shipped(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'lama2' is not shipped; use one of llama2, tiny"):
+        JudgeTemplate("lama2")
+    with pytest.raises(InputError, match=r"nowhere.jinja cannot be read"):
+        JudgeTemplate(tmp_path / "nowhere.jinja")
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"bytes.jinja cannot be read"):
+        JudgeTemplate(tmp_path / "bytes.jinja")
