@@ -1,10 +1,12 @@
-// The only file that knows Python: checks every dtype, size and layout, releases the GIL, calls the kernels.
+// The only file that knows Python: checks every dtype, shape, stride and alias, releases the GIL, calls the kernels.
+// Arguments come as arrays without conversion (a torch CPU tensor's `.numpy()` shares its memory); a wrong one raises
+// ValueError with what was found and what was expected.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "gumbel.h"
 #include "philox.h"
@@ -13,44 +15,88 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;  // arguments are bound with noconvert(): no silent copy
-
-void check_rows(const py::array& array, const char* name, py::ssize_t rows) {
-  if (array.ndim() != 1 || array.shape(0) != rows)
-    throw std::invalid_argument(std::string(name) + " must have shape [" + std::to_string(rows) +
-                                "] like the rows of out; it has " + std::to_string(array.ndim()) +
-                                " dimensions and " + std::to_string(array.size()) + " elements");
+std::string shape_text(const std::vector<py::ssize_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
 }
 
-void gumbel_noise(const Array<uint64_t>& seeds, const Array<uint32_t>& positions, const Array<uint32_t>& candidates,
-                  uint32_t stream, Array<float>& out) {
-  if (out.ndim() != 2) throw std::invalid_argument("out must have shape [rows, vocab]");
+// `array` must be T, C-contiguous and of `shape`, in which a negative size means any.
+template <typename T>
+void check(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
+  if (!array.dtype().is(py::dtype::of<T>()) && !array.dtype().equal(py::dtype::of<T>()))
+    throw py::value_error(std::string(name) + " has dtype " + std::string(py::str(array.dtype())) + "; expected " +
+                          std::string(py::str(py::dtype::of<T>())));
+  const std::vector<py::ssize_t> found(array.shape(), array.shape() + array.ndim());
+  bool same = found.size() == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || shape[i] == found[i];
+  if (!same)
+    throw py::value_error(std::string(name) + " has shape " + shape_text(found) + "; expected " + shape_text(shape) +
+                          " (-1: any)");
+  if (!(array.flags() & py::array::c_style))
+    throw py::value_error(std::string(name) + " has strides " +
+                          shape_text({array.strides(), array.strides() + array.ndim()}) +
+                          " bytes; expected a C-contiguous array");
+}
+
+// `out` is written while `in` is read: they must not share memory.
+void check_apart(const char* in_name, const py::array& in, const py::array& out) {
+  const char *a = static_cast<const char*>(in.data()), *b = static_cast<const char*>(out.data());
+  if (a < b + out.nbytes() && b < a + in.nbytes())
+    throw py::value_error("out shares memory with " + std::string(in_name) + "; expected memory of its own");
+}
+
+selfreward::GumbelLevel find_level(const std::string& name) {
+  std::string known;
+  for (int i = 0;; ++i) {
+    const selfreward::GumbelLevel level = selfreward::gumbel_level(i);
+    if (!level.row) throw py::value_error("level is '" + name + "'; this CPU runs " + known);
+    if (name.empty() || name == level.name) return level;
+    known += (i ? ", " : "") + std::string(level.name);
+  }
+}
+
+std::vector<std::string> instruction_levels() {
+  std::vector<std::string> names;
+  for (int i = 0; selfreward::gumbel_level(i).row; ++i) names.emplace_back(selfreward::gumbel_level(i).name);
+  return names;
+}
+
+void gumbel_noise(const py::array& seeds, const py::array& positions, const py::array& candidates, uint32_t stream,
+                  py::array& out, const std::string& level) {
+  check<float>("out", out, {-1, -1});
+  if (!out.writeable()) throw py::value_error("out is read-only; expected a writeable array");
   const py::ssize_t rows = out.shape(0), vocab = out.shape(1);
-  check_rows(seeds, "seeds", rows);
-  check_rows(positions, "positions", rows);
-  check_rows(candidates, "candidates", rows);
-  const uint64_t* seed = seeds.data();
-  const uint32_t* position = positions.data();
-  const uint32_t* candidate = candidates.data();
-  float* to = out.mutable_data();  // raises if out is read-only
+  check<uint64_t>("seeds", seeds, {rows});
+  check<uint32_t>("positions", positions, {rows});
+  check<uint32_t>("candidates", candidates, {rows});
+  check_apart("seeds", seeds, out);
+  check_apart("positions", positions, out);
+  check_apart("candidates", candidates, out);
+  const selfreward::GumbelRow fill = find_level(level).row;
+  const auto* seed = static_cast<const uint64_t*>(seeds.data());
+  const auto* position = static_cast<const uint32_t*>(positions.data());
+  const auto* candidate = static_cast<const uint32_t*>(candidates.data());
+  auto* noise = static_cast<float*>(out.mutable_data());
   py::gil_scoped_release release;
   for (py::ssize_t row = 0; row < rows; ++row)
-    selfreward::gumbel_row(seed[row], position[row], candidate[row], stream, vocab, to + row * vocab);
+    fill(seed[row], position[row], candidate[row], stream, vocab, noise + row * vocab);
 }
 
 py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  const selfreward::Words w = selfreward::philox({{c0, c1, c2, c3}}, uint32_t(key), uint32_t(key >> 32));
-  return py::make_tuple(w.w[0], w.w[1], w.w[2], w.w[3]);
+  const selfreward::Words words = selfreward::philox({{c0, c1, c2, c3}}, uint32_t(key), uint32_t(key >> 32));
+  return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The engine's CPU kernels.";
-  m.def("gumbel_noise", &gumbel_noise, py::arg("seeds").noconvert(), py::arg("positions").noconvert(),
-        py::arg("candidates").noconvert(), py::arg("stream"), py::arg("out").noconvert(),
-        "Fill out [rows, vocab] fp32 with Gumbel noise; seeds uint64 [rows], positions and candidates uint32 [rows].");
+  m.def("instruction_levels", &instruction_levels, "Names of the levels that this CPU can run, fastest first.");
+  m.def("gumbel_noise", &gumbel_noise, py::arg("seeds"), py::arg("positions"), py::arg("candidates"), py::arg("stream"),
+        py::arg("out"), py::arg("level") = "",
+        "Fill out [rows, vocab] fp32 with Gumbel noise; seeds uint64 [rows], positions and candidates uint32 [rows].\n"
+        "level: one of instruction_levels(), the fastest if empty; all give the same bits.");
   m.def("philox", &philox, py::arg("key"), py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"),
         "The four 32-bit words of Philox-4x32-10.");
 }

@@ -1,6 +1,6 @@
 """The engine: Llama 2, its sampler and its trainer. The names below are the public API."""
 
-from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.checkpoint import content_hash, load_checkpoint, save_checkpoint
 from engine.config import PRESETS, LlamaConfig
 from engine.errors import CheckpointError, InputError, NotBuiltError
 from engine.llm import LLM, CompletionOutput, RequestOutput

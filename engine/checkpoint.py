@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from engine.config import LlamaConfig, config_from_hf, config_to_hf
 from engine.errors import CheckpointError, NotBuiltError
-from engine.model import Llama
+from engine.model import Block, Llama
 from engine.tokenizer import Tokenizer
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -90,6 +90,7 @@ def _slots(model: Llama) -> Iterator[tuple[str, torch.Tensor]]:
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     yield "model.embed_tokens.weight", model.embed
     for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         at = f"model.layers.{number}."
         qkv, gate_up = block.attention.qkv, block.mlp.gate_up
         yield at + "input_layernorm.weight", block.attention_norm.weight
@@ -201,7 +202,7 @@ def _write_tensors(model: Llama, directory: Path, max_shard_bytes: int) -> None:
     if len(shards) == 1:
         _save(tensors, directory / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _save(shard, directory / name)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,9 @@ class _Request:
     group: Group
     params: SamplingParams
     seed: int
-    raw: list[list[float]] = field(default_factory=list)
-    sampled: list[list[float]] = field(default_factory=list)
-    text: list[str | None] = field(default_factory=list)  # set where a stop string cut it
+    raw: list[list[float]]  # per candidate
+    sampled: list[list[float]]
+    text: list[str | None]  # set where a stop string cut it
 
 
 class LLM:
@@ -225,8 +225,9 @@ class LLM:
         group = Group(index, ids, [limit] * params.n)
         self._check_fit(group, len(ids) + 1)
         seed = params.seed if params.seed is not None else self._own_seed()
-        lists: list[list[list[float]]] = [[[] for _ in range(params.n)] for _ in range(2)]
-        return _Request(group, params, seed, *lists, [None] * params.n)
+        raw: list[list[float]] = [[] for _ in range(params.n)]
+        sampled: list[list[float]] = [[] for _ in range(params.n)]
+        return _Request(group, params, seed, raw, sampled, [None] * params.n)
 
     def _own_seed(self) -> int:
         digest = hashlib.blake2b(f"{self._seed} {next(self._requests)}".encode(), digest_size=8).digest()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine import _C
+import engine._C as _C
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import gumbel as _gumbel
 from engine.kernels import linear_logprob as _logprob

@@ -15,6 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from engine.errors import InputError
+from engine.tokenizer_json import SPACE, tokenizer_json
 
 CHAT_LAYOUT = "{bos}[INST] {user} [/INST]{answer}{eos}; system: <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}"
 
@@ -50,8 +51,10 @@ class Tokenizer:
             return list(self._model.encode(text))
         if not text:
             return []
-        if text[0] == " ":  # the dummy space *is* the written one
-            return list(self._model.encode(text[1:])) if text != " " else list(self._model.encode(text))
+        if text == " " and self._model.piece_to_id(SPACE) != self.unk_id:
+            return [self._model.piece_to_id(SPACE)]  # SentencePiece puts no dummy space before an empty text
+        if text[0] == " " and text != " ":  # the dummy space *is* the written one
+            return list(self._model.encode(text[1:]))
         ids = list(self._model.encode("\n" + text))  # a newline never merges with what follows
         if not self._newline or ids[: len(self._newline)] != self._newline:
             raise InputError(f"{self.path} cannot continue with {text[:20]!r}: begin the segment with a space")
@@ -75,7 +78,8 @@ class Tokenizer:
         for number, message in enumerate(rounds):
             expected = ("user", "assistant")[number % 2]
             if message["role"] != expected:
-                raise InputError(f"message {number} has the role {message['role']!r}; expected {expected!r}")
+                place = number + len(messages) - len(rounds)
+                raise InputError(f"message {place} has the role {message['role']!r}; expected {expected!r}")
             content = message["content"].strip()
             if expected == "user":
                 if number == 0 and system is not None:
@@ -97,11 +101,19 @@ class Tokenizer:
         return digest.hexdigest()
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.model, unchanged, and the tokenizer_config.json with which transformers loads it."""
+        """Write tokenizer.model, unchanged, and the files with which transformers loads it.
+
+        A BPE model (Llama's) gets a tokenizer.json; for other kinds transformers has to convert tokenizer.model itself.
+        """
         shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
+        converted = tokenizer_json(self._model)
+        if converted:
+            (Path(directory) / "tokenizer.json").write_text(json.dumps(converted, ensure_ascii=False), encoding="utf-8")
         piece = self._model.id_to_piece
         config = {
-            "tokenizer_class": "LlamaTokenizer",
+            # transformers 5 rebuilds a LlamaTokenizer and loses the dummy space before a text that begins with one;
+            # the generic class takes tokenizer.json as it is.
+            "tokenizer_class": "PreTrainedTokenizerFast" if converted else "LlamaTokenizer",
             "bos_token": piece(self.bos_id),
             "eos_token": piece(self.eos_id),
             "unk_token": piece(self.unk_id),
@@ -120,5 +132,7 @@ def _split_system(messages: Sequence[Mapping[str, str]]) -> tuple[str | None, Se
     if not messages:
         raise InputError("a chat needs at least one message")
     if messages[0]["role"] == "system":
+        if len(messages) == 1:
+            raise InputError("a chat needs a user message after the system message")
         return messages[0]["content"].strip(), messages[1:]
     return None, messages

@@ -61,9 +61,9 @@ def tree_windows(end: torch.Tensor, window: int = WINDOW) -> TreeWindows:
 def tree_attention_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: TreeWindows) -> torch.Tensor:
     """The same result with work that follows the trees: torch's SDPA over the windows of `tree_windows(end)`."""
     groups = q.shape[1] // k.shape[1]
-    batch = [x[windows.rows].transpose(1, 2) for x in (q, k, v)]  # [windows, heads, width, D]
-    batch[1:] = [x.repeat_interleave(groups, dim=1) for x in batch[1:]]
-    out = F.scaled_dot_product_attention(*batch, attn_mask=windows.visible)
+    q, k, v = (x[windows.rows].transpose(1, 2) for x in (q, k, v))  # [windows, heads, width, D]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=windows.visible)
     return out.transpose(1, 2).flatten(0, 1)[windows.places]  # [N, H, D]
 
 

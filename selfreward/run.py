@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine import InputError, NotBuiltError, Tokenizer
+from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import stages
 from selfreward.formats import read_jsonl
 from selfreward.judge import JudgeTemplate
@@ -100,6 +100,7 @@ def _run(recipe: Recipe, out: str, report: Reporter) -> None:
     manifest = {
         "recipe": recipe.dump(),
         "inputs": {key: stages.file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
+        "model": content_hash(recipe.model) if recipe.model else None,
         "tokenizer": tokenizer.template_hash,
         "judge_template": template.hash,
         "torch": torch.__version__,
@@ -122,12 +123,14 @@ def _stage_names(timing: list[Row]) -> list[str]:
 
 
 def _action(words: list[str]) -> tuple[str, list[str]]:
-    """The action, if the first word is one, and the overrides."""
-    if words and "=" not in words[0]:
-        if words[0] not in ACTIONS:
-            raise InputError(f"{words[0]!r} is neither an action ({', '.join(ACTIONS)}) nor key.sub=value")
-        return words[0], words[1:]
-    return "run", words
+    """The action, the one word without "=" (default: the whole loop), and the overrides."""
+    actions = [word for word in words if "=" not in word]
+    for word in actions:
+        if word not in ACTIONS:
+            raise InputError(f"{word!r} is neither an action ({', '.join(ACTIONS)}) nor key.sub=value")
+    if len(actions) > 1:
+        raise InputError(f"there are {len(actions)} actions ({', '.join(actions)}); give one")
+    return (actions or ["run"])[0], [word for word in words if "=" in word]
 
 
 def _parser() -> argparse.ArgumentParser:

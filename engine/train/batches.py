@@ -40,7 +40,7 @@ def dpo_tree(row: DPORow, number: int) -> TokenTree:
     return TokenTree(row.prompt, children=(chosen, rejected))
 
 
-def check_rows(rows: Sequence[SFTRow] | Sequence[DPORow], vocab_size: int, max_seq_len: int) -> None:
+def check_rows(rows: Sequence[SFTRow | DPORow], vocab_size: int, max_seq_len: int) -> None:
     """Raise InputError naming the first row that cannot be trained on."""
     if not rows:
         raise InputError("there are no rows to train on")

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,7 +177,7 @@ def _step(
     tokens = 0
     for pack, loss_of in _packs(rows, config):
         loss, part = loss_of(pack_logprobs(model, pack))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         tokens += len(pack)
         metrics = {name: metrics.get(name, 0.0) + value for name, value in part.items()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
@@ -199,12 +200,15 @@ def _packs(rows: Sequence[SFTRow | DPORow], config: SFTConfig) -> Iterator[tuple
         pairs = [row for row in rows if isinstance(row, DPORow)]
         reference = torch.tensor([row.reference for row in pairs], dtype=torch.float32)  # [pairs, 2]
         for pack in TokenTree.pack([dpo_tree(row, i) for i, row in enumerate(pairs)], config.max_pack_tokens):
-            yield pack, lambda logp, e=pack.edges: dpo_loss(logp, e, reference, config.beta, len(pairs))
+            yield (
+                pack,
+                partial(dpo_loss, edges=pack.edges, reference=reference, beta=config.beta, total_pairs=len(pairs)),
+            )
     else:
         examples = [row for row in rows if isinstance(row, SFTRow)]
         total = float(sum(len(row.completion) for row in examples))
         for pack in TokenTree.pack([sft_tree(row, i) for i, row in enumerate(examples)], config.max_pack_tokens):
-            yield pack, lambda logp, e=pack.edges: sft_loss(logp, e, total)
+            yield pack, partial(sft_loss, edges=pack.edges, total_weight=total)
 
 
 def _write_logs(out_dir: Path, metrics: list[Metrics], timing: list[dict[str, float]]) -> Path:

@@ -12,7 +12,7 @@ from engine.tree import TokenTree
 def trees():
     segment = st.integers(1, 6).map(lambda n: list(range(n)))
     leaf = segment.map(TokenTree)
-    grow = lambda child: st.tuples(segment, st.lists(child, max_size=3)).map(  # noqa: E731
+    grow = lambda child: st.tuples(segment, st.lists(child, max_size=3)).map(
         lambda pair: TokenTree(pair[0], children=tuple(pair[1]))
     )
     return st.recursive(leaf, grow, max_leaves=6)
@@ -20,7 +20,7 @@ def trees():
 
 def qkv(rows, heads=4, kv_heads=2, dim=8, dtype=torch.float64):
     generator = torch.Generator().manual_seed(rows)
-    make = lambda h: torch.randn(rows, h, dim, generator=generator, dtype=dtype, requires_grad=True)  # noqa: E731
+    make = lambda h: torch.randn(rows, h, dim, generator=generator, dtype=dtype, requires_grad=True)
     return make(heads), make(kv_heads), make(kv_heads)
 
 

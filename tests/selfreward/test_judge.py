@@ -142,6 +142,7 @@ UNREAD = [
     ("Score: 1 + 1 + 1", "no_score"),
     ("+1 for relevance, +1 for coverage", "no_score"),
     ("+1", "no_score"),
+    ("Score 1: a start", "no_score"),
     ("1 point for relevance, 1 point for coverage", "no_score"),
     ("Relevant: 1 point\nSubstantial: 1 point\nUseful: 1 point", "no_score"),
     ("It adds 1 point.", "no_score"),
@@ -342,7 +343,10 @@ def test_template_hash_follows_the_file(tmp_path: Path) -> None:
 
 BAD = {
     "missing block": (GOOD.replace("block cue", "block queue"), "line 4.*rubric, prompt, answer, queue.*expected"),
-    "wrong order": (GOOD.replace("block prompt", "block x").replace("block answer", "block prompt"), "line"),
+    "wrong order": (
+        "\n".join(reversed(GOOD.splitlines())),
+        "line 4: found the blocks cue, answer, prompt, rubric; expected",
+    ),
     "text outside": (
         GOOD.replace("%}\n{% block answer", "%}\n\nlost\n{% block answer"),
         "line 4: text or code outside",

@@ -1,0 +1,62 @@
+# make run    virtual environment, install, the whole loop            (ARGS="--recipe tiny --out runs/x key=value")
+# make test   virtual environment, install with test extras, lint, types, import rules, tests
+#
+# SELFREWARD_NO_VENV=1   use the current interpreter instead of .venv
+# PIP_ARGS="..."         options for every pip call, for instance the index of torch's CPU or CUDA builds
+# PYTHON=python3.12      the interpreter of the virtual environment (3.11 or later)
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+ifdef SELFREWARD_NO_VENV
+PY := $(PYTHON)
+VENV_READY :=
+STAMPS := .stamps/current
+else
+PY := .venv/bin/python
+VENV_READY := .venv/ready
+STAMPS := .venv
+endif
+
+PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: run install test lint clean
+
+run: $(STAMPS)/run
+	$(PY) -m selfreward.run $(ARGS)
+
+install: $(STAMPS)/run
+
+test: $(STAMPS)/test lint
+	$(PY) -m pytest
+
+lint: $(STAMPS)/test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -c "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror csrc/*
+
+clean:
+	rm -rf .venv .stamps build dist *.egg-info engine/_C*.so
+
+.venv/ready:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# torch first and alone, so that no other package decides which build of it is taken.
+$(STAMPS)/torch: $(VENV_READY) constraints.txt
+	mkdir -p $(STAMPS)
+	$(PIP) torch
+	touch $@
+
+$(STAMPS)/run: $(STAMPS)/torch $(SOURCES)
+	$(PIP) -e .
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/torch $(SOURCES)
+	$(PIP) -e '.[test]'
+	touch $@ $(STAMPS)/run

@@ -1,0 +1,305 @@
+"""The sampler: a request's bits do not depend on its company, and they are the trainer's numbers."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import llm as llm_module
+from engine.errors import InputError, NotBuiltError
+from engine.llm import LLM
+from engine.model import Llama, tree_attend
+from engine.sampling import SamplingParams
+from engine.train.batches import DPORow
+from engine.train.trainer import reference_logprobs
+from tests.engine.helpers import random_llama, small_config
+
+MODEL = random_llama(small_config())
+GQA = MODEL.config.n_heads // MODEL.config.n_kv_heads
+assert GQA == 2
+
+
+def random_prompts(count, low=1, high=150, seed=0):
+    rng = random.Random(seed)
+    return [[1, *(rng.randrange(3, 111) for _ in range(rng.randrange(low, high)))] for _ in range(count)]
+
+
+def random_params(count, seed=1):
+    rng = random.Random(seed)
+    return [
+        SamplingParams(
+            n=rng.choice([1, 1, 2, 4]),
+            temperature=rng.choice([0.0, 0.7, 1.0, 1.5]),
+            top_p=rng.choice([1.0, 0.9, 0.5]),
+            top_k=rng.choice([0, 0, 5]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
+            max_tokens=rng.choice([1, 3, 8, 20]),
+            seed=rng.randrange(2**64),
+            logprobs=1,
+        )
+        for _ in range(count)
+    ]
+
+
+def bits(output):
+    return [
+        (answer.token_ids, answer.logprobs, answer.sampled_logprobs, answer.finish_reason) for answer in output.outputs
+    ]
+
+
+PROMPTS, PARAMS = random_prompts(100), random_params(100)
+CHOSEN = (0, 17, 63, 99)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return [bits(output) for output in LLM(MODEL).generate(PROMPTS, PARAMS)]
+
+
+def test_a_request_alone_equals_the_same_request_in_a_batch_of_100(batch):
+    llm = LLM(MODEL)
+    for index in CHOSEN:
+        assert bits(llm.generate([PROMPTS[index]], PARAMS[index])[0]) == batch[index]
+
+
+def test_order_chunk_budget_and_company_do_not_matter(batch):
+    order = list(range(100))
+    random.Random(5).shuffle(order)
+    llm = LLM(MODEL, max_batch_tokens=70, max_sequences=9)
+    outputs = llm.generate([PROMPTS[i] for i in order[:40]], [PARAMS[i] for i in order[:40]])
+    for place, index in enumerate(order[:40]):
+        assert bits(outputs[place]) == batch[index]
+
+
+def test_a_cache_hit_does_not_matter(batch):
+    llm = LLM(MODEL)
+    first = [bits(o) for o in llm.generate(PROMPTS[:20], PARAMS[:20])]
+    saved = llm.stats()["prefix_tokens_saved"]
+    again = [bits(o) for o in llm.generate(PROMPTS[:20], PARAMS[:20])]
+    assert first == again == batch[:20]
+    assert llm.stats()["prefix_tokens_saved"] > saved
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_thread_count_does_not_matter_and_is_given_back(batch, threads, monkeypatch):
+    monkeypatch.setattr(llm_module, "PARALLEL_DIM", 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        outputs = LLM(MODEL).generate(PROMPTS[:30], PARAMS[:30])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [bits(output) for output in outputs] == batch[:30]
+
+
+def test_inverse_tiles_of_another_size_break_the_equality(batch, monkeypatch):
+    """The property above is not for free: on the exact number of rows torch gives other bits."""
+    monkeypatch.setattr(llm_module, "TILE", 1)
+    llm = LLM(MODEL)
+    assert any(bits(llm.generate([PROMPTS[index]], PARAMS[index])[0]) != batch[index] for index in range(0, 100, 5))
+
+
+def test_log_probs_are_the_trainers():
+    prompts, params = (
+        random_prompts(8, seed=3),
+        [SamplingParams(n=2, max_tokens=40, seed=i, logprobs=1) for i in range(8)],
+    )
+    outputs = LLM(MODEL).generate(prompts, params)
+    rows = [DPORow(o.prompt_token_ids, o.outputs[0].token_ids, o.outputs[1].token_ids) for o in outputs]
+    for output, sums in zip(outputs, reference_logprobs(MODEL, rows), strict=True):
+        for answer, expected in zip(output.outputs, sums, strict=True):
+            assert abs(answer.cumulative_logprob - expected) <= 2e-5 * len(answer.token_ids) * max(1.0, rms(output))
+
+
+def rms(output):
+    ids = torch.tensor(output.prompt_token_ids)
+    return logits_of(MODEL, ids).square().mean().sqrt().item()
+
+
+def logits_of(model: Llama, ids):
+    with torch.no_grad():
+        hidden = model(ids, torch.arange(len(ids)), tree_attend(torch.full((len(ids),), len(ids))))
+        return F.linear(hidden, model.head)
+
+
+def test_score_equals_the_full_forward_and_what_generate_reported():
+    llm = LLM(MODEL)
+    prompts = random_prompts(6, seed=4)
+    outputs = llm.generate(prompts, SamplingParams(n=3, max_tokens=70, seed=7, logprobs=1, ignore_eos=True))
+    llm.reset_prefix_cache()
+    scores = llm.score(prompts, [[answer.token_ids for answer in output.outputs] for output in outputs])
+    for prompt, output, given in zip(prompts, outputs, scores, strict=True):
+        for answer, logps in zip(output.outputs, given, strict=True):
+            assert logps == answer.logprobs  # bit for bit: prefill and decode fold the same chunks
+            ids = torch.tensor([*prompt, *answer.token_ids])
+            logits = logits_of(MODEL, ids)
+            exact = torch.log_softmax(logits, -1)[:-1].gather(1, ids[1:, None]).squeeze(1)[len(prompt) - 1 :]
+            bound = 2e-5 * max(1.0, logits.square().mean().sqrt().item())
+            assert (torch.tensor(logps) - exact).abs().max() <= bound
+    assert llm.score(prompts[0], [[5, 6], [7]]) == llm.score([prompts[0]], [[[5, 6], [7]]])[0]
+
+
+def test_greedy_follows_the_full_forward():
+    for output in LLM(MODEL).generate(
+        random_prompts(6, seed=8), SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    ):
+        ids = list(output.prompt_token_ids)
+        for token in output.outputs[0].token_ids:
+            logits = logits_of(MODEL, torch.tensor(ids))[-1]
+            assert logits[token] >= logits.max() - 1e-4 * logits.square().mean().sqrt()
+            ids.append(token)
+
+
+def test_blocks_of_8_and_64_give_the_same_numbers_to_rounding():
+    prompts, params = (
+        random_prompts(5, seed=9),
+        SamplingParams(temperature=0, max_tokens=25, logprobs=1, ignore_eos=True),
+    )
+    for small, large in zip(
+        LLM(MODEL, block_size=8).generate(prompts, params), LLM(MODEL).generate(prompts, params), strict=True
+    ):
+        assert small.outputs[0].token_ids == large.outputs[0].token_ids
+        a, b = torch.tensor(small.outputs[0].logprobs), torch.tensor(large.outputs[0].logprobs)
+        assert (a - b).abs().max() <= 2e-5 * max(1.0, rms(large))
+
+
+def test_the_first_two_of_four_candidates_equal_those_of_two():
+    llm = LLM(MODEL)
+    two = llm.generate(PROMPTS[3], SamplingParams(n=2, max_tokens=12, seed=11, logprobs=1))[0]
+    four = llm.generate(PROMPTS[3], SamplingParams(n=4, max_tokens=12, seed=11, logprobs=1))[0]
+    assert bits(four)[:2] == bits(two)
+    assert len({tuple(answer.token_ids) for answer in four.outputs}) > 1
+
+
+def test_a_prompt_is_computed_once_for_its_candidates():
+    llm = LLM(MODEL)
+    llm.generate(PROMPTS[0], SamplingParams(n=8, max_tokens=1, seed=0))
+    assert llm.stats()["computed_rows"] == len(PROMPTS[0])
+
+
+def test_many_prompts_under_one_beginning_compute_it_once():
+    rng = random.Random(2)
+    shared = [rng.randrange(3, 111) for _ in range(128)]
+    tails = [[rng.randrange(3, 111) for _ in range(10)] for _ in range(12)]
+    llm = LLM(MODEL)
+    llm.generate([shared + tail for tail in tails], SamplingParams(max_tokens=1, seed=0))
+    assert llm.stats()["computed_rows"] == 128 + 12 * 10
+
+
+def test_nan_in_unused_pages_changes_nothing(batch):
+    llm = LLM(MODEL)
+    llm._keys.fill_(float("nan"))
+    llm._values.fill_(float("nan"))
+    llm._keys[:, 0] = llm._values[:, 0] = 0.0  # the scratch block is ours
+    assert [bits(output) for output in llm.generate(PROMPTS[:10], PARAMS[:10])] == batch[:10]
+
+
+def test_the_pool_is_clean_after_everything_and_after_a_closed_stream():
+    llm = LLM(MODEL, max_sequences=8)
+    llm.generate(PROMPTS[:15], PARAMS[:15])
+    llm._scheduler.check()
+    stream = llm.stream(PROMPTS[:15], PARAMS[:15])
+    next(stream)
+    with pytest.raises(InputError, match="earlier stream"):
+        llm.generate([[1, 2]])
+    stream.close()
+    llm._scheduler.check()
+    assert len(llm._pool.free) == llm._pool.num_blocks - 1
+
+
+def test_new_weights_are_never_mixed_with_old_keys():
+    model = random_llama(small_config(), seed=3)
+    llm = LLM(model)
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=1)
+    llm.generate(PROMPTS[5], params)
+    with torch.no_grad():
+        model.blocks[0].attention.qkv.mul_(1.5)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        llm.generate(PROMPTS[5], params)
+    epoch = model.weights_changed()
+    output = llm.generate(PROMPTS[5], params)[0]
+    assert bits(output) == bits(LLM(model).generate(PROMPTS[5], params)[0])
+    assert output.outputs[0].weight_epoch == epoch == llm.weight_epoch
+
+
+def test_stopping():
+    llm = LLM(MODEL)
+    free = llm.generate(PROMPTS[2], SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))[0].outputs[0]
+    assert (free.finish_reason, len(free.token_ids)) == ("length", 10)
+    stop = free.token_ids[4]
+    stopped = llm.generate(
+        PROMPTS[2], SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, stop_token_ids=(stop,))
+    )[0].outputs[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    full = LLM(MODEL, max_model_len=20)
+    cut = full.generate([[1] * 15], SamplingParams(max_tokens=50, ignore_eos=True, seed=1))[0].outputs[0]
+    assert (cut.finish_reason, len(cut.token_ids)) == ("length", 5)
+
+
+def test_without_a_seed_every_request_draws_its_own():
+    llm = LLM(MODEL)
+    drawn = {tuple(o.outputs[0].token_ids) for o in llm.generate([PROMPTS[1]] * 6, SamplingParams(max_tokens=10))}
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ([[]], SamplingParams(), "prompt 0 is empty"),
+        ([[1, 2], [1, 111]], SamplingParams(), r"prompt 1 holds token 111; the model's vocabulary is 0\.\.110"),
+        ([[1] * 512], SamplingParams(), "prompt 0 needs 513 tokens"),
+        (["text"], SamplingParams(), "prompt 0 is text; this LLM has no tokenizer"),
+        ([[1, True]], SamplingParams(), "expected text or a list of token ids"),
+        ([[1]], SamplingParams(stop="x"), "no tokenizer"),
+        ([[1], [2]], [SamplingParams()], "2 prompts and 1 SamplingParams"),
+        ([[1]], SamplingParams(n=300), "300 candidates; max_sequences is 256"),
+    ],
+)
+def test_bad_input_is_named_and_the_engine_stays_usable(prompts, params, message):
+    llm = LLM(MODEL)
+    with pytest.raises(InputError, match=message):
+        llm.generate(prompts, params)
+    assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, seed=0))
+
+
+def test_options_that_are_not_built_say_so():
+    for options in ({"quantization": "int8"}, {"device": "cuda"}, {"dtype": "bfloat16"}):
+        with pytest.raises(NotBuiltError):
+            LLM(MODEL, **options)
+    with pytest.raises(InputError, match="deterministic"):
+        LLM(MODEL, deterministic=False)
+    llm = LLM(MODEL)
+    for call in (lambda: llm.update_weights({}), llm.sleep, llm.wake, llm.abort):
+        with pytest.raises(NotBuiltError):
+            call()
+    with pytest.raises(InputError, match="raise kv_cache_gb"):
+        LLM(MODEL, kv_cache_gb=1e-5)
+
+
+def test_a_small_cache_makes_requests_wait_not_fail(batch):
+    block = 2 * 4 * 2 * 2 * 16 * 64  # keys and values, fp32, 2 layers, 2 heads of 16, 64 tokens
+    llm = LLM(MODEL, kv_cache_gb=20 * block / 2**30)
+    outputs = llm.generate(PROMPTS[:25], PARAMS[:25])
+    assert [bits(output) for output in outputs] == batch[:25]
+    llm._scheduler.check()
+
+
+def test_a_request_larger_than_the_cache_is_named():
+    block = 2 * 4 * 2 * 2 * 16 * 64
+    llm = LLM(MODEL, kv_cache_gb=3 * block / 2**30)
+    with pytest.raises(InputError, match="prompt 0 may need 4 KV blocks"):
+        llm.generate([[1] * 200], SamplingParams(max_tokens=8))
+
+
+def test_nan_weights_are_reported_with_the_prompt():
+    model = random_llama(small_config())
+    with torch.no_grad():
+        model.head.fill_(float("nan"))
+    model.weights_changed()
+    llm = LLM(model)
+    with pytest.raises(FloatingPointError, match="prompt 0"):
+        llm.generate([[1, 2]], SamplingParams(max_tokens=2))
+    llm._scheduler.check()

@@ -1,0 +1,101 @@
+"""Logits against transformers' LlamaForCausalLM, through directories written by either side."""
+
+import pytest
+import torch
+
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.model import tree_attend
+from tests.engine.helpers import random_llama, small_config
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed; nothing to compare with")
+
+SHAPES = pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+LENGTH = 70
+
+
+def tokens():
+    return torch.randint(0, 111, (LENGTH,), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def our_logits(model):
+    hidden = model(tokens(), torch.arange(LENGTH), tree_attend(torch.full((LENGTH,), LENGTH)))
+    return hidden @ model.head.T
+
+
+@torch.no_grad()
+def their_logits(model):
+    return model(tokens()[None]).logits[0]
+
+
+def assert_equal_logits(ours, theirs):
+    assert ours.shape == theirs.shape == (LENGTH, 111)
+    rms = theirs.pow(2).mean().sqrt().item()
+    assert rms > 0.1  # the comparison is about something
+    assert (ours - theirs).abs().max().item() <= 2e-5 * max(1.0, rms)
+
+
+def their_model(config, **changes):
+    torch.manual_seed(0)
+    values = {
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": 0.1,
+        **changes,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
+
+
+@SHAPES
+@TIED
+def test_our_logits_of_a_directory_saved_by_transformers_are_theirs(tmp_path, kv_heads, tied):
+    theirs = their_model(small_config(n_kv_heads=kv_heads, tie_embeddings=tied))
+    theirs.save_pretrained(tmp_path)
+    ours = load_checkpoint(tmp_path)
+    assert (ours.head is ours.embed) == tied
+    assert_equal_logits(our_logits(ours), their_logits(theirs))
+
+
+@SHAPES
+@TIED
+def test_their_logits_of_a_directory_saved_by_us_are_ours(tmp_path, kv_heads, tied):
+    ours = random_llama(small_config(n_kv_heads=kv_heads, tie_embeddings=tied))
+    save_checkpoint(ours, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert_equal_logits(our_logits(ours), their_logits(theirs))
+
+
+def test_norm_eps_rope_theta_and_head_dim_reach_the_arithmetic_both_ways(tmp_path):
+    config = small_config(norm_eps=0.1, rope_theta=50.0, head_dim=24)
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    theirs = their_model(config, rms_norm_eps=0.1, rope_theta=50.0, rope_parameters=rope)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_checkpoint(tmp_path / "theirs")
+    assert ours.config == config
+    assert_equal_logits(our_logits(ours), their_logits(theirs))
+    save_checkpoint(ours, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert_equal_logits(our_logits(ours), their_logits(again))
+
+
+def test_a_sharded_directory_of_ours_is_loaded_by_transformers(tmp_path):
+    ours = random_llama(small_config())
+    save_checkpoint(ours, tmp_path / "m", max_shard_bytes=60_000)
+    assert (tmp_path / "m" / "model.safetensors.index.json").is_file()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert_equal_logits(our_logits(ours), their_logits(theirs))
+
+
+def test_a_sharded_directory_of_theirs_is_loaded_by_us(tmp_path):
+    theirs = their_model(small_config())
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert_equal_logits(our_logits(load_checkpoint(tmp_path)), their_logits(theirs))

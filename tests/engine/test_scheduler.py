@@ -1,0 +1,116 @@
+"""The scheduler against a model of what a request must see, with tiny blocks so that everything collides."""
+
+import subprocess
+import sys
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kv_cache import BlockPool
+from engine.scheduler import Group, Scheduler
+
+
+class Pages:
+    """What the engine would write: the token of every slot. Reveals any mix-up of blocks."""
+
+    def __init__(self, blocks, size):
+        self.slots = [[None] * size for _ in range(blocks)]
+        self.size = size
+
+    def compute(self, work):
+        for position in range(work.start, work.stop):
+            block = work.sequence.blocks[position // self.size]
+            self.slots[block][position % self.size] = work.sequence.tokens[position]
+            seen = [self.slots[work.sequence.blocks[p // self.size]][p % self.size] for p in range(position + 1)]
+            assert seen == work.sequence.tokens[: position + 1]
+
+    def copy(self, copy):
+        self.slots[copy.target][: copy.tokens] = self.slots[copy.source][: copy.tokens]
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 1), min_size=1, max_size=12),  # prompt over two tokens: many common beginnings
+        st.lists(st.integers(1, 6), min_size=1, max_size=3),  # what each candidate may add
+        st.booleans(),  # scored or sampled
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(requests, st.integers(1, 9), st.integers(3, 6), st.integers(14, 40), st.randoms(use_true_random=False))
+def test_every_row_sees_its_own_tokens_and_every_request_ends(given_requests, budget, places, blocks, rng):
+    pool, pages = BlockPool(blocks, 2), Pages(blocks, 2)
+    scheduler = Scheduler(pool, budget, places)
+    groups = []
+    for index, (prompt, limits, scored) in enumerate(given_requests):
+        forced = [[rng.randrange(2) for _ in range(limit)] for limit in limits] if scored else None
+        group = Group(index, prompt, limits, forced)
+        if scheduler.worst_case(group) <= blocks - 1:
+            groups.append(group)
+            scheduler.add(group)
+    for _ in range(2000):
+        if scheduler.idle:
+            break
+        plan = scheduler.plan()
+        assert 0 < plan.rows <= budget
+        drawn = {}
+        for work in plan.work:
+            pages.compute(work)
+            if work.sequence.group.forced is None:
+                for candidate in work.draws:
+                    length = len(work.sequence.tokens) + 1 - work.sequence.group.prompt_len
+                    last = length >= work.sequence.group.limits[candidate] or rng.random() < 0.2
+                    drawn[work.sequence.group.index, candidate] = (rng.randrange(2), "stop" if last else None)
+        for copy in scheduler.commit(plan, drawn):
+            pages.copy(copy)
+        scheduler.check()
+    assert scheduler.idle and not scheduler.reserved
+    assert len(pool.free) == blocks - 1
+    for group in groups:
+        assert all(sequence.finished for sequence in group.sequences)
+        for sequence, limit in zip(group.sequences, group.limits, strict=True):
+            added = sequence.tokens[group.prompt_len :]
+            assert 1 <= len(added) <= limit
+            assert group.forced is None or added == group.forced[sequence.candidate]
+
+
+def test_a_request_that_does_not_fit_yet_waits_for_blocks():
+    scheduler = Scheduler(BlockPool(5, 2), 100, 10)  # four blocks
+    for index in range(2):
+        scheduler.add(Group(index, [index] * 4, [4]))  # four blocks each
+    plan = scheduler.plan()
+    assert [work.sequence.group.index for work in plan.work] == [0]
+    assert len(scheduler.waiting) == 1
+
+
+def test_a_shared_beginning_is_computed_by_one_and_awaited_by_the_others():
+    scheduler = Scheduler(BlockPool(50, 2), 100, 10)
+    for index in range(3):
+        scheduler.add(Group(index, [7, 7, 7, 7, index], [1]))
+    first = scheduler.plan()
+    assert [work.sequence.group.index for work in first.work] == [0]
+    scheduler.commit(first, {(0, 0): (1, "stop")})
+    second = scheduler.plan()
+    assert [(work.sequence.group.index, work.start) for work in second.work] == [(1, 4), (2, 4)]
+    assert scheduler.prefix_tokens_saved == 8
+
+
+def test_decide_only_reads():
+    scheduler = Scheduler(BlockPool(50, 2), 3, 10)
+    scheduler.add(Group(0, [1, 2, 3, 4, 5], [2, 2]))
+    plan = scheduler.decide()
+    assert plan.admissions and plan.work
+    assert scheduler.waiting and not scheduler.running and len(scheduler.pool.free) == 49
+
+
+def test_pool_and_scheduler_need_no_torch():
+    code = (
+        "import sys, types, importlib.util as u\n"
+        "package = types.ModuleType('engine'); package.__path__ = ['engine']; sys.modules['engine'] = package\n"
+        "import engine.scheduler\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

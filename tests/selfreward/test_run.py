@@ -1,0 +1,126 @@
+"""The whole command: a short tiny run, resumed and repeated, and a user's mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from selfreward import run as run_module
+from selfreward.run import main
+
+FAST = [
+    "prompts.count=24",
+    "candidates.n=3",
+    "judge.draws=2",
+    "eft.groups=12",
+    "eft.attempts=3",
+    "eft.required=false",
+    "gates.min_pairs=1",
+    "evaluation.prompts=20",
+    "evaluation.judge_groups=8",
+]
+
+
+def command(out, *more):
+    return main(["--quiet", "--out", str(out), *FAST, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert command(out) == 0
+    return out
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_loop_ends_with_a_report_of_every_model(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert [row["name"] for row in report["models"]] == ["M0", "SFT", "M1", "M2", "M3"]
+    for row in report["models"]:
+        assert 0 <= row["true_quality"] <= 5 and row["true_quality_n"] == 20
+        assert 0 <= row["judge_pairwise"] <= 1 and 0 <= row["longer_wins"] <= 1
+    assert report["models"][3]["pairs"] >= 1
+
+
+def test_every_prompt_candidate_and_judgement_is_accounted_for(finished):
+    for k in (1, 2):
+        prompts, candidates, judgements, pairs, dropped = (
+            rows(finished / f"iter_{k}/{name}.jsonl")
+            for name in ("prompts", "candidates", "judgements", "pairs", "dropped")
+        )
+        assert len(candidates) == 3 * len(prompts) and len(judgements) == 2 * len(candidates)
+        assert len(pairs) + len(dropped) == len(prompts)
+        assert {row["id"] for row in pairs} | {row["id"] for row in dropped} == {row["id"] for row in prompts}
+        for pair in pairs:
+            assert pair["score_chosen"] > pair["score_rejected"] and not pair["chosen_truncated"]
+        for row in judgements:
+            assert (row["status"] == "ok") == (row["score"] is not None)
+    first, second = ({row["prompt"] for row in rows(finished / f"iter_{k}/prompts.jsonl")} for k in (1, 2))
+    assert not first & second
+
+
+def test_an_equal_run_writes_the_same_bytes(finished, tmp_path):
+    assert command(tmp_path / "again") == 0
+    files = sorted(path.relative_to(finished) for path in finished.rglob("*") if path.is_file())
+    compared = [path for path in files if path.name not in ("timing.jsonl", "report.json", ".lock")]
+    assert len(compared) > 30
+    for path in compared:
+        assert (finished / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
+
+
+def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.stages, "build_pairs", lambda run, k: (_ for _ in ()).throw(OSError("disk is full")))
+        assert command(out) == 2
+    stages = json.loads((out / "stages.json").read_text())
+    assert "iter_1/judgements" in stages and "iter_1/pairs" not in stages
+    before = (out / "iter_1/judgements.jsonl").stat().st_mtime_ns
+    assert command(out) == 0
+    assert (out / "iter_1/judgements.jsonl").stat().st_mtime_ns == before
+    for name in ("iter_2/pairs.jsonl", "iter_2/model/model.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["prompts.cuont=3"], 2, "prompts.count"),
+        (["--recipe", "tinny"], 2, "tiny"),
+        (["--recipe", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["data.ift=nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["model=nowhere"], 2, "nowhere"),
+        (["sft.lr=fast"], 2, "sft.lr"),
+        (["frobnicate"], 2, "frobnicate"),
+        (["plan"], 2, "not built"),
+        (["gates.min_pairs=1000000"], 3, "gates.min_pairs"),
+        (["gates.min_readable=1.0", "judge.max_tokens=1"], 3, "judge.max_tokens"),
+    ],
+)
+def test_a_mistake_is_one_message_and_an_exit_code(arguments, code, message, tmp_path, capsys):
+    assert command(tmp_path / "out", *arguments) == code
+    err = capsys.readouterr().err.strip()
+    assert message in err and "Traceback" not in err and len(err.splitlines()) == 1
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(finished, capsys):
+    assert command(finished, "dpo.beta=0.2") == 2
+    assert "recipe.dpo.beta is 0.1 there, 0.2 here" in capsys.readouterr().err
+
+
+def test_a_bad_row_and_a_truncated_checkpoint_are_named(tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "copy a b c", "response": "a b c"}\n{"prompt": true, "response": "x"}\n')
+    assert command(tmp_path / "a", f"data.ift={bad}") == 2
+    assert "bad.jsonl:2" in capsys.readouterr().err
+    source = Path(run_module.__file__).parent / "tiny/m0"
+    model = tmp_path / "m0"
+    model.mkdir()
+    for path in source.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
+    assert command(tmp_path / "b", f"model={model}") == 2
+    assert "model.safetensors is truncated or corrupt" in capsys.readouterr().err
