@@ -24,7 +24,7 @@ std::string shape_text(const std::vector<py::ssize_t>& shape) {
 // `array` must be T, C-contiguous and of `shape`, in which a negative size means any.
 template <typename T>
 void check(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
-  if (!array.dtype().is(py::dtype::of<T>()) && !array.dtype().equal(py::dtype::of<T>()))
+  if (!array.dtype().equal(py::dtype::of<T>()))
     throw py::value_error(std::string(name) + " has dtype " + std::string(py::str(array.dtype())) + "; expected " +
                           std::string(py::str(py::dtype::of<T>())));
   const std::vector<py::ssize_t> found(array.shape(), array.shape() + array.ndim());
@@ -56,9 +56,9 @@ selfreward::GumbelLevel find_level(const std::string& name) {
   }
 }
 
-std::vector<std::string> instruction_levels() {
-  std::vector<std::string> names;
-  for (int i = 0; selfreward::gumbel_level(i).row; ++i) names.emplace_back(selfreward::gumbel_level(i).name);
+py::list instruction_levels() {
+  py::list names;
+  for (int i = 0; selfreward::gumbel_level(i).row; ++i) names.append(selfreward::gumbel_level(i).name);
   return names;
 }
 

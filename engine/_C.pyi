@@ -1,11 +1,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
+def instruction_levels() -> list[str]: ...
 def gumbel_noise(
     seeds: NDArray[np.uint64],
     positions: NDArray[np.uint32],
     candidates: NDArray[np.uint32],
     stream: int,
     out: NDArray[np.float32],
+    level: str = "",
 ) -> None: ...
 def philox(key: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...

@@ -134,8 +134,8 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         files = _read_json(index).get("weight_map")
-        if not isinstance(files, dict):
-            raise CheckpointError(f"{index} has no weight_map; expected one that names a file for every tensor")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise CheckpointError(f"{index} has no weight_map that names a file for every tensor; copy it again")
         for name in sorted(set(files.values())):
             if not (directory / name).is_file():
                 raise CheckpointError(f"{index} points to {name}, which is missing; copy the whole checkpoint")
@@ -162,7 +162,7 @@ def _read_tensor(path: Path, name: str, shape: torch.Size | None) -> torch.Tenso
             raise CheckpointError(f"{path}: tensor {name} cannot be read ({error}); copy it again") from error
     if shape is not None and tensor.shape != shape:
         raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected fp32, fp16 or bf16 (quantised files: no)")
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged")
@@ -229,7 +229,12 @@ def _swap(temporary: Path, directory: Path) -> None:
     old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     if directory.exists():
         directory.rename(old)  # between the two renames a reader finds no directory, never half of one
-    temporary.rename(directory)
+    try:
+        temporary.rename(directory)
+    except OSError:
+        if old.exists():
+            old.rename(directory)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     parent = os.open(directory.parent, os.O_RDONLY)
     os.fsync(parent)

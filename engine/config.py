@@ -72,10 +72,14 @@ def config_from_hf(values: dict[str, Any], where: str) -> LlamaConfig:
     for name, allowed in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if values.get(name, allowed) != allowed:
             raise CheckpointError(f"{where}: {name} is {values[name]!r}; Llama 2 has {allowed!r}")
+    for name in ("rope_parameters", "rope_scaling"):  # transformers 5, transformers 4
+        rope = values.get(name) or {}
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{where}: {name} is {rope!r}; expected a JSON object or null")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"{where}: rope type {kind!r} is not supported; Llama 2 has plain rotary embedding")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"{where}: rope type {kind!r} is not supported; Llama 2 has plain rotary embedding")
     heads, dim = get("num_attention_heads"), get("hidden_size")
     try:
         return LlamaConfig(

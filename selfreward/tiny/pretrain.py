@@ -100,14 +100,14 @@ def _report(log: TextIO | None, step: int, steps: int, loss: float, seen: int, s
         log.flush()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="pre-train M0, the base model of the tiny world")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint, replaced if it exists")
     parser.add_argument("--tokens", type=int, default=12_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; the weights' last bits depend on it")
     parser.add_argument("--log", type=Path, help="JSONL file for step, loss, tokens and seconds")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("tokens", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; expected at least 1")

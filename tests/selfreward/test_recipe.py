@@ -169,6 +169,7 @@ def test_a_number_may_be_written_as(text: str, value: float, tmp_path: Path) -> 
         ("candidates.temperature=0", "candidates: temperature is 0, which makes all candidates"),
         ("sft.min_lr=1", "sft: min_lr is 1.0, above lr"),
         ("prompts.mode=continue", "prompts: mode is 'continue' and file is"),
+        ("prompts={mode: continue, file: null}", "prompts: mode 'continue' needs count"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(override: str, message: str, tmp_path: Path) -> None:
