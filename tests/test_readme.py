@@ -1,0 +1,14 @@
+"""The README's example runs as it stands."""
+
+import re
+from pathlib import Path
+
+
+def test_the_embedding_example_runs():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    before, after = names["outputs"][0].outputs[0], names["again"][0].outputs[0]
+    assert after.weight_epoch == before.weight_epoch + 1
+    assert after.logprobs != before.logprobs
