@@ -407,7 +407,13 @@ class LLM:
                 0,
                 logits.shape[1],
             )
-            ids, raw, sampled = (x[: len(tile)].tolist() for x in sample(logits, params, noise))
+            stops = [
+                self._stop_ids(owner.params)
+                if len(work.sequence.tokens) - owner.group.prompt_len < owner.params.min_tokens
+                else ()
+                for owner, (_, work, _) in zip(owners, tile, strict=True)
+            ]
+            ids, raw, sampled = (x[: len(tile)].tolist() for x in sample(logits, params, noise, stops))
             for number, ((_, work, candidate), owner) in enumerate(zip(tile, owners, strict=True)):
                 if raw[number] != raw[number]:
                     raise FloatingPointError(
@@ -448,17 +454,21 @@ class LLM:
         return F.linear(tile, self.model.head)
 
     def _finish(self, request: _Request, candidate: int, generated: list[int]) -> str | None:
-        params, token = request.params, generated[-1]
-        eos = self.tokenizer.eos_id if self.tokenizer else 2
-        if token in params.stop_token_ids or (token == eos and not params.ignore_eos):
+        params = request.params
+        if generated[-1] in self._stop_ids(params):
             return "stop"
         if params.stop and self.tokenizer:
             text = self.tokenizer.decode(generated)
-            cut = min((at for at in (text.find(stop) for stop in params.stop) if at >= 0), default=None)
+            begin = len(self.tokenizer.decode(generated[: params.min_tokens])) if params.min_tokens else 0
+            cut = min((at for at in (text.find(stop, begin) for stop in params.stop) if at >= 0), default=None)
             if cut is not None:
                 request.text[candidate] = text[:cut]
                 return "stop"
         return "length" if len(generated) >= request.group.limits[candidate] else None
+
+    def _stop_ids(self, params: SamplingParams) -> list[int]:
+        eos = self.tokenizer.eos_id if self.tokenizer else 2
+        return [*params.stop_token_ids] if params.ignore_eos else [*params.stop_token_ids, eos]
 
     def _output(self, request: _Request) -> RequestOutput:
         outputs = []

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from engine.errors import InputError, NotBuiltError
 
@@ -20,7 +21,8 @@ class SamplingParams:
     """What to sample. `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0` switch a truncation off.
 
     `logprobs=1` returns the raw log-prob (temperature 1, before truncation) of every sampled token. `seed=None` draws a
-    seed from the engine's request counter, so results then depend on the order of requests.
+    seed from the engine's request counter, so results then depend on the order of requests. In the first `min_tokens`
+    tokens EOS and `stop_token_ids` cannot be drawn, and stop strings are not looked for.
     """
 
     n: int = 1
@@ -45,7 +47,11 @@ class SamplingParams:
         self._integer("max_tokens", 1)
         self._integer("min_tokens", 0, self.max_tokens)
         self._integer("logprobs", 0, 1)
-        self._number("temperature", 0.0, math.inf)
+        self._number("temperature", 0.0, 1e6)
+        if 0.0 < self.temperature < 1e-6:  # logits / temperature must stay finite in fp32
+            raise InputError(
+                f"SamplingParams.temperature is {self.temperature!r}; expected 0 (greedy) or at least 1e-6"
+            )
         self._number("top_p", 0.0, 1.0, open_below=True)
         self._number("min_p", 0.0, 1.0)
         if self.seed is not None:
@@ -56,9 +62,8 @@ class SamplingParams:
         for token in self.stop_token_ids:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                 raise InputError(f"SamplingParams.stop_token_ids holds {token!r}; expected token ids")
-        for name in ("label_token_ids", "min_tokens"):
-            if getattr(self, name):
-                raise NotBuiltError(f"SamplingParams.{name} is not built yet; leave it at its default")
+        if self.label_token_ids:
+            raise NotBuiltError("SamplingParams.label_token_ids is not built yet; leave it at its default")
 
     def _integer(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
@@ -92,8 +97,8 @@ class RowParams:
         return RowParams(
             column([p.temperature for p in params], torch.float32),
             column([p.top_k for p in params], torch.int64),
-            column([p.top_p for p in params], torch.float32),
-            column([p.min_p for p in params], torch.float32),
+            column([p.top_p for p in params], torch.float64),
+            column([p.min_p for p in params], torch.float64),
         )
 
     @property
@@ -112,29 +117,44 @@ def kept(logp: torch.Tensor, params: RowParams) -> torch.Tensor:
     """Which tokens survive top-k, top-p and min-p: bool [rows, vocab]; at least the likeliest one always does.
 
     top-p keeps the smallest set of likeliest tokens whose mass reaches top_p, of what top-k left, renormalised. Among
-    equally likely tokens the lower id comes first, so ties at a boundary are cut by id.
+    equally likely tokens the lower id comes first, so ties at a boundary are cut by id. min-p keeps what is at least
+    min_p times as likely as the likeliest. Masses are summed in fp64: in fp32 the sum over a large vocabulary drifts by
+    more than the tokens at the boundary weigh.
     """
     order = torch.sort(logp, dim=-1, descending=True, stable=True)
     ranks = torch.arange(logp.shape[-1], device=logp.device)[None, :]
-    mass = order.values.exp()
     by_k = (params.top_k == 0) | (ranks < params.top_k)
-    mass = torch.where(by_k, mass, 0.0)
-    before = mass.cumsum(dim=-1) - mass  # mass of the likelier tokens
-    by_p = (params.top_p >= 1) | (before < params.top_p * mass.sum(dim=-1, keepdim=True))
-    by_min = order.values >= order.values[:, :1] + params.min_p.log()
-    keep = by_k & by_p & by_min | (ranks == 0)
+    likelihood = (order.values.double() - order.values[:, :1]).exp()  # relative to the likeliest token
+    mass = torch.where(by_k, likelihood, 0.0)
+    upto = mass.cumsum(dim=-1)
+    before = F.pad(upto[:, :-1], (1, 0))  # mass of the likelier tokens
+    by_p = (params.top_p >= 1) | (before < params.top_p * upto[:, -1:])
+    by_min = likelihood >= params.min_p
+    keep = by_k & by_p & by_min  # the first rank passes all three: at least one token stays
     return torch.zeros_like(keep).scatter(1, order.indices, keep)
 
 
+def forbid(logits: torch.Tensor, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    """A copy of logits [rows, vocab] in which row i cannot draw the ids of tokens[i]; logits itself if there are none."""
+    places = [(row, token) for row, banned in enumerate(tokens) for token in banned if token < logits.shape[1]]
+    if not places:
+        return logits
+    rows, ids = zip(*places, strict=True)
+    return logits.index_put((torch.tensor(rows), torch.tensor(ids)), torch.tensor(-math.inf))
+
+
 def sample(
-    logits: torch.Tensor, params: RowParams, noise: torch.Tensor
+    logits: torch.Tensor, params: RowParams, noise: torch.Tensor, forbidden: Sequence[Sequence[int]] = ()
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw one token per row: argmax of the kept log-probs plus Gumbel noise; greedy rows take the likeliest token.
 
     logits and noise [rows, vocab] fp32 -> ids int64 [rows]; raw log-prob (temperature 1, untruncated) [rows]; log-prob
-    under the distribution that was sampled [rows] (0 for greedy rows). The lowest id wins ties.
+    under the distribution that was sampled [rows] (0 for greedy rows). The lowest id wins ties. forbidden: ids that row i
+    must not draw (nothing, or one sequence per row). A row that holds NaN or +inf, or nothing above -inf, has a NaN raw
+    log-prob: the caller knows the row's name.
     """
     raw = torch.log_softmax(logits, dim=-1)
+    logits = forbid(logits, forbidden)
     logp = tempered(logits, params)
     if params.truncates:
         logp = logp.masked_fill(~kept(logp, params), -math.inf)

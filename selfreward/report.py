@@ -68,14 +68,14 @@ def print_report(report: Row, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    console = Console()
-    table = Table(title="Self-rewarding loop")
-    for heading in ("model", "true quality (0-5)", "judge pairwise", "longer wins", "mean length", "pairs", "seconds"):
+    console = Console(width=None if sys.stdout.isatty() else 100)  # a pipe has no width of its own
+    table = Table(title=f"Self-rewarding loop: true quality 0 to 5 on {_graded(report)} held-out instructions")
+    for heading in ("model", "true quality", "judge pairwise", "longer wins", "mean length", "pairs", "seconds"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for row in report["models"]:
         table.add_row(
             row["name"],
-            _with_error(row.get("true_quality"), row.get("true_quality_se"), row.get("true_quality_n")),
+            _with_error(row.get("true_quality"), row.get("true_quality_se")),
             _number(row.get("judge_pairwise"), ".3f"),
             _number(row.get("longer_wins"), ".3f"),
             _number(row.get("mean_length"), ".1f"),
@@ -95,7 +95,11 @@ def _number(value: Any, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def _with_error(value: float | None, error: float | None, n: int | None) -> str:
+def _with_error(value: float | None, error: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" + (f" +- {error:.2f} (n={n})" if error is not None else "")
+    return f"{value:.2f}" + (f" +- {error:.2f}" if error is not None else "")
+
+
+def _graded(report: Row) -> int:
+    return max((row.get("true_quality_n") or 0 for row in report["models"]), default=0)

@@ -48,7 +48,7 @@ def edit_config(directory, **changes):
 
 
 def rejected(directory, *parts, error=CheckpointError):
-    """The message names every one of `parts`, and so does the hash's where it reads the same things."""
+    """Loading raises one line that names every one of `parts`."""
     with pytest.raises(error) as caught:
         load_checkpoint(directory)
     for part in parts:
@@ -117,6 +117,14 @@ def test_rotary_frequencies_of_old_files_are_ignored(saved):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(saved, lambda tensors: tensors.update({name: torch.ones(8)}))
     assert_equal_models(load_checkpoint(saved), random_llama(small_config()))
+
+
+def test_config_json_tells_rope_theta_to_either_version_of_transformers(tmp_path):
+    save_checkpoint(random_llama(small_config(rope_theta=50.0)), tmp_path / "m")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_parameters"]["rope_theta"]) == (50.0, 50.0)
+    edit_config(tmp_path / "m", rope_parameters=None)
+    assert load_checkpoint(tmp_path / "m").config.rope_theta == 50.0
 
 
 def test_a_loaded_model_accepts_its_weights_as_announced(saved):

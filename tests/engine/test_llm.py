@@ -239,6 +239,20 @@ def test_stopping():
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 5)
 
 
+def test_no_stop_token_is_drawn_before_min_tokens():
+    llm = LLM(MODEL)
+    stops = tuple(range(3, 60))  # half the vocabulary: without the rule an answer ends at once
+    free, held = (
+        llm.generate([[1, 5, 6]], SamplingParams(n=16, max_tokens=12, seed=3, stop_token_ids=stops, min_tokens=least))
+        for least in (0, 8)
+    )
+    assert min(len(answer.token_ids) for answer in free[0].outputs) < 8
+    for answer in held[0].outputs:
+        assert not {*stops, 2} & {*answer.token_ids[:8]}
+        assert len(answer.token_ids) >= 8
+    assert any(answer.finish_reason == "stop" for answer in held[0].outputs)
+
+
 def test_without_a_seed_every_request_draws_its_own():
     llm = LLM(MODEL)
     drawn = {tuple(o.outputs[0].token_ids) for o in llm.generate([PROMPTS[1]] * 6, SamplingParams(max_tokens=10))}

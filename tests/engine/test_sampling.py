@@ -23,15 +23,15 @@ def plain_kept(logp, top_k, top_p, min_p):
     order = sorted(range(len(logp)), key=lambda token: (-logp[token], token))
     if top_k:
         order = order[:top_k]
-    total = sum(math.exp(logp[token]) for token in order)
+    weight = [math.exp(value - max(logp)) for value in logp]
+    total = sum(weight[token] for token in order)
     keep, mass = [], 0.0
     for token in order:
         if top_p < 1 and mass >= top_p * total:
             break
         keep.append(token)
-        mass += math.exp(logp[token])
-    best = logp[keep[0]]
-    return {token for token in keep if min_p == 0 or math.exp(logp[token] - best) >= min_p}
+        mass += weight[token]
+    return {token for token in keep if weight[token] >= min_p}
 
 
 @settings(max_examples=150, deadline=None)
@@ -77,15 +77,67 @@ def test_frequencies_follow_the_exact_distribution_and_stay_inside_the_nucleus(v
     assert stats.chisquare(observed.numpy(), (expected * observed.sum() / expected.sum()).numpy()).pvalue > 1e-4
 
 
-def test_a_rows_result_does_not_depend_on_its_place():
-    logits = torch.randn(64, 111, generator=torch.Generator().manual_seed(2)) * 3
+@pytest.mark.parametrize("vocab", [111, 32000])
+def test_a_rows_result_does_not_depend_on_its_place(vocab):
+    logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(2)) * 3
     choices = [SamplingParams(top_p=0.8), SamplingParams(temperature=0), SamplingParams(top_k=3), SamplingParams()]
     params = [choices[i % 4] for i in range(64)]
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
-    plain = sample(logits, RowParams.of(params), noise(64, 111))
-    moved = sample(logits[order], RowParams.of([params[i] for i in order.tolist()]), noise(64, 111)[order])
+    plain = sample(logits, RowParams.of(params), noise(64, vocab))
+    moved = sample(logits[order], RowParams.of([params[i] for i in order.tolist()]), noise(64, vocab)[order])
     for a, b in zip(plain, moved, strict=True):
         assert torch.equal(a[order], b)
+
+
+def test_a_nucleus_of_equal_tokens_holds_exactly_its_share():
+    """32,000 equal tokens: a sum of masses in fp32 would be off by dozens of tokens."""
+    for top_p, size in ((0.5, 16000), (0.9, 28800), (1e-9, 1), (1.0, 32000)):
+        rows = RowParams.of([SamplingParams(top_p=top_p)])
+        keep = kept(tempered(torch.full((1, 32000), 0.3), rows), rows)[0]
+        assert keep.sum() == size
+        assert keep[:size].all()  # the lowest ids
+
+
+def test_the_lowest_temperature_is_finite_and_picks_the_likeliest():
+    rows = RowParams.of([SamplingParams(temperature=1e-6, top_p=0.9)])
+    token, raw, sampled = sample(torch.tensor([[-3e4, 2e4, 1e4, 3e4]]), rows, noise(1, 4))
+    assert token.item() == 3 and raw.item() == 0.0 and sampled.item() == 0.0
+
+
+def test_two_candidates_of_four_draw_the_noise_of_two():
+    def candidates(count):
+        index = torch.arange(count)
+        return ops.gumbel_noise(torch.full((count,), 9), torch.full((count,), 5), index, 0, 111)
+
+    assert torch.equal(candidates(4)[:2], candidates(2))
+    assert not torch.equal(candidates(2)[0], candidates(2)[1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_no_distribution_has_a_nan_log_prob_and_leaves_the_others_alone(bad, temperature):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(4))
+    rows = RowParams.of([SamplingParams(temperature=temperature, top_p=0.9)] * 3)
+    plain = sample(logits, rows, noise(3, 50))
+    broken = logits.clone()
+    broken[1, 7] = bad
+    for a, b in zip(plain[:2], sample(broken, rows, noise(3, 50))[:2]):
+        assert torch.equal(a[::2], b[::2])
+    assert sample(broken, rows, noise(3, 50))[1][1].isnan()
+    broken[1] = -math.inf
+    assert sample(broken, rows, noise(3, 50))[1][1].isnan()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidden_ids_are_never_drawn_and_do_not_touch_the_raw_log_prob(temperature):
+    logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 5.0, 1.0]]).repeat(32, 1)
+    rows = RowParams.of([SamplingParams(temperature=temperature)] * 64)
+    ids, raw, sampled = sample(logits, rows, noise(64, 3), [(1, 99), ()] * 32)
+    assert 1 not in ids[::2] and (ids[1::2] == 1).any()
+    assert torch.equal(raw, torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0])
+    if temperature:
+        cut = torch.log_softmax(torch.tensor([0.0, -math.inf, 1.0]), 0)
+        assert torch.allclose(sampled[::2], cut[ids[::2]], atol=1e-6)
 
 
 def test_special_rows():
@@ -120,6 +172,12 @@ def test_log_probs_of_the_draw():
         ({"n": True}, "n is True"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 1e-7}, "temperature is 1e-07; expected 0 \\(greedy\\) or at least 1e-6"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": True}, "temperature is True"),
+        ({"top_p": math.nan}, "top_p is nan"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9; expected an integer 0..8"),
+        ({"seed": -1}, "seed is -1"),
         ({"top_p": 0.0}, "top_p is 0.0; expected above 0.0 to 1.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1"),
@@ -138,9 +196,8 @@ def test_a_bad_parameter_is_named_with_its_value(bad, message):
 
 
 def test_what_is_not_built_says_so():
-    for params in ({"label_token_ids": (1,)}, {"min_tokens": 2}):
-        with pytest.raises(NotBuiltError, match="not built"):
-            SamplingParams(**params)
+    with pytest.raises(NotBuiltError, match="label_token_ids is not built"):
+        SamplingParams(label_token_ids=(1,))
 
 
 def test_a_single_stop_string_is_taken_as_one():
