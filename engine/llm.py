@@ -160,6 +160,8 @@ class LLM:
         groups = []
         for index, (one, given) in enumerate(zip(prompts, answers, strict=True)):
             ids = self._prompt_ids(one, index)
+            if isinstance(given, str) or _is_ids(given):
+                raise InputError(f"the completions of prompt {index} are {given!r:.40}; expected a list of completions")
             forced = [self._completion_ids(text, index) for text in given]
             if not forced:
                 raise InputError(f"prompt {index} has no completions to score")
@@ -245,7 +247,7 @@ class LLM:
         if isinstance(completion, str):
             if self.tokenizer is None:
                 raise InputError(f"a completion of prompt {index} is text; this LLM has no tokenizer: give token ids")
-            completion = self.tokenizer.encode(completion)
+            completion = self.tokenizer.encode(completion, continuation=True)
         return self._checked(completion, f"a completion of prompt {index}")
 
     def _checked(self, ids: Any, name: str) -> list[int]:
@@ -314,12 +316,22 @@ class LLM:
             self._stats["prompt_tokens"] += group.prompt_len
         try:
             while not self._scheduler.idle:
+                self._check_epoch()
                 started = time.perf_counter()
                 running = self._step(requests, scores)
                 self._seconds += time.perf_counter() - started
                 yield from (group for group in running if all(s.finished for s in group.sequences) and group.forked)
         finally:
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
+
+    def _check_epoch(self) -> None:
+        """Between two items of a stream the caller may train: what runs then holds keys and values of the old weights."""
+        self.model.check_weights()
+        if self._scheduler.epoch != self.model.weight_epoch:
+            raise InputError(
+                f"the weights went from epoch {self._scheduler.epoch} to {self.model.weight_epoch} while a stream was "
+                "running: finish or close the stream before the update"
+            )
 
     def _step(self, requests: dict[int, _Request], scores: dict[int, list[list[float]]]) -> list[Group]:
         plan = self._scheduler.plan()

@@ -102,9 +102,14 @@ class RowParams:
         )
 
     @property
+    def cuts(self) -> torch.Tensor:
+        """Which rows cut anything off: bool [rows, 1]."""
+        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+
+    @property
     def truncates(self) -> bool:
         """Whether any row of the tile cuts anything off (a row that does not gets the same bits either way)."""
-        return bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any())
+        return bool(self.cuts.any())
 
 
 def tempered(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
@@ -161,6 +166,6 @@ def sample(
     greedy = params.temperature == 0
     ids = torch.where(greedy, logits, logp + noise).argmax(dim=-1, keepdim=True)
     drawn = logp.gather(1, ids)
-    if params.truncates:
-        drawn = drawn - torch.logsumexp(logp, dim=-1, keepdim=True)
+    if params.truncates:  # rows that do not truncate keep their bits: the sum's log is 0 only to rounding
+        drawn = torch.where(params.cuts, drawn - torch.logsumexp(logp, dim=-1, keepdim=True), drawn)
     return ids.squeeze(1), raw.gather(1, ids).squeeze(1), torch.where(greedy, 0.0, drawn).squeeze(1)

@@ -50,6 +50,11 @@ class Group:
     def prompt_len(self) -> int:
         return len(self.prompt)
 
+    @property
+    def living(self) -> int:
+        """Candidates that are or will be computed: a finished one gives its place to a waiting request."""
+        return len(self.limits) - sum(sequence.finished is not None for sequence in self.sequences)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -133,7 +138,7 @@ class Scheduler:
                 budget -= rows
         admissions = []
         computing = self._keys_being_computed()
-        places = self.max_sequences - sum(len(group.limits) for group in self.running)
+        places = self.max_sequences - sum(group.living for group in self.running)
         taken: set[int] = set()
         spare = 0  # blocks promised in this plan
         for group in self.waiting:

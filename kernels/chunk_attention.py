@@ -5,15 +5,17 @@ Shapes: R rows, H query heads, G key/value heads, D head dim, B tokens in a page
     merge(state, p):     m' = max(m, p.m),  a = exp(m - m'),  b = exp(p.m - m'),  l' = a l + b p.l,  o' = a o + b p.o
 A partial never depends on other chunks, and the fold starts from the empty state, so a row gets the same bits whoever
 shares its chunks and however its context was computed. Out = o / l.
+Pages are gathered into buffers that are kept: 0.16 ms for 64 pages of 32 KB, 2.2 ms into fresh memory (page faults).
 """
 
+import threading
 from typing import NamedTuple
 
 import torch
 
 
 class Partial(NamedTuple):
-    """max [R, H, 1], sum [R, H, 1] and weighted values [R, H, D], fp32."""
+    """max [R, G, H/G, 1], sum [R, G, H/G, 1] and weighted values [R, G, H/G, D], fp32."""
 
     m: torch.Tensor
     l: torch.Tensor  # noqa: E741
@@ -21,22 +23,17 @@ class Partial(NamedTuple):
 
 
 def chunk_partial(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor) -> Partial:
-    """q [R, H, D] (already scaled), keys [R, G, D, B] and values [R, G, B, D] gathered per row, visible [R, B] bool.
+    """q [R, G, H/G, D] (already scaled), keys [R, G, D, B] and values [R, G, B, D] gathered per row, visible [R, B] bool.
 
-    One product per row and head, of the same shape for every chunk: [R * H, 1, D] x [R * H, D, B]. A row without any
+    One product per row and group, of the same shape for every chunk: [R * G, H/G, D] x [R * G, D, B]. A row without any
     visible key gives NaN; `merge` must not take it. Values at invisible places must be finite.
     """
-    rows, heads, dim = q.shape
-    groups = heads // keys.shape[1]
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    size = keys.shape[-1]
-    scores = torch.bmm(q.reshape(rows * heads, 1, dim), keys.reshape(rows * heads, dim, size)).view(rows, heads, size)
-    scores = scores.masked_fill(~visible[:, None, :], float("-inf"))
+    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1)).view(*q.shape[:3], -1)
+    scores.masked_fill_(~visible[:, None, None, :], float("-inf"))
     m = scores.amax(dim=-1, keepdim=True)
-    weights = torch.exp(scores - m)
-    o = torch.bmm(weights.view(rows * heads, 1, size), values.reshape(rows * heads, size, dim))
-    return Partial(m, weights.sum(dim=-1, keepdim=True), o.view(rows, heads, dim))
+    weights = scores.sub_(m).exp_()
+    o = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1))
+    return Partial(m, weights.sum(dim=-1, keepdim=True), o.view(q.shape))
 
 
 def merge(state: Partial | None, partial: Partial, present: torch.Tensor) -> Partial:
@@ -48,7 +45,7 @@ def merge(state: Partial | None, partial: Partial, present: torch.Tensor) -> Par
         return partial
     m = torch.maximum(state.m, partial.m)
     a, b = torch.exp(state.m - m), torch.exp(partial.m - m)
-    keep = present[:, None, None]
+    keep = present[:, None, None, None]
     return Partial(
         torch.where(keep, m, state.m),
         torch.where(keep, state.l * a + partial.l * b, state.l),
@@ -61,16 +58,27 @@ def chunk_attention_reference(
 ) -> torch.Tensor:
     """q [R, H, D], key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], tables [R, chunks] (0: no such chunk),
     positions [R] -> [R, H, D] in q's dtype. A row at position p sees keys 0..p."""
-    size = key_pages.shape[-1]
-    scaled = q.float() * q.shape[-1] ** -0.5
+    _, groups, dim, size = key_pages.shape
+    scaled = (q.float() * dim**-0.5).view(len(q), groups, -1, dim)
     slot = torch.arange(size, device=q.device)
     state: Partial | None = None
     for chunk in range(tables.shape[1]):
-        page = tables[:, chunk]
+        page = tables[:, chunk].contiguous()
+        keys, values = _gather("keys", key_pages, page), _gather("values", value_pages, page)
         visible = chunk * size + slot[None, :] <= positions[:, None]
-        partial = chunk_partial(
-            scaled, key_pages.index_select(0, page).float(), value_pages.index_select(0, page).float(), visible
-        )
-        state = merge(state, partial, visible[:, 0])
+        state = merge(state, chunk_partial(scaled, keys, values, visible), visible[:, 0])
     assert state is not None, "every row has at least the chunk of its own position"
-    return (state.o / state.l).to(q.dtype)
+    return (state.o / state.l).view(q.shape).to(q.dtype)
+
+
+_buffers = threading.local()
+
+
+def _gather(name: str, pages: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+    """pages[page] in fp32, in this thread's buffer of that name: valid until the next call with the name."""
+    shape = (len(page), *pages.shape[1:])
+    buffer = getattr(_buffers, name, None)
+    if buffer is None or buffer.shape != shape or buffer.dtype != pages.dtype or buffer.device != pages.device:
+        buffer = torch.empty(shape, dtype=pages.dtype, device=pages.device)
+        setattr(_buffers, name, buffer)
+    return torch.index_select(pages, 0, page, out=buffer).float()

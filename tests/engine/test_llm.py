@@ -317,3 +317,21 @@ def test_nan_weights_are_reported_with_the_prompt():
     with pytest.raises(FloatingPointError, match="prompt 0"):
         llm.generate([[1, 2]], SamplingParams(max_tokens=2))
     llm._scheduler.check()
+
+
+def test_weights_that_change_between_two_items_of_a_stream_are_an_error():
+    model = random_llama(small_config(), seed=4)
+    llm = LLM(model, max_sequences=2)
+    stream = llm.stream(PROMPTS[:8], SamplingParams(max_tokens=3, seed=0))
+    next(stream)
+    model.weights_changed()
+    with pytest.raises(InputError, match="while a stream was running"):
+        list(stream)
+    assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, seed=0))
+
+
+def test_completions_that_are_no_list_are_named():
+    llm = LLM(MODEL)
+    for completions in ("abc", [5, 6]):
+        with pytest.raises(InputError, match="expected a list of completions"):
+            llm.score([1, 2], completions)

@@ -114,3 +114,15 @@ def test_pool_and_scheduler_need_no_torch():
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_finished_candidate_gives_its_place_to_a_waiting_request():
+    scheduler = Scheduler(BlockPool(50, 2), 100, 2)
+    scheduler.add(Group(0, [1, 2, 3], [4, 4]))
+    scheduler.add(Group(1, [4, 5, 6], [4]))
+    first = scheduler.plan()
+    assert [work.sequence.group.index for work in first.work] == [0]
+    scheduler.commit(first, {(0, 0): (1, "stop"), (0, 1): (1, None)})
+    second = scheduler.plan()
+    assert [work.sequence.group.index for work in second.work] == [0, 1]
+    scheduler.check()
