@@ -82,7 +82,7 @@ def test_the_source_distribution_holds_what_the_extension_is_built_from(built):
     _, sdist = built
     extension = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     kernels = {f"engine/{path.relative_to(ROOT)}" for path in sources("kernels")}
-    assert extension | kernels | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= set(sdist)
+    assert extension | kernels | {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "README.md"} <= set(sdist)
     assert all(sdist[name].isfile() for name in kernels)
 
 
