@@ -96,7 +96,7 @@ def test_shipped_recipes_are_valid_and_name_a_shipped_template(name: str) -> Non
 def test_tiny_holds_the_settled_settings() -> None:
     tiny = Recipe.load("tiny", check_files=False)
     assert tiny.model == recipe_module.PACKAGE / "tiny" / "m0"
-    assert (tiny.data.ift_limit, tiny.eft.groups, tiny.eft.attempts, tiny.eft.temperature) == (48, 40, 6, 1.0)
+    assert (tiny.data.ift_limit, tiny.eft.groups, tiny.eft.attempts, tiny.eft.temperature) == (48, 120, 6, 1.0)
     assert (tiny.prompts.mode, tiny.prompts.count, tiny.prompts.temperature, tiny.prompts.top_p) == (
         "continue",
         800,
