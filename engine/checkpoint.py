@@ -1,7 +1,8 @@
 """Checkpoints: HF directories (config.json + safetensors, single or sharded) in and out.
 
 Tensors are memory-mapped and copied one by one into the fused parameters, so loading needs no second copy of the
-weights. Writing goes to a temporary directory beside the target, is synced, and renamed into place.
+weights. Writing goes to a temporary directory beside the target, is synced, and renamed into place: a reader finds the
+old directory, the new one or, between two renames, none, and never half of one. One writer at a time per directory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from engine.config import LlamaConfig, config_from_hf, config_to_hf
-from engine.errors import CheckpointError, NotBuiltError
+from engine.config import LlamaConfig, read_json
+from engine.errors import CheckpointError, InputError
 from engine.model import Block, Llama
 from engine.tokenizer import Tokenizer
 
@@ -33,10 +34,12 @@ def load_checkpoint(
     """A Llama from an HF directory. `dtype=None` keeps the dtype of the files.
 
     Raises CheckpointError naming the file or tensor: missing, truncated or corrupt files, missing, extra or misshapen
-    tensors, non-float dtypes, NaN or infinity.
+    tensors, non-float dtypes, NaN or infinity, a tokenizer.model with more pieces than the model has embeddings.
     """
     directory = Path(directory)
     config = _read_config(directory)
+    if (directory / "tokenizer.model").is_file():
+        _check_vocabulary(Tokenizer(directory), config)
     files = _tensor_files(directory)
     if dtype is None:
         dtype = _file_dtype(directory, files)
@@ -51,22 +54,27 @@ def load_checkpoint(
 
 
 def save_checkpoint(
-    model: Llama, directory: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = SHARD_BYTES
+    model: Llama,
+    directory: str | Path,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    generation_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an HF directory that transformers loads as it is. A directory that stood there before is replaced whole."""
-    directory = Path(directory)
+    """Write an HF directory that transformers loads as it is, in the model's dtype.
+
+    A checkpoint that stood there before is replaced whole; any other directory with files in it is refused.
+    `generation_config` is added to generation_config.json, which otherwise holds the ids of BOS and EOS.
+    """
+    if model.embed.dtype not in DTYPES:
+        raise InputError(f"the model is {model.embed.dtype}; a checkpoint holds fp32, fp16 or bf16: convert it first")
+    directory = Path(directory).resolve()  # through a symbolic link: the link stays, what it points to is replaced
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(directory, "tmp")
+    _finish_interrupted_save(directory)
+    _check_replaceable(directory)
     try:
         temporary.mkdir()
-        _write_tensors(model, temporary, max_shard_bytes)
-        bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
-        dtype = DTYPES[model.embed.dtype]
-        _write_json(temporary / "config.json", config_to_hf(model.config, dtype, bos, eos))
-        _write_json(temporary / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
-        if tokenizer:
-            tokenizer.save(temporary)
+        _write_all(model, temporary, tokenizer, max_shard_bytes, generation_config or {})
         _swap(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,32 +116,26 @@ def _slots(model: Llama) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _read_config(directory: Path) -> LlamaConfig:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: there is no such directory; expected a Llama checkpoint in HF layout")
-    if (directory / "params.json").is_file():
-        raise NotBuiltError(
-            f"{directory} is in Meta's layout (params.json), which is not built yet; convert it to HF's"
+    if directory.is_dir():
+        return LlamaConfig.from_hf(directory)
+    old = _beside(directory, "old")
+    advice = f"an interrupted save left {old}: rename it" if old.is_dir() else "expected a checkpoint in HF layout"
+    raise CheckpointError(f"{directory}: there is no such directory; {advice}")
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model {config.vocab_size} embeddings: "
+            "they do not belong together; use the tokenizer that the model was trained with"
         )
-    return config_from_hf(_read_json(directory / "config.json"), str(directory / "config.json"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; an HF checkpoint has it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object")
-    return values
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index of a sharded checkpoint or from the single file."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = _read_json(index).get("weight_map")
+        files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
             raise CheckpointError(f"{index} has no weight_map that names a file for every tensor; copy it again")
         for name in sorted(set(files.values())):
@@ -189,6 +191,24 @@ def _check_names(directory: Path, files: dict[str, str], slots: dict[str, Any], 
         )
 
 
+def _write_all(
+    model: Llama,
+    directory: Path,
+    tokenizer: Tokenizer | None,
+    max_shard_bytes: int,
+    generation_config: Mapping[str, Any],
+) -> None:
+    bos, eos = 1, 2
+    if tokenizer:
+        _check_vocabulary(tokenizer, model.config)
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        tokenizer.save(directory)
+    _write_json(directory / "config.json", model.config.to_hf(DTYPES[model.embed.dtype], bos, eos))
+    generation = {"bos_token_id": bos, "eos_token_id": eos, **generation_config}
+    _write_json(directory / "generation_config.json", generation)
+    _write_tensors(model, directory, max_shard_bytes)
+
+
 def _write_tensors(model: Llama, directory: Path, max_shard_bytes: int) -> None:
     tensors = {name: slot.detach() for name, slot in _slots(model)}
     shards: list[dict[str, torch.Tensor]] = [{}]
@@ -214,28 +234,56 @@ def _write_tensors(model: Llama, directory: Path, max_shard_bytes: int) -> None:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    # Row slices of a fused parameter share its storage; safetensors wants tensors that own theirs.
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, str(path), metadata={"format": "pt"})
+    # Row slices of a fused parameter are contiguous and do not overlap: safetensors writes them from where they are.
+    save_file(tensors, str(path), metadata={"format": "pt"})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def _beside(directory: Path, kind: str) -> Path:
+    """Where a save keeps the new ("tmp") and the replaced ("old") directory; one name, so that the next save cleans up."""
+    return directory.with_name(f".{directory.name}.{kind}")
+
+
+def _finish_interrupted_save(directory: Path) -> None:
+    """What a save that was killed left behind: put the old directory back if nothing stands in its place, drop the rest."""
+    old = _beside(directory, "old")
+    if old.is_dir() and not directory.exists():
+        old.rename(directory)
+    for leftover in (old, _beside(directory, "tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_replaceable(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise InputError(f"{directory} is a file; a checkpoint is a directory: choose another name")
+    if any(directory.iterdir()) and not (directory / "config.json").is_file():
+        raise InputError(f"{directory} holds files but no checkpoint and would be replaced whole; choose another name")
+
+
 def _swap(temporary: Path, directory: Path) -> None:
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    for path in [*temporary.iterdir(), temporary]:
+        _sync(path)
+    old = _beside(directory, "old")
     if directory.exists():
-        directory.rename(old)  # between the two renames a reader finds no directory, never half of one
+        directory.rename(old)
     try:
         temporary.rename(directory)
     except OSError:
         if old.exists():
             old.rename(directory)
         raise
+    _sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
-    parent = os.open(directory.parent, os.O_RDONLY)
-    os.fsync(parent)
-    os.close(parent)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

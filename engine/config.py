@@ -1,11 +1,24 @@
-"""The shape of a Llama: presets, and readers for HF's `config.json` and Meta's `params.json`."""
+"""The shape of a Llama: presets, and HF's `config.json` in and out."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, InputError
+from engine.errors import CheckpointError, InputError, NotBuiltError
+
+HF_SIZES = {  # HF's name of every size that config.json must state
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "ffn_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,10 @@ class LlamaConfig:
                 raise InputError(f"LlamaConfig.{name} is {value!r}; expected a positive integer")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise InputError(f"LlamaConfig.{name} is {value!r}; expected a positive number")
+        if not isinstance(self.tie_embeddings, bool):
+            raise InputError(f"LlamaConfig.tie_embeddings is {self.tie_embeddings!r}; expected true or false")
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"LlamaConfig.n_heads is {self.n_heads}, not a multiple of n_kv_heads ({self.n_kv_heads})")
         if self.head_dim % 2:
@@ -50,6 +65,54 @@ class LlamaConfig:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.n_layers * layer + embeddings + self.dim
 
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
+        """From HF's config.json as transformers 4 or 5 writes it: its contents, its path, or the directory that holds it.
+
+        `where` names contents in errors. Raises CheckpointError for a file that is missing or no JSON, a value that is
+        missing or impossible, and any architecture but plain Llama 2; NotBuiltError for a directory in Meta's layout.
+        """
+        if not isinstance(source, Mapping):
+            path = _config_path(Path(source))
+            source, where = read_json(path), str(path)
+        _refuse_other_architectures(source, where)
+        for name in HF_SIZES:
+            if source.get(name) is None:
+                raise CheckpointError(f"{where} has no {name}; a Llama config needs it")
+        sizes = {ours: source[theirs] for theirs, ours in HF_SIZES.items()}
+        rope = source.get("rope_parameters") or {}  # transformers 5; in 4 rope_theta stands at the top
+        try:
+            return cls(
+                **sizes,
+                n_kv_heads=_given(source, "num_key_value_heads", sizes["n_heads"]),
+                head_dim=_given(source, "head_dim", sizes["dim"] // sizes["n_heads"]),
+                norm_eps=_given(source, "rms_norm_eps", 1e-6),  # where it is absent, HF's own default
+                rope_theta=_given(rope, "rope_theta", _given(source, "rope_theta", 10000.0)),
+                tie_embeddings=_given(source, "tie_word_embeddings", False),
+            )
+        except (InputError, TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{where}: {error}; correct it or copy it again") from error
+
+    def to_hf(self, dtype: str = "float32", bos_id: int = 1, eos_id: int = 2) -> dict[str, Any]:
+        """The contents of HF's config.json. transformers 4 reads rope_theta at the top, 5 in rope_parameters: both are."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **{theirs: getattr(self, ours) for theirs, ours in HF_SIZES.items()},
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "tie_word_embeddings": self.tie_embeddings,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": bos_id,
+            "eos_token_id": eos_id,
+            "torch_dtype": dtype,
+        }
+
 
 PRESETS = {
     "7B": LlamaConfig(),
@@ -58,19 +121,32 @@ PRESETS = {
 }
 
 
-def config_from_hf(values: dict[str, Any], where: str) -> LlamaConfig:
-    """A LlamaConfig from the contents of HF's config.json; `where` names the file in errors."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; an HF checkpoint has it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object")
+    return values
 
-    def get(name: str, default: Any = None) -> Any:
-        value = values.get(name, default)
-        if value is None:
-            raise CheckpointError(f"{where} has no {name}; a Llama config needs it")
-        return value
 
-    if values.get("model_type", "llama") != "llama":
-        raise CheckpointError(f"{where}: model_type is {values['model_type']!r}; this engine runs 'llama'")
+def _config_path(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if (path / "params.json").is_file() and not (path / "config.json").is_file():
+        raise NotBuiltError(f"{path} is in Meta's layout (params.json), which is not built yet; convert it to HF's")
+    return path / "config.json"
+
+
+def _refuse_other_architectures(values: Mapping[str, Any], where: str) -> None:
+    if values.get("model_type") != "llama":
+        raise CheckpointError(f"{where}: model_type is {values.get('model_type')!r}; this engine runs 'llama'")
     for name, allowed in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if values.get(name, allowed) != allowed:
+        if _given(values, name, allowed) != allowed:
             raise CheckpointError(f"{where}: {name} is {values[name]!r}; Llama 2 has {allowed!r}")
     for name in ("rope_parameters", "rope_scaling"):  # transformers 5, transformers 4
         rope = values.get(name) or {}
@@ -79,47 +155,9 @@ def config_from_hf(values: dict[str, Any], where: str) -> LlamaConfig:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise CheckpointError(f"{where}: rope type {kind!r} is not supported; Llama 2 has plain rotary embedding")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    heads, dim = get("num_attention_heads"), get("hidden_size")
-    try:
-        return LlamaConfig(
-            dim=dim,
-            n_layers=get("num_hidden_layers"),
-            n_heads=heads,
-            n_kv_heads=values.get("num_key_value_heads") or heads,
-            head_dim=values.get("head_dim") or dim // heads,
-            ffn_dim=get("intermediate_size"),
-            vocab_size=get("vocab_size"),
-            max_seq_len=get("max_position_embeddings"),
-            norm_eps=get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or values.get("rope_theta", 10000.0),
-            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        )
-    except (InputError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
 
 
-def config_to_hf(config: LlamaConfig, dtype: str, bos_id: int = 1, eos_id: int = 2) -> dict[str, Any]:
-    """What HF's config.json holds for this shape (transformers 4 reads the flat rope_theta, 5 rope_parameters)."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "torch_dtype": dtype,
-    }
+def _given(values: Mapping[str, Any], name: str, default: Any) -> Any:
+    """HF writes null where it means the default."""
+    value = values.get(name)
+    return default if value is None else value

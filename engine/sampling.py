@@ -123,8 +123,8 @@ def kept(logp: torch.Tensor, params: RowParams) -> torch.Tensor:
 
     top-p keeps the smallest set of likeliest tokens whose mass reaches top_p, of what top-k left, renormalised. Among
     equally likely tokens the lower id comes first, so ties at a boundary are cut by id. min-p keeps what is at least
-    min_p times as likely as the likeliest. Masses are summed in fp64: in fp32 the sum over a large vocabulary drifts by
-    more than the tokens at the boundary weigh.
+    min_p times as likely as the likeliest. Masses are summed in fp64: fp32 resolves 6e-8, and the tokens at the
+    boundary of a wide nucleus weigh less.
     """
     order = torch.sort(logp, dim=-1, descending=True, stable=True)
     ranks = torch.arange(logp.shape[-1], device=logp.device)[None, :]

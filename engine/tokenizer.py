@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,9 @@ import sentencepiece
 
 from engine.errors import InputError
 from engine.tokenizer_json import SPACE, tokenizer_json
+
+# A later normalizer_spec (field 3) of a ModelProto is merged into the earlier one: add_dummy_prefix (field 3) = false.
+NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 
 CHAT_LAYOUT = "{bos}[INST] {user} [/INST]{answer}{eos}; system: <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}"
 
@@ -29,7 +31,9 @@ class Tokenizer:
         if not self.path.is_file():
             raise InputError(f"{self.path}: there is no such tokenizer; expected a SentencePiece tokenizer.model")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            self._proto = self.path.read_bytes()  # kept: what encodes is what is hashed and saved
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
+            self._bare = sentencepiece.SentencePieceProcessor(model_proto=self._proto + NO_DUMMY_PREFIX)
         except (RuntimeError, OSError) as error:
             raise InputError(f"{self.path} is not a SentencePiece model ({error}); copy it again") from error
         self.vocab_size: int = self._model.vocab_size()
@@ -39,7 +43,6 @@ class Tokenizer:
         for name in ("bos_id", "eos_id"):
             if getattr(self, name) < 0:
                 raise InputError(f"{self.path} defines no {name}; Llama's layout needs both BOS and EOS")
-        self._newline: list[int] = self._model.encode("\n")
 
     def encode(self, text: str, continuation: bool = False) -> list[int]:
         """Token ids without BOS and EOS.
@@ -55,10 +58,16 @@ class Tokenizer:
             return [self._model.piece_to_id(SPACE)]  # SentencePiece puts no dummy space before an empty text
         if text[0] == " " and text != " ":  # the dummy space *is* the written one
             return list(self._model.encode(text[1:]))
-        ids = list(self._model.encode("\n" + text))  # a newline never merges with what follows
-        if not self._newline or ids[: len(self._newline)] != self._newline:
+        ids = list(self._bare.encode(text))
+        if self._lost_its_start(text, ids):
             raise InputError(f"{self.path} cannot continue with {text[:20]!r}: begin the segment with a space")
-        return ids[len(self._newline) :]
+        return ids
+
+    def _lost_its_start(self, text: str, ids: list[int]) -> bool:
+        """A word model knows words only with the space before them, and many models normalise a line break away."""
+        if text[0].isspace() and ids == self._bare.encode(text.lstrip()):
+            return True
+        return ids.count(self.unk_id) > self._model.encode(text).count(self.unk_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids: control tokens skipped, the dummy space removed, incomplete UTF-8 as U+FFFD."""
@@ -97,7 +106,7 @@ class Tokenizer:
     def template_hash(self) -> str:
         """Identifies vocabulary and chat layout: what was tokenised under another hash must not be mixed in."""
         digest = hashlib.blake2b(CHAT_LAYOUT.encode(), digest_size=16)
-        digest.update(self.path.read_bytes())
+        digest.update(self._proto)
         return digest.hexdigest()
 
     def save(self, directory: str | Path) -> None:
@@ -105,7 +114,7 @@ class Tokenizer:
 
         A BPE model (Llama's) gets a tokenizer.json; for other kinds transformers has to convert tokenizer.model itself.
         """
-        shutil.copyfile(self.path, Path(directory) / "tokenizer.model")
+        (Path(directory) / "tokenizer.model").write_bytes(self._proto)
         converted = tokenizer_json(self._model)
         if converted:
             (Path(directory) / "tokenizer.json").write_text(json.dumps(converted, ensure_ascii=False), encoding="utf-8")

@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import content_hash, load_checkpoint, save_checkpoint
-from engine.errors import CheckpointError, NotBuiltError
+from engine.errors import CheckpointError, InputError, NotBuiltError
+from engine.tokenizer import Tokenizer
 from tests.engine.helpers import random_llama, small_config
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -27,6 +29,19 @@ def saved(tmp_path):
 def sharded(tmp_path):
     save_checkpoint(random_llama(small_config()), tmp_path / "s", max_shard_bytes=SHARD_BYTES)
     return tmp_path / "s"
+
+
+class FakeTokenizer:
+    """The part of a tokenizer that a checkpoint asks for, and no files."""
+
+    path = "tokenizer.model"
+    bos_id, eos_id = 5, 6
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def save(self, directory):
+        pass
 
 
 def assert_equal_models(first, second):
@@ -177,7 +192,7 @@ def test_save_replaces_an_existing_directory_whole_and_leaves_nothing_behind(tmp
 
 def test_a_failed_save_keeps_the_old_directory_and_leaves_nothing_behind(tmp_path, saved):
     class FullDisk:
-        bos_id, eos_id = 1, 2
+        bos_id, eos_id, vocab_size = 1, 2, 111
 
         def save(self, directory):
             raise OSError("no space left on device")
@@ -203,6 +218,78 @@ def test_a_failed_swap_puts_the_old_directory_back(tmp_path, saved, monkeypatch)
         save_checkpoint(random_llama(small_config(), seed=1), saved)
     assert content_hash(saved) == before
     assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("old_is_in_place", [True, False])
+def test_a_save_after_a_killed_one_cleans_up(tmp_path, saved, old_is_in_place):
+    (tmp_path / ".m.tmp").mkdir()  # killed while it wrote
+    (tmp_path / ".m.tmp" / SINGLE).write_bytes(b"half")
+    if not old_is_in_place:  # killed between the two renames
+        saved.rename(tmp_path / ".m.old")
+        rejected(saved, "no such directory", ".m.old", "rename it")
+    other = random_llama(small_config(), seed=1)
+    save_checkpoint(other, saved)
+    assert_equal_models(load_checkpoint(saved), other)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_failed_save_after_a_killed_one_brings_the_old_directory_back(tmp_path, saved):
+    before = content_hash(saved)
+    saved.rename(tmp_path / ".m.old")
+    with pytest.raises(CheckpointError, match="has 112 pieces"):
+        save_checkpoint(random_llama(small_config(), seed=1), saved, tokenizer=FakeTokenizer(112))
+    assert content_hash(saved) == before
+
+
+def test_save_refuses_to_replace_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    with pytest.raises(InputError, match="thesis holds files but no checkpoint"):
+        save_checkpoint(random_llama(small_config()), tmp_path / "thesis")
+    with pytest.raises(InputError, match=r"chapter\.txt is a file"):
+        save_checkpoint(random_llama(small_config()), tmp_path / "thesis" / "chapter.txt")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(random_llama(small_config()), tmp_path / "empty")
+    assert_equal_models(load_checkpoint(tmp_path / "empty"), random_llama(small_config()))
+
+
+def test_save_through_a_link_keeps_the_link(tmp_path, saved):
+    (tmp_path / "link").symlink_to(saved)
+    other = random_llama(small_config(), seed=1)
+    save_checkpoint(other, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert_equal_models(load_checkpoint(saved), other)
+
+
+def test_a_model_in_float64_is_not_saved(tmp_path):
+    with pytest.raises(InputError, match=r"the model is torch\.float64"):
+        save_checkpoint(random_llama(small_config()).to(torch.float64), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_generation_config_has_the_tokenizers_ids_and_the_callers_values(tmp_path):
+    model = random_llama(small_config())
+    save_checkpoint(model, tmp_path / "m", FakeTokenizer(111), generation_config={"temperature": 0.7})
+    written = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 5, "eos_token_id": 6, "temperature": 0.7}
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (5, 6)
+
+
+def test_a_tokenizer_larger_than_the_model_is_named(tmp_path, saved):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e"] * 9),
+        model_prefix=str(saved / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    pieces = Tokenizer(saved).vocab_size
+    assert pieces > 111
+    rejected(saved, "tokenizer.model", f"{pieces} pieces", "111 embeddings")
 
 
 def test_save_creates_missing_parents(tmp_path):
@@ -272,7 +359,7 @@ def test_a_model_that_is_not_plain_llama_2_is_rejected(saved, changes, part):
 
 
 def test_metas_layout_is_not_built(saved):
-    (saved / "params.json").write_text("{}")
+    (saved / "config.json").rename(saved / "params.json")
     rejected(saved, "params.json", "not built", error=NotBuiltError)
 
 

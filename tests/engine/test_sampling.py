@@ -23,7 +23,8 @@ def plain_kept(logp, top_k, top_p, min_p):
     order = sorted(range(len(logp)), key=lambda token: (-logp[token], token))
     if top_k:
         order = order[:top_k]
-    weight = [math.exp(value - max(logp)) for value in logp]
+    best = max(logp)
+    weight = [math.exp(value - best) for value in logp]
     total = sum(weight[token] for token in order)
     keep, mass = [], 0.0
     for token in order:
@@ -89,8 +90,16 @@ def test_a_rows_result_does_not_depend_on_its_place(vocab):
         assert torch.equal(a[order], b)
 
 
+@pytest.mark.parametrize("top_p", [0.9, 0.999999])
+def test_the_nucleus_of_a_large_vocabulary_is_cut_at_the_right_token(top_p):
+    """Masses in fp32, or top_p rounded to it, would cut at another token of the long tail."""
+    rows = RowParams.of([SamplingParams(top_p=top_p)])
+    logp = tempered(torch.randn(1, 32000, generator=torch.Generator().manual_seed(5)) * 4, rows)
+    keep = set(kept(logp, rows)[0].nonzero().flatten().tolist())
+    assert keep == plain_kept(logp[0].double().tolist(), 0, top_p, 0.0)
+
+
 def test_a_nucleus_of_equal_tokens_holds_exactly_its_share():
-    """32,000 equal tokens: a sum of masses in fp32 would be off by dozens of tokens."""
     for top_p, size in ((0.5, 16000), (0.9, 28800), (1e-9, 1), (1.0, 32000)):
         rows = RowParams.of([SamplingParams(top_p=top_p)])
         keep = kept(tempered(torch.full((1, 32000), 0.3), rows), rows)[0]

@@ -24,19 +24,28 @@ def vectors(test_data):
     return [(text, [int(token) for token in line.split()]) for text, line in zip(texts, lines, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def word_model(tmp_path_factory):
-    """Every word is one token: the kind of model with which tiny recipes are run."""
-    directory = tmp_path_factory.mktemp("word")
+def trained(directory, model_type, **options):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["[INST] add two and three [/INST] five", "the answer is five"] * 20),
         model_prefix=str(directory / "tokenizer"),
-        model_type="word",
-        vocab_size=100,
+        model_type=model_type,
         hard_vocab_limit=False,
         minloglevel=2,
+        **{"vocab_size": 40, **options},
     )
     return Tokenizer(directory / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def word_model(tmp_path_factory):
+    """Every word is one token: the kind of model with which tiny recipes are run."""
+    return trained(tmp_path_factory.mktemp("word"), "word", vocab_size=100)
+
+
+@pytest.fixture(scope="module", params=["char", "bpe", "unigram"])
+def letter_model(request, tmp_path_factory):
+    """Small, without byte fallback, and with the normalisation that SentencePiece trains by default."""
+    return trained(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def test_all_46_published_vectors_are_met(llama, vectors):
@@ -219,6 +228,33 @@ def test_a_word_model_says_that_a_continuation_must_begin_with_a_space(word_mode
         word_model.encode(segment, continuation=True)
 
 
+@pytest.mark.parametrize("segment", [" five", "five", "five and", "[INST]", "é"])
+def test_a_small_model_continues_exactly_as_written(letter_model, segment):
+    ids = letter_model.encode("the answer") + letter_model.encode(segment, continuation=True)
+    assert letter_model.decode(ids) == "the answer" + segment.replace("é", " ⁇ ")
+
+
+@pytest.mark.parametrize("segment", ["\nfive", "\t"])
+def test_a_small_model_does_not_drop_a_line_break_in_silence(letter_model, segment):
+    with pytest.raises(InputError, match="begin the segment with a space"):
+        letter_model.encode(segment, continuation=True)
+
+
+def test_what_a_model_does_not_know_is_one_unknown_token_and_no_error(word_model):
+    assert word_model.encode(" zebra", continuation=True) == [word_model.unk_id]
+    assert word_model.encode("zebra") == [word_model.unk_id]
+
+
+def test_a_word_model_is_saved_unchanged_even_if_its_file_is_gone(tmp_path):
+    model = trained(tmp_path, "word")
+    content, template_hash = model.path.read_bytes(), model.template_hash
+    model.path.unlink()
+    (tmp_path / "saved").mkdir()
+    model.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == content
+    assert model.template_hash == Tokenizer(tmp_path / "saved").template_hash == template_hash
+
+
 def test_template_hash_depends_on_the_vocabulary_and_survives_saving(word_model, llama, tmp_path):
     word_model.save(tmp_path)
     assert Tokenizer(tmp_path).template_hash == word_model.template_hash
@@ -228,9 +264,32 @@ def test_template_hash_depends_on_the_vocabulary_and_survives_saving(word_model,
 def test_transformers_loads_the_saved_directory_with_equal_ids(llama, vectors, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     llama.save(tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == llama.path.read_bytes()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text, ids in [*vectors, ("é naïve 漢字 [INST] x [/INST]", llama.encode("é naïve 漢字 [INST] x [/INST]"))]:
         assert theirs(text, add_special_tokens=False).input_ids == ids
         assert theirs.decode(ids) == text
     assert theirs("hi").input_ids == [1, 7251]
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, len(theirs)) == (1, 2, 0, 32000)
+
+
+def test_transformers_llama_tokenizer_loads_the_saved_directory(llama, vectors, tmp_path):
+    """Asked for by name it is transformers' own conversion, which differs for texts that begin with a space."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    llama.save(tmp_path)
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    compared = [(text, ids) for text, ids in vectors if text and not text[0].isspace()]
+    assert len(compared) > 20
+    for text, ids in compared:
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+
+
+@pytest.mark.parametrize("options", [{}, {"byte_fallback": True, "vocab_size": 300}], ids=["plain", "bytes"])
+def test_transformers_gives_a_small_bpe_models_ids(tmp_path, options):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = trained(tmp_path, "bpe", **options)
+    (tmp_path / "saved").mkdir()
+    model.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in ("add two and three", "the answer is five", "five"):
+        assert theirs(text, add_special_tokens=False).input_ids == model.encode(text)
