@@ -94,8 +94,8 @@ def make_base(run: Run) -> Row:
 
 def train_baseline(run: Run) -> Row:
     """The SFT baseline: M0 on the human instructions alone."""
-    rows = _ift_rows(run)
-    return _train_sft(run, rows, "sft/model", "sft") | {"ift": len(rows)}
+    rows, counts = _ift_rows(run)
+    return _train_sft(run, rows, "sft/model", "sft") | counts
 
 
 def build_eft(run: Run) -> Row:
@@ -131,11 +131,11 @@ def train_m1(run: Run) -> Row:
     judgements = run.rows("eft/train.jsonl")
     if not judgements:
         return {"same_as": "sft/model"}
-    rows = _ift_rows(run)
+    rows, counts = _ift_rows(run)
     for row in judgements:
         prompt = run.template.token_ids(run.tokenizer, row["prompt"], row["answer"])
         rows.append(SFTRow(prompt, row["judgement_token_ids"]))
-    return _train_sft(run, rows, "m1/model", "m1") | {"eft": len(judgements)}
+    return _train_sft(run, rows, "m1/model", "m1") | counts | {"eft": len(judgements)}
 
 
 # ---- one round --------------------------------------------------------------------------------------------------------
@@ -366,20 +366,24 @@ def _params(options: Any, n: int, seed: int) -> SamplingParams:
     )
 
 
-def _ift_rows(run: Run) -> list[SFTRow]:
-    """Chat prompt and human answer, cut at `data.max_tokens`; a row whose prompt leaves no room is an error by name."""
+def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
+    """Chat prompts with human answers, cut at `data.max_tokens` (a cut answer has no EOS), and how many were cut or,
+    because the prompt alone fills that many tokens, left out."""
     limit = run.recipe.data.max_tokens
-    rows = []
+    rows, counts = list[SFTRow](), Counter[str](ift=0, ift_cut=0, ift_prompt_too_long=0)
     for row in load_ift(run.recipe.data.ift, run.recipe.data.ift_limit):
         prompt = run.tokenizer.chat_prompt(row["prompt"])
-        answer = [*run.tokenizer.encode(row["response"].strip()), run.tokenizer.eos_id][: limit - len(prompt)]
-        if len(prompt) >= limit:
-            prompt, answer = prompt[: limit // 2], []  # replaced below: nothing to learn from
-        if answer:
-            rows.append(SFTRow(prompt, answer))
+        answer = [*run.tokenizer.encode(row["response"].strip()), run.tokenizer.eos_id]
+        room = limit - len(prompt)
+        if room < 1:
+            counts["ift_prompt_too_long"] += 1
+            continue
+        rows.append(SFTRow(prompt, answer[:room]))
+        counts["ift"] += 1
+        counts["ift_cut"] += len(answer) > room
     if not rows:
-        raise InputError(f"{run.recipe.data.ift}: no row fits data.max_tokens={limit}; raise it")
-    return rows
+        raise InputError(f"{run.recipe.data.ift}: no prompt is shorter than data.max_tokens={limit}; raise it")
+    return rows, dict(counts)
 
 
 def _train_options(options: SFT | DPO) -> Row:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.llm import LLM
 from engine.model import tree_attend
+from engine.sampling import SamplingParams
 from tests.engine.helpers import random_llama, small_config
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; nothing to compare with")
@@ -99,3 +101,38 @@ def test_a_sharded_directory_of_theirs_is_loaded_by_us(tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert_equal_logits(our_logits(load_checkpoint(tmp_path)), their_logits(theirs))
+
+
+@SHAPES
+def test_greedy_tokens_are_those_of_their_generate(tmp_path, kv_heads):
+    """Equal, or at the first difference their two best logits lie within 1e-4 rms (DESIGN, section 6)."""
+    theirs = their_model(small_config(n_kv_heads=kv_heads))
+    theirs.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [[1, *torch.randint(3, 111, (n,), generator=generator).tolist()] for n in (1, 20, 63, 64, 130)]
+    outputs = LLM(tmp_path).generate(prompts, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ours = output.outputs[0].token_ids
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1]
+        assert_greedy(ours, logits)
+        reply = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        reply = reply[0, len(prompt) :].tolist()
+        assert len(ours) == len(reply) == 100
+        differs = next((at for at in range(100) if ours[at] != reply[at]), None)
+        if differs is not None:
+            assert_near_tie(logits[differs])
+
+
+def assert_greedy(ids, logits):
+    """Every token is the best of its logits (teacher forcing), or nearly tied with it."""
+    for token, row in zip(ids, logits, strict=True):
+        if row.argmax().item() != token:
+            assert (row.max() - row[token]).item() <= 1e-4 * row.pow(2).mean().sqrt().item()
+
+
+def assert_near_tie(row):
+    best, second = row.topk(2).values.tolist()
+    assert best - second <= 1e-4 * row.pow(2).mean().sqrt().item()

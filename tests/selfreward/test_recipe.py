@@ -86,7 +86,7 @@ def test_training_keys_are_the_engines_options_with_its_defaults(group: Any, con
     config(**ours, seed=0)
 
 
-@pytest.mark.parametrize("name", ["tiny", "llama2-plain"])
+@pytest.mark.parametrize("name", ["tiny", "llama2-plain", "trial"])
 def test_shipped_recipes_are_valid_and_name_a_shipped_template(name: str) -> None:
     assert name in recipe_names()
     recipe = Recipe.load(name, check_files=False)
