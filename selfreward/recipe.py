@@ -121,9 +121,6 @@ class EFT(Sampling):
     required: bool = True
     attempts: Count = 6  # per group
     max_tokens: Count = 256
-    groups: Count | None = None  # null: all
-    keep: Literal["strict"] = "strict"
-    weight: Positive = 1.0  # of an EFT row beside an IFT row
 
 
 class Prompts(Sampling):

@@ -103,7 +103,6 @@ def build_eft(run: Run) -> Row:
     recipe = run.recipe
     heldout = load_ranked(recipe.data.eft_heldout)[: recipe.evaluation.judge_groups] if recipe.data.eft_heldout else []
     groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
-    groups = groups[: recipe.eft.groups]
     held = {group["prompt"] for group in heldout}
     shared = next((group["id"] for group in groups if group["prompt"] in held), None)
     if shared is not None:
@@ -121,7 +120,7 @@ def build_eft(run: Run) -> Row:
     if not rows and recipe.eft.required:
         raise GateError(
             f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {recipe.data.eft} "
-            f"({dict(counts)}): raise eft.attempts or eft.groups, or set eft.required=false to go without judge data"
+            f"({dict(counts)}): raise eft.attempts or data.eft_limit, or set eft.required=false to go without judge data"
         )
     return {"groups": len(groups), "train": len(rows), "heldout": len(heldout), **counts}
 

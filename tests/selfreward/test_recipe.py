@@ -46,7 +46,7 @@ seed rounds model tokenizer init.preset init.dim init.n_layers init.n_heads init
 data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
 sft.clip sft.max_pack_tokens sft.dropout
-eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens eft.groups eft.keep eft.weight
+eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
 judge.temperature judge.top_p judge.template judge.draws judge.max_tokens judge.min_valid_draws
@@ -96,7 +96,7 @@ def test_shipped_recipes_are_valid_and_name_a_shipped_template(name: str) -> Non
 def test_tiny_holds_the_settled_settings() -> None:
     tiny = Recipe.load("tiny", check_files=False)
     assert tiny.model == recipe_module.PACKAGE / "tiny" / "m0"
-    assert (tiny.data.ift_limit, tiny.eft.groups, tiny.eft.attempts, tiny.eft.temperature) == (48, 120, 6, 1.0)
+    assert (tiny.data.ift_limit, tiny.data.eft_limit, tiny.eft.attempts, tiny.eft.temperature) == (48, 120, 6, 1.0)
     assert (tiny.prompts.mode, tiny.prompts.count, tiny.prompts.temperature, tiny.prompts.top_p) == (
         "continue",
         800,
