@@ -164,11 +164,12 @@ class Scheduler:
     def apply(self, plan: Plan) -> None:
         """Take the blocks of the plan's admissions and give the computed sequences the blocks that their rows need."""
         first = {work.sequence.group.index: work.sequence for work in plan.work}
+        for admission in plan.admissions:  # all of them before the first `allocate`, which may take any unheld block
+            self.pool.hold(admission.shared)
         for admission in plan.admissions:
             group, sequence = admission.group, first[admission.group.index]
             self.waiting.remove(group)
             self.running.append(group)
-            self.pool.hold(admission.shared)
             reserve = self.pool.allocate(admission.reserve)
             assert reserve is not None, (
                 f"group {group.index}: {admission.reserve} blocks were counted but are not there"
@@ -209,6 +210,10 @@ class Scheduler:
         """Verify the pool against everything that runs."""
         holders = [sequence.blocks for group in self.running for sequence in group.sequences]
         self.pool.check([*holders, *self.reserved.values()])
+        for index, blocks in self.reserved.items():
+            for block in blocks:
+                if self.pool.blocks[block].references != 1:
+                    raise AssertionError(f"block {block} is reserved for group {index} and held by another")
 
     def abort_all(self) -> None:
         """Drop everything that waits or runs and give its blocks back."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,17 +41,36 @@ requests = st.lists(
 
 
 @settings(max_examples=400, deadline=None)
-@given(requests, st.integers(1, 9), st.integers(3, 6), st.integers(14, 40), st.randoms(use_true_random=False))
-def test_every_row_sees_its_own_tokens_and_every_request_ends(given_requests, budget, places, blocks, rng):
+@given(
+    st.lists(requests, min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.integers(3, 6),
+    st.integers(14, 40),
+    st.randoms(use_true_random=False),
+)
+def test_every_row_sees_its_own_tokens_and_every_request_ends(waves, budget, places, blocks, rng):
     pool, pages = BlockPool(blocks, 2), Pages(blocks, 2)
     scheduler = Scheduler(pool, budget, places)
-    groups = []
-    for index, (prompt, limits, scored) in enumerate(given_requests):
-        forced = [[rng.randrange(2) for _ in range(limit)] for limit in limits] if scored else None
-        group = Group(index, prompt, limits, forced)
-        if scheduler.worst_case(group) <= blocks - 1:
-            groups.append(group)
-            scheduler.add(group)
+    for wave in waves:  # the later ones find the cached blocks of the earlier ones
+        groups = []
+        for index, (prompt, limits, scored) in enumerate(wave):
+            forced = [[rng.randrange(2) for _ in range(limit)] for limit in limits] if scored else None
+            group = Group(index, prompt, limits, forced)
+            if scheduler.worst_case(group) <= blocks - 1:
+                groups.append(group)
+                scheduler.add(group)
+        run_to_the_end(scheduler, pages, budget, rng)
+        assert scheduler.idle and not scheduler.reserved
+        assert len(pool.free) == blocks - 1
+        for group in groups:
+            assert all(sequence.finished for sequence in group.sequences)
+            for sequence, limit in zip(group.sequences, group.limits, strict=True):
+                added = sequence.tokens[group.prompt_len :]
+                assert 1 <= len(added) <= limit
+                assert group.forced is None or added == group.forced[sequence.candidate]
+
+
+def run_to_the_end(scheduler, pages, budget, rng):
     for _ in range(2000):
         if scheduler.idle:
             break
@@ -67,14 +87,40 @@ def test_every_row_sees_its_own_tokens_and_every_request_ends(given_requests, bu
         for copy in scheduler.commit(plan, drawn):
             pages.copy(copy)
         scheduler.check()
-    assert scheduler.idle and not scheduler.reserved
-    assert len(pool.free) == blocks - 1
-    for group in groups:
-        assert all(sequence.finished for sequence in group.sequences)
-        for sequence, limit in zip(group.sequences, group.limits, strict=True):
-            added = sequence.tokens[group.prompt_len :]
-            assert 1 <= len(added) <= limit
-            assert group.forced is None or added == group.forced[sequence.candidate]
+
+
+def run_alone(scheduler, group):
+    """Run one sampled request to its end, one token per candidate."""
+    scheduler.add(group)
+    while not scheduler.idle:
+        plan = scheduler.plan()
+        draws = {(work.sequence.group.index, c): (1, "stop") for work in plan.work for c in work.draws}
+        scheduler.commit(plan, draws)
+        scheduler.check()
+
+
+def test_an_admission_does_not_take_the_cached_blocks_that_a_later_one_of_the_same_plan_shares():
+    scheduler = Scheduler(BlockPool(9, 2), 100, 10)
+    run_alone(scheduler, Group(0, [7, 7, 7, 7, 1], [1]))  # its two full blocks are the oldest that can be reused
+    run_alone(scheduler, Group(1, [5, 5, 6, 6, 8, 8, 9], [1]))
+    scheduler.add(Group(2, [0, 1, 0, 1, 1], [4]))  # needs five new blocks
+    scheduler.add(Group(3, [7, 7, 7, 7, 2], [1]))  # finds the two oldest
+    plan = scheduler.plan()
+    scheduler.check()
+    first, second = (set(work.sequence.blocks) for work in plan.work)
+    assert len(plan.admissions) == 2 and not (first | set(scheduler.reserved[2])) & second
+
+
+def test_check_finds_a_block_that_is_reserved_and_held_by_another():
+    scheduler = Scheduler(BlockPool(9, 2), 100, 10)
+    scheduler.add(Group(0, [1, 2, 3], [3]))
+    scheduler.add(Group(1, [4, 5, 6], [3]))
+    plan = scheduler.plan()
+    stolen = scheduler.reserved[0][0]
+    scheduler.pool.hold([stolen])
+    plan.work[1].sequence.blocks.append(stolen)
+    with pytest.raises(AssertionError, match=f"block {stolen} is reserved"):
+        scheduler.check()
 
 
 def test_a_request_that_does_not_fit_yet_waits_for_blocks():
