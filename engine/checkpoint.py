@@ -1,25 +1,29 @@
-"""Checkpoints: HF directories (config.json + safetensors, single or sharded) in and out.
+"""Checkpoints: directories in HF's or Meta's layout in, in HF's layout out.
 
-Tensors are memory-mapped and copied one by one into the fused parameters, so loading needs no second copy of the
-weights. Writing goes to a temporary directory beside the target, is synced, and renamed into place: a reader finds the
-old directory, the new one or, between two renames, none, and never half of one. One writer at a time per directory.
+Tensors are memory-mapped and copied piece by piece into the fused parameters, so loading needs no second copy of the
+weights, in resident memory neither of the model nor of its files. Writing goes to a temporary directory beside the
+target, is synced, and renamed into place: a reader finds the old directory, the new one or, between two renames, none,
+and never half of one. One writer at a time per directory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from engine.config import LlamaConfig, read_json
+from engine.checkpoint_hf import HfFiles
+from engine.checkpoint_meta import MetaFiles
+from engine.config import LlamaConfig
 from engine.errors import CheckpointError, InputError
 from engine.model import Block, Llama
 from engine.tokenizer import Tokenizer
@@ -28,27 +32,44 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 SHARD_BYTES = 4 << 30
 
 
+class Layout(Protocol):
+    """A directory of either layout, opened: its config, and its tensors by HF's names."""
+
+    config: LlamaConfig
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None: ...
+
+    def pieces(self, name: str, shape: torch.Size) -> Iterator[tuple[str, tuple[slice, ...], torch.Tensor]]: ...
+
+
+def read_config(directory: str | Path) -> LlamaConfig:
+    """The config of a checkpoint in HF's or Meta's layout, without its weights. Raises CheckpointError as loading does."""
+    return _open_layout(Path(directory)).config
+
+
 def load_checkpoint(
     directory: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Llama:
-    """A Llama from an HF directory. `dtype=None` keeps the dtype of the files.
+    """A Llama from a directory in HF's or Meta's layout. `dtype=None` keeps the dtype of the files.
+
+    Meta's layout does not tell the longest context: 4096, as Llama 2 was trained, unless params.json has `max_seq_len`.
 
     Raises CheckpointError naming the file or tensor: missing, truncated or corrupt files, missing, extra or misshapen
-    tensors, non-float dtypes, NaN or infinity, a tokenizer.model with more pieces than the model has embeddings.
+    tensors, non-float dtypes, NaN or infinity, values beyond `dtype`, a tokenizer.model with more pieces than the model
+    has embeddings. Names and shapes are checked before memory is taken for the weights.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    layout = _open_layout(directory)
     if (directory / "tokenizer.model").is_file():
-        _check_vocabulary(Tokenizer(directory), config)
-    files = _tensor_files(directory)
-    if dtype is None:
-        dtype = _file_dtype(directory, files)
-    model = Llama(config, dtype=dtype, device=device)
-    slots = dict(_slots(model))
-    _check_names(directory, files, slots, config)
+        _check_vocabulary(Tokenizer(directory), layout.config)
+    layout.check(_shapes(layout.config))
+    model = Llama(layout.config, dtype=dtype or layout.dtype, device=device)
     with torch.no_grad():
-        for name, slot in slots.items():
-            slot.copy_(_read_tensor(directory / files[name], name, slot.shape))
+        for name, slot in _slots(model):
+            _fill(slot, layout, name)
     model.weights_changed()
     return model
 
@@ -64,32 +85,78 @@ def save_checkpoint(
 
     A checkpoint that stood there before is replaced whole; any other directory with files in it is refused.
     `generation_config` is added to generation_config.json, which otherwise holds the ids of BOS and EOS.
+    Raises InputError where the directory cannot be written (full disk, no permission); what stood there before stays.
     """
     if model.embed.dtype not in DTYPES:
         raise InputError(f"the model is {model.embed.dtype}; a checkpoint holds fp32, fp16 or bf16: convert it first")
     directory = Path(directory).resolve()  # through a symbolic link: the link stays, what it points to is replaced
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(directory, "tmp")
-    _finish_interrupted_save(directory)
-    _check_replaceable(directory)
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _finish_interrupted_save(directory)
+        _check_replaceable(directory)
         temporary.mkdir()
         _write_all(model, temporary, tokenizer, max_shard_bytes, generation_config or {})
         _swap(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{directory} cannot be written ({error}); make room there or choose another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def content_hash(directory: str | Path) -> str:
-    """Hash of shape, names and values of the tensors, whatever the sharding: equal models have equal hashes."""
+    """Hash of config, names and values of the tensors, whatever layout and sharding: equal models have equal hashes.
+
+    Raises CheckpointError as loading does.
+    (The longest context is part of the config: Llama 2 in Meta's layout equals an HF directory that says 4096.)
+    """
     directory = Path(directory)
-    digest = hashlib.blake2b(repr(_read_config(directory)).encode(), digest_size=16)
-    files = _tensor_files(directory)
-    for name in sorted(files):
-        tensor = _read_tensor(directory / files[name], name, None)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).flatten().numpy().data)
+    layout = _open_layout(directory)
+    if (directory / "tokenizer.model").is_file():
+        _check_vocabulary(Tokenizer(directory), layout.config)
+    shapes = _shapes(layout.config)
+    layout.check(shapes)
+    digest = hashlib.blake2b(repr(layout.config).encode(), digest_size=16)
+    for name, shape in sorted(shapes.items()):
+        tensor = torch.empty(shape, dtype=next(layout.pieces(name, shape))[2].dtype)
+        _fill(tensor, layout, name)
+        digest.update(f"{name} {tensor.dtype} {tuple(shape)}".encode())
+        digest.update(tensor.view(torch.uint8).flatten().numpy().data)
     return digest.hexdigest()
+
+
+def _open_layout(directory: Path) -> Layout:
+    if not directory.is_dir():
+        old = _beside(directory, "old")
+        advice = f"an interrupted save left {old}: rename it" if old.is_dir() else "expected a checkpoint's directory"
+        raise CheckpointError(f"{directory}: there is no such directory; {advice}")
+    if (directory / "params.json").is_file() and not (directory / "config.json").is_file():
+        return MetaFiles(directory)
+    return HfFiles(directory)
+
+
+def _shapes(config: LlamaConfig) -> dict[str, torch.Size]:
+    """HF's name and shape of every tensor, from a model that takes no memory."""
+    with torch.device("meta"):
+        return {name: slot.shape for name, slot in _slots(Llama(config, device="meta"))}
+
+
+def _fill(target: torch.Tensor, layout: Layout, name: str) -> None:
+    """Copy the tensor of that name, converted to the target's dtype and device."""
+    for label, where, values in layout.pieces(name, target.shape):
+        _check_values(label, values, target.dtype)
+        target[where].copy_(values)
+
+
+def _check_values(label: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    if values.dtype not in DTYPES:
+        raise CheckpointError(f"{label} is {values.dtype}; expected fp32, fp16 or bf16 (quantised files: no)")
+    # NaN comes through a minimum, and unlike isfinite() it makes no copies (measured: 80 times faster on 134 MB).
+    low, high = (value.item() for value in torch.aminmax(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(f"{label} holds NaN or infinity; the checkpoint is damaged")
+    if max(-low, high) > torch.finfo(dtype).max:
+        raise CheckpointError(f"{label} reaches {max(-low, high):.3g}, too large for {dtype}; load it as float32")
 
 
 def _slots(model: Llama) -> Iterator[tuple[str, torch.Tensor]]:
@@ -115,79 +182,11 @@ def _slots(model: Llama) -> Iterator[tuple[str, torch.Tensor]]:
         yield "lm_head.weight", model.head
 
 
-def _read_config(directory: Path) -> LlamaConfig:
-    if directory.is_dir():
-        return LlamaConfig.from_hf(directory)
-    old = _beside(directory, "old")
-    advice = f"an interrupted save left {old}: rename it" if old.is_dir() else "expected a checkpoint in HF layout"
-    raise CheckpointError(f"{directory}: there is no such directory; {advice}")
-
-
 def _check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model {config.vocab_size} embeddings: "
             "they do not belong together; use the tokenizer that the model was trained with"
-        )
-
-
-def _tensor_files(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded checkpoint or from the single file."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-            raise CheckpointError(f"{index} has no weight_map that names a file for every tensor; copy it again")
-        for name in sorted(set(files.values())):
-            if not (directory / name).is_file():
-                raise CheckpointError(f"{index} points to {name}, which is missing; copy the whole checkpoint")
-        return files
-    single = directory / "model.safetensors"
-    if not single.is_file():
-        raise CheckpointError(f"{directory} has neither model.safetensors nor an index of shards; expected HF layout")
-    with _open(single) as file:
-        return dict.fromkeys(file.keys(), single.name)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or corrupt ({error}); copy it again") from error
-
-
-def _read_tensor(path: Path, name: str, shape: torch.Size | None) -> torch.Tensor:
-    with _open(path) as file:
-        try:
-            tensor: torch.Tensor = file.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: tensor {name} cannot be read ({error}); copy it again") from error
-    if shape is not None and tensor.shape != shape:
-        raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}")
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected fp32, fp16 or bf16 (quantised files: no)")
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged")
-    return tensor
-
-
-def _file_dtype(directory: Path, files: dict[str, str]) -> torch.dtype:
-    name = "model.embed_tokens.weight"
-    if name not in files:
-        raise CheckpointError(f"{directory} has no tensor {name}; expected a Llama checkpoint in HF layout")
-    return _read_tensor(directory / files[name], name, None).dtype
-
-
-def _check_names(directory: Path, files: dict[str, str], slots: dict[str, Any], config: LlamaConfig) -> None:
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        ignored.add("lm_head.weight")
-    missing, extra = sorted(slots.keys() - files.keys()), sorted(files.keys() - slots.keys() - ignored)
-    if missing:
-        raise CheckpointError(f"{directory} lacks {len(missing)} tensors that config.json asks for, first {missing[0]}")
-    if extra:
-        raise CheckpointError(
-            f"{directory} has {len(extra)} tensors that config.json has no place for, first {extra[0]}"
         )
 
 

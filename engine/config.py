@@ -1,4 +1,4 @@
-"""The shape of a Llama: presets, and HF's `config.json` in and out."""
+"""The shape of a Llama: presets, HF's `config.json` in and out, Meta's `params.json` in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, InputError, NotBuiltError
+from engine.errors import CheckpointError, InputError
 
 HF_SIZES = {  # HF's name of every size that config.json must state
     "hidden_size": "dim",
@@ -19,6 +19,7 @@ HF_SIZES = {  # HF's name of every size that config.json must state
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_seq_len",
 }
+META_VARIANTS = ("use_scaled_rope", "moe", "sliding_window", "quantization_args", "lora_args")  # later than Llama 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class LlamaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise InputError(f"LlamaConfig.{name} is {value!r}; expected a positive number")
+            object.__setattr__(self, name, float(value))  # 10000 and 10000.0 are one config, also in its hash
         if not isinstance(self.tie_embeddings, bool):
             raise InputError(f"LlamaConfig.tie_embeddings is {self.tie_embeddings!r}; expected true or false")
         if self.n_heads % self.n_kv_heads:
@@ -70,16 +72,13 @@ class LlamaConfig:
         """From HF's config.json as transformers 4 or 5 writes it: its contents, its path, or the directory that holds it.
 
         `where` names contents in errors. Raises CheckpointError for a file that is missing or no JSON, a value that is
-        missing or impossible, and any architecture but plain Llama 2; NotBuiltError for a directory in Meta's layout.
+        missing or impossible, any architecture but plain Llama 2, and a directory in Meta's layout.
         """
         if not isinstance(source, Mapping):
             path = _config_path(Path(source))
             source, where = read_json(path), str(path)
         _refuse_other_architectures(source, where)
-        for name in HF_SIZES:
-            if source.get(name) is None:
-                raise CheckpointError(f"{where} has no {name}; a Llama config needs it")
-        sizes = {ours: source[theirs] for theirs, ours in HF_SIZES.items()}
+        sizes = {ours: _size(source, theirs, where) for theirs, ours in HF_SIZES.items()}
         rope = source.get("rope_parameters") or {}  # transformers 5; in 4 rope_theta stands at the top
         try:
             return cls(
@@ -90,7 +89,42 @@ class LlamaConfig:
                 rope_theta=_given(rope, "rope_theta", _given(source, "rope_theta", 10000.0)),
                 tie_embeddings=_given(source, "tie_word_embeddings", False),
             )
-        except (InputError, TypeError, ZeroDivisionError) as error:
+        except InputError as error:
+            raise CheckpointError(f"{where}: {error}; correct it or copy it again") from error
+
+    @classmethod
+    def from_meta(
+        cls, source: str | Path | Mapping[str, Any], vocab_size: int | None = None, where: str = "params.json"
+    ) -> LlamaConfig:
+        """From Meta's params.json: its contents or its path.
+
+        `vocab_size`, the rows of the embedding, is needed where params.json leaves it to the tokenizer by saying -1.
+        The file tells no context length: 4096, as Llama 2 was trained, unless it has `max_seq_len`. `where` names
+        contents in errors. Raises CheckpointError as `from_hf` does.
+        """
+        if not isinstance(source, Mapping):
+            source, where = read_json(Path(source)), str(source)
+        for name in META_VARIANTS:
+            if source.get(name):
+                raise CheckpointError(f"{where}: {name} is {source[name]!r}; Llama 2 has none")
+        dim, n_layers, n_heads = (_size(source, name, where) for name in ("dim", "n_layers", "n_heads"))
+        vocab = _given(source, "vocab_size", -1)
+        if vocab == -1 and vocab_size is None:
+            raise CheckpointError(f"{where}: vocab_size is -1; give the number of rows of the embedding")
+        try:
+            return cls(
+                dim=dim,
+                n_layers=n_layers,
+                n_heads=n_heads,
+                n_kv_heads=_given(source, "n_kv_heads", n_heads),
+                head_dim=_given(source, "head_dim", dim // n_heads),
+                ffn_dim=_meta_ffn_dim(source, dim),
+                vocab_size=vocab_size if vocab == -1 and vocab_size is not None else vocab,
+                max_seq_len=_given(source, "max_seq_len", 4096),
+                norm_eps=_given(source, "norm_eps", 1e-5),
+                rope_theta=_given(source, "rope_theta", 10000.0),
+            )
+        except InputError as error:
             raise CheckpointError(f"{where}: {error}; correct it or copy it again") from error
 
     def to_hf(self, dtype: str = "float32", bos_id: int = 1, eos_id: int = 2) -> dict[str, Any]:
@@ -126,7 +160,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; an HF checkpoint has it") from None
+        expected = (
+            "HF's layout has config.json, Meta's has params.json" if path.name == "config.json" else "copy it too"
+        )
+        raise CheckpointError(f"{path} is missing; {expected}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); make it a readable file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(values, dict):
@@ -138,8 +177,27 @@ def _config_path(path: Path) -> Path:
     if not path.is_dir():
         return path
     if (path / "params.json").is_file() and not (path / "config.json").is_file():
-        raise NotBuiltError(f"{path} is in Meta's layout (params.json), which is not built yet; convert it to HF's")
+        raise CheckpointError(f"{path} is in Meta's layout and has no config.json; read its params.json with from_meta")
     return path / "config.json"
+
+
+def _size(values: Mapping[str, Any], name: str, where: str) -> int:
+    value = values.get(name)
+    if value is None:
+        raise CheckpointError(f"{where} has no {name}; a Llama config needs it")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{where}: {name} is {value!r}; expected a positive integer")
+    return value
+
+
+def _meta_ffn_dim(params: Mapping[str, Any], dim: int) -> int:
+    """Two thirds of 4 * dim, times ffn_dim_multiplier where there is one (70B), rounded up to a multiple."""
+    multiple, multiplier = _given(params, "multiple_of", 256), _given(params, "ffn_dim_multiplier", 1)
+    for name, value in (("multiple_of", multiple), ("ffn_dim_multiplier", multiplier)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise InputError(f"{name} is {value!r}; expected a positive number")
+    width = int(multiplier * int(8 * dim / 3))  # cut twice, as Meta does
+    return -(-width // multiple) * multiple
 
 
 def _refuse_other_architectures(values: Mapping[str, Any], where: str) -> None:

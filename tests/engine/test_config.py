@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from engine.config import PRESETS, LlamaConfig
-from engine.errors import CheckpointError, InputError, NotBuiltError
+from engine.errors import CheckpointError, InputError
 from tests.engine.helpers import small_config
 
 # What Llama 2 7B's config.json says in transformers 4, and the same in transformers 5
@@ -114,12 +114,49 @@ def test_scaled_rotary_embedding_is_named(name, key):
         LlamaConfig.from_hf({**LLAMA_2_7B, name: {key: "dynamic", "factor": 2.0}})
 
 
-def test_metas_layout_is_not_built_but_its_file_beside_hfs_does_no_harm(tmp_path):
+def test_metas_layout_is_told_apart_and_its_file_beside_hfs_does_no_harm(tmp_path):
     (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(NotBuiltError, match="Meta's layout"):
+    with pytest.raises(CheckpointError, match="Meta's layout and has no config"):
         LlamaConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     assert LlamaConfig.from_hf(tmp_path) == PRESETS["7B"]
+
+
+# What params.json of the released models says
+META_7B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
+META_13B = {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-05, "vocab_size": -1}
+META_70B = {
+    "dim": 8192,
+    "multiple_of": 4096,
+    "ffn_dim_multiplier": 1.3,
+    "n_heads": 64,
+    "n_kv_heads": 8,
+    "n_layers": 80,
+    "norm_eps": 1e-05,
+    "vocab_size": -1,
+}
+
+
+@pytest.mark.parametrize("name, params", [("7B", META_7B), ("13B", META_13B), ("70B", META_70B)])
+def test_metas_params_of_the_released_models_are_the_presets(tmp_path, name, params):
+    assert LlamaConfig.from_meta(params, vocab_size=32000) == PRESETS[name]
+    (tmp_path / "params.json").write_text(json.dumps({**params, "vocab_size": 32000}))
+    assert LlamaConfig.from_meta(tmp_path / "params.json") == PRESETS[name]
+
+
+def test_what_metas_params_may_add_is_taken():
+    added = {"rope_theta": 1000000, "max_seq_len": 2048, "head_dim": 64, "norm_eps": None, "vocab_size": None}
+    expected = replace(PRESETS["7B"], rope_theta=1e6, max_seq_len=2048, head_dim=64)
+    assert LlamaConfig.from_meta({**META_7B, **added}, vocab_size=32000) == expected
+
+
+def test_a_vocabulary_left_to_the_tokenizer_is_asked_for():
+    with pytest.raises(CheckpointError, match=r"params\.json: vocab_size is -1"):
+        LlamaConfig.from_meta(META_7B)
+
+
+def test_integers_and_floats_are_one_config():
+    assert repr(LlamaConfig(rope_theta=10000)) == repr(LlamaConfig(rope_theta=10000.0))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """Logits against transformers' LlamaForCausalLM, through directories written by either side."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
 from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.config import PRESETS
 from engine.llm import LLM
 from engine.model import tree_attend
 from engine.sampling import SamplingParams
 from tests.engine.helpers import random_llama, small_config
+from tests.engine.meta_layout import save_meta
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; nothing to compare with")
 
@@ -32,7 +37,8 @@ def their_logits(model):
 
 
 def assert_equal_logits(ours, theirs):
-    assert ours.shape == theirs.shape == (LENGTH, 111)
+    assert ours.shape == theirs.shape
+    assert len(ours) == LENGTH
     rms = theirs.pow(2).mean().sqrt().item()
     assert rms > 0.1  # the comparison is about something
     assert (ours - theirs).abs().max().item() <= 2e-5 * max(1.0, rms)
@@ -101,6 +107,71 @@ def test_a_sharded_directory_of_theirs_is_loaded_by_us(tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert_equal_logits(our_logits(load_checkpoint(tmp_path)), their_logits(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_heads", [8, 2, 1], ids=["mha", "gqa", "mqa"])
+@TIED
+@pytest.mark.parametrize("layout", ["single", "sharded", 1, 2, 8])
+def test_every_layout_and_dtype_gives_their_logits(tmp_path, layout, tied, kv_heads, dtype):
+    """`layout`: HF's, or the number of Meta's files. The arithmetic is fp32; the files are in `dtype`."""
+    config = small_config(n_heads=8, n_kv_heads=kv_heads, head_dim=8, vocab_size=112, tie_embeddings=tied)
+    theirs = their_model(config, rms_norm_eps=config.norm_eps).to(dtype)
+    if layout in ("single", "sharded"):
+        theirs.save_pretrained(tmp_path, max_shard_size="30KB" if layout == "sharded" else "1GB")
+        assert (tmp_path / "model.safetensors").is_file() == (layout == "single")
+    else:
+        save_meta(theirs.state_dict(), config, tmp_path, layout)
+    assert load_checkpoint(tmp_path, dtype=None).embed.dtype == dtype
+    wide = their_model(
+        config, rms_norm_eps=config.norm_eps
+    )  # not theirs.float(): their rotary table would stay rounded
+    wide.load_state_dict(theirs.state_dict())
+    assert_equal_logits(our_logits(load_checkpoint(tmp_path)), their_logits(wide))
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 18])
+def test_any_head_dim_rope_theta_and_eps_in_metas_layout_give_their_logits(tmp_path, head_dim):
+    config = small_config(dim=4 * head_dim, head_dim=head_dim, norm_eps=0.1, rope_theta=50.0)
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    wide = {"initializer_range": 0.5}  # or the logits of 8 channels are too small to compare
+    theirs = their_model(config, rms_norm_eps=0.1, rope_theta=50.0, rope_parameters=rope, **wide)
+    save_meta(theirs.state_dict(), config, tmp_path)
+    assert_equal_logits(our_logits(load_checkpoint(tmp_path)), their_logits(theirs))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name, count, params",
+    [
+        ("7B", 1, {"multiple_of": 256, "ffn_dim_multiplier": None, "n_kv_heads": None}),
+        ("13B", 2, {"multiple_of": 256, "ffn_dim_multiplier": None, "n_kv_heads": None}),
+        ("70B", 8, {"multiple_of": 4096, "ffn_dim_multiplier": 1.3}),
+    ],
+)
+def test_a_layer_at_full_width_gives_their_logits_in_both_layouts(tmp_path, name, count, params):
+    """One layer of random weights, in Meta's files as that size was released and in HF's shards; 70B: 3.4 GB of each."""
+    config = replace(PRESETS[name], n_layers=1, vocab_size=112)
+    theirs = their_model(config, rms_norm_eps=config.norm_eps, initializer_range=0.02)
+    expected = their_logits(theirs)
+    save_meta(theirs.state_dict(), config, tmp_path / "meta", count, rope_theta=None, **params)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="1GB")
+    del theirs
+    for layout in ("meta", "hf"):
+        ours = load_checkpoint(tmp_path / layout)
+        assert ours.config == config
+        assert_equal_logits(our_logits(ours), expected)
+        del ours
+        shutil.rmtree(tmp_path / layout)  # not three of these on disk until the session ends
+
+
+def test_transformers_finds_the_ids_to_stop_at_and_the_callers_sampling_in_our_directory(tmp_path):
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    save_checkpoint(random_llama(small_config()), tmp_path / "m", generation_config=sampling)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    found = theirs.generation_config
+    assert (found.bos_token_id, found.eos_token_id) == (1, 2)
+    assert (found.do_sample, found.temperature, found.top_p) == (True, 0.7, 0.9)
 
 
 @SHAPES
