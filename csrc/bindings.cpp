@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "dropout.h"
 #include "gumbel.h"
 #include "philox.h"
 
@@ -83,6 +84,23 @@ void gumbel_noise(const py::array& seeds, const py::array& positions, const py::
     fill(seed[row], position[row], candidate[row], stream, vocab, noise + row * vocab);
 }
 
+void dropout_mask(uint64_t key, const py::array& segments, const py::array& positions, uint32_t site,
+                  uint32_t threshold, py::array& out) {
+  check<bool>("out", out, {-1, -1});
+  if (!out.writeable()) throw py::value_error("out is read-only; expected a writeable array");
+  const py::ssize_t rows = out.shape(0), units = out.shape(1);
+  check<uint64_t>("segments", segments, {rows});
+  check<uint32_t>("positions", positions, {rows});
+  check_apart("segments", segments, out);
+  check_apart("positions", positions, out);
+  const auto* segment = static_cast<const uint64_t*>(segments.data());
+  const auto* position = static_cast<const uint32_t*>(positions.data());
+  auto* mask = static_cast<uint8_t*>(out.mutable_data());  // numpy's bool is one byte, 0 or 1
+  py::gil_scoped_release release;
+  for (py::ssize_t row = 0; row < rows; ++row)
+    selfreward::dropout_row(key, segment[row], position[row], site, threshold, units, mask + row * units);
+}
+
 py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   const selfreward::Words words = selfreward::philox({{c0, c1, c2, c3}}, uint32_t(key), uint32_t(key >> 32));
   return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
@@ -97,6 +115,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out"), py::arg("level") = "",
         "Fill out [rows, vocab] fp32 with Gumbel noise; seeds uint64 [rows], positions and candidates uint32 [rows].\n"
         "level: one of instruction_levels(), the fastest if empty; all give the same bits.");
+  m.def("dropout_mask", &dropout_mask, py::arg("key"), py::arg("segments"), py::arg("positions"), py::arg("site"),
+        py::arg("threshold"), py::arg("out"),
+        "Fill out [rows, units] bool, True: the unit is kept; segments uint64 [rows], positions uint32 [rows].");
   m.def("philox", &philox, py::arg("key"), py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"),
         "The four 32-bit words of Philox-4x32-10.");
 }

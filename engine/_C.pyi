@@ -10,4 +10,12 @@ def gumbel_noise(
     out: NDArray[np.float32],
     level: str = "",
 ) -> None: ...
+def dropout_mask(
+    key: int,
+    segments: NDArray[np.uint64],
+    positions: NDArray[np.uint32],
+    site: int,
+    threshold: int,
+    out: NDArray[np.bool_],
+) -> None: ...
 def philox(key: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...

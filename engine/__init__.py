@@ -1,14 +1,15 @@
 """The engine: Llama 2, its sampler and its trainer. The names below are the public API."""
 
-from engine.checkpoint import content_hash, load_checkpoint, save_checkpoint
+from engine.checkpoint import content_hash, load_checkpoint, read_config, save_checkpoint
 from engine.config import PRESETS, LlamaConfig
 from engine.errors import CheckpointError, InputError, NotBuiltError
 from engine.llm import LLM, CompletionOutput, RequestOutput
 from engine.model import Llama, tree_attend
-from engine.ops import backends, token_logprobs
+from engine.ops import backends, logprob_loss, token_logprobs
 from engine.sampling import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.train.batches import DPORow, SFTRow
 from engine.train.losses import dpo_loss, sft_loss
-from engine.train.trainer import DPOConfig, SFTConfig, TrainResult, reference_logprobs, train
+from engine.train.state import clear_state
+from engine.train.trainer import DPOConfig, SFTConfig, TrainingInterrupted, TrainResult, reference_logprobs, train
 from engine.tree import Edges, Pack, TokenTree

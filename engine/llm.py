@@ -9,11 +9,12 @@ one shape does not matter. Native kernels with that property for any number of r
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -54,6 +55,7 @@ class CompletionOutput:
     sampled_logprobs: list[float] | None
     cumulative_logprob: float
     weight_epoch: int
+    label_logprobs: list[list[float]] | None = None  # [steps, labels]; None until label_token_ids is built
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class LLM:
         self._requests = count()
         self._stats = {"requests": 0, "prompt_tokens": 0, "new_tokens": 0, "computed_rows": 0, "steps": 0}
         self._seconds = 0.0
+        self._pool_of_threads: tuple[int, ThreadPoolExecutor] | None = None
         blocks = self._block_count(kv_cache_gb)
         pages = (config.n_layers, blocks, config.n_kv_heads)
         self._keys = torch.zeros(*pages, config.head_dim, block_size)
@@ -180,6 +183,7 @@ class LLM:
         return {
             **self._stats,
             "prefix_tokens_saved": self._scheduler.prefix_tokens_saved,
+            "preemptions": 0,  # admission reserves the worst case
             "seconds": self._seconds,
             "tokens_per_second": rate,
             "blocks": self._pool.num_blocks - 1,
@@ -283,8 +287,7 @@ class LLM:
         block_bytes = 2 * 4 * config.n_layers * config.n_kv_heads * config.head_dim * self.block_size
         full = self.max_sequences * -(-self.max_model_len // self.block_size)
         if kv_cache_gb is None:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            blocks = min(full, free // 4 // block_bytes)
+            blocks = min(full, available_memory() // 4 // block_bytes)
         elif not kv_cache_gb > 0:
             raise InputError(f"kv_cache_gb is {kv_cache_gb}; expected a size above 0")
         else:
@@ -370,12 +373,18 @@ class LLM:
 
         strands = _strands(tiles)
         if threads > 1 and len(strands) > 1 and self.model.config.dim >= PARALLEL_DIM:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(run, strands))
+            list(self._workers(threads).map(run, strands))
         else:
             for strand in strands:
                 run(strand)
         return out[: len(rows)]
+
+    def _workers(self, threads: int) -> ThreadPoolExecutor:
+        """Kept between steps: each of its threads owns the buffers into which it gathers pages."""
+        if self._pool_of_threads is None or self._pool_of_threads[0] != threads:
+            executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+            self._pool_of_threads = (threads, executor)
+        return self._pool_of_threads[1]
 
     def _tile(self, rows: list[tuple[Work, int]]) -> torch.Tensor:
         """The whole model on 64 rows, padded with token 0 at position 0 of the scratch block."""
@@ -425,12 +434,11 @@ class LLM:
                 else ()
                 for owner, (_, work, _) in zip(owners, tile, strict=True)
             ]
+            if self.tokenizer:  # rows of the head beyond the vocabulary are padding: they are no tokens
+                logits[:, self.tokenizer.vocab_size :] = -math.inf
             ids, raw, sampled = (x[: len(tile)].tolist() for x in sample(logits, params, noise, stops))
             for number, ((_, work, candidate), owner) in enumerate(zip(tile, owners, strict=True)):
-                if raw[number] != raw[number]:
-                    raise FloatingPointError(
-                        f"prompt {owner.group.index}: the model's logits are NaN; are its weights?"
-                    )
+                self._refuse_nan(raw[number], owner.group.index)
                 owner.raw[candidate].append(raw[number])
                 owner.sampled[candidate].append(sampled[number])
                 token = ids[number]
@@ -458,7 +466,13 @@ class LLM:
             tile = queries[start : start + TILE]
             logp = torch.log_softmax(self._logits(hidden, [query[0] for query in tile]), dim=-1)
             for number, (_, group_index, candidate, place, token) in enumerate(tile):
-                scores[group_index][candidate][place] = logp[number, token].item()
+                value = logp[number, token].item()
+                self._refuse_nan(value, group_index)
+                scores[group_index][candidate][place] = value
+
+    def _refuse_nan(self, logp: float, index: int) -> None:
+        if logp != logp:
+            raise FloatingPointError(f"prompt {index}: the model's logits are NaN; are its weights?")
 
     def _logits(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """fp32 logits [64, vocab] of these rows, padded with repetitions of the first."""
@@ -480,7 +494,8 @@ class LLM:
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
         eos = self.tokenizer.eos_id if self.tokenizer else 2
-        return [*params.stop_token_ids] if params.ignore_eos else [*params.stop_token_ids, eos]
+        ids = list(params.stop_token_ids or ())
+        return ids if params.ignore_eos else [*ids, eos]
 
     def _output(self, request: _Request) -> RequestOutput:
         outputs = []
@@ -522,6 +537,15 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+def available_memory() -> int:
+    """Bytes that can be taken without swapping: the page cache counts as available, as it does in MemAvailable."""
+    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _strands(tiles: list[list[tuple[Work, int]]]) -> list[list[int]]:
     """Runs of neighbouring tiles that share a sequence (they must run in order); different strands are independent."""
     strands: list[list[int]] = []
@@ -552,7 +576,7 @@ def _is_ids(prompts: Any) -> bool:
 def _limit(name: str, value: int | None, default: int, most: int | None = None) -> int:
     if value is None:
         return default
-    if not isinstance(value, int) or value < 1 or (most is not None and value > most):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
         raise InputError(f"{name} is {value!r}; expected an integer from 1{f' to {most}' if most else ''}")
     return value
 
@@ -566,9 +590,11 @@ def _check_options(
         raise NotBuiltError(f"dtype is {dtype!r}; the sampler runs in float32 so far")
     if quantization is not None:
         raise NotBuiltError(f"quantization is {quantization!r}; only None is built so far")
+    if deterministic not in (None, True, False):
+        raise InputError(f"deterministic is {deterministic!r}; expected None, True or False")
     if deterministic is False:
         raise InputError("deterministic=False has no meaning on a CPU, where results are always batch-invariant")
-    if not isinstance(block_size, int) or block_size < 1:
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
         raise InputError(f"block_size is {block_size!r}; expected a positive number of tokens")
 
 

@@ -1,9 +1,11 @@
 """Llama 2: one forward for trainer, sampler and judge (DESIGN idea "one forward").
 
 Shapes: N = rows (tokens, packed without padding), H = query heads, G = key/value heads, D = head dim.
-What differs between training and sampling comes in as two arguments of `Llama.forward`:
+What differs between training and sampling comes in as arguments of `Llama.forward`:
   attend(layer, q [N, H, D], k [N, G, D], v [N, G, D]) -> [N, H, D]   tree attention, or write-pages-and-fold-chunks
   linear(x [N, in], weight [out, in]) -> [N, out]                     torch's matmul, or a batch-invariant one
+  dropout(site, x [N, dim]) -> [N, dim]                               nothing but in training; site 0 is the embedding,
+      2 * layer + 1 and 2 * layer + 2 what attention and MLP add to the residual stream
 """
 
 from __future__ import annotations
@@ -16,9 +18,16 @@ from torch import nn
 
 from engine import ops
 from engine.config import LlamaConfig
+from engine.errors import InputError
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Dropout = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def keep(site: int, x: torch.Tensor) -> torch.Tensor:
+    """No dropout."""
+    return x
 
 
 class RMSNorm(nn.Module):
@@ -71,10 +80,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, linear: Linear
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: int,
+        attend: Attend,
+        linear: Linear,
+        dropout: Dropout,
     ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, layer, attend, linear)
-        return x + self.mlp(self.mlp_norm(x), linear)
+        x = x + dropout(2 * layer + 1, self.attention(self.attention_norm(x), cos, sin, layer, attend, linear))
+        return x + dropout(2 * layer + 2, self.mlp(self.mlp_norm(x), linear))
 
 
 class Llama(nn.Module):
@@ -102,14 +118,19 @@ class Llama(nn.Module):
         self._announced = self._versions()
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, linear: Linear = F.linear
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        linear: Linear = F.linear,
+        dropout: Dropout = keep,
     ) -> torch.Tensor:
         """tokens [N] int64, positions [N] int64 -> hidden states after the last norm [N, dim]. The head is the caller's:
         `token_logprobs(hidden, model.head, targets)`, or `linear(hidden, model.head)` for logits [N, vocab]."""
-        x = F.embedding(tokens, self.embed)  # [N, dim]
+        x = dropout(0, F.embedding(tokens, self.embed))  # [N, dim]
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [N, D/2]
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, layer, attend, linear)
+            x = block(x, cos, sin, layer, attend, linear, dropout)
         return self.norm(x)
 
     @torch.no_grad()
@@ -139,6 +160,11 @@ class Llama(nn.Module):
             )
 
     def _versions(self) -> int:
+        if any(parameter.is_inference() for parameter in self.parameters()):
+            raise InputError(
+                "the model's parameters are inference tensors, whose changes cannot be seen; make the model outside "
+                "torch.inference_mode()"
+            )
         return sum(parameter._version for parameter in self.parameters())
 
 

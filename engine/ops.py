@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 import engine._C as _C
+from engine.errors import InputError, NotBuiltError
 from engine.kernels import chunk_attention as _chunk
+from engine.kernels import dropout as _dropout
 from engine.kernels import gumbel as _gumbel
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
@@ -51,6 +53,21 @@ def _native_gumbel_noise(
     return out
 
 
+def _native_dropout_mask(
+    key: int, segments: torch.Tensor, positions: torch.Tensor, site: int, units: int, threshold: int
+) -> torch.Tensor:
+    out = torch.empty(len(segments), units, dtype=torch.bool)
+    _C.dropout_mask(
+        key & 0xFFFFFFFFFFFFFFFF,
+        segments.numpy().view("uint64"),
+        positions.numpy().astype("uint32"),
+        site,
+        threshold,
+        out.numpy(),
+    )
+    return out
+
+
 OPS: dict[str, tuple[Backend, ...]] = {
     "rms_norm": (Backend("torch", _always, _rms_norm.rms_norm_reference),),
     "rope": (Backend("torch", _always, _rope.rope_reference),),
@@ -61,6 +78,10 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "gumbel_noise": (
         Backend("native", _native, _native_gumbel_noise),
         Backend("torch", _always, _gumbel.gumbel_noise_reference),
+    ),
+    "dropout_mask": (
+        Backend("native", _native, _native_dropout_mask),
+        Backend("torch", _always, _dropout.dropout_mask_reference),
     ),
 }
 
@@ -77,7 +98,7 @@ def choose(op: str, device: str) -> Backend:
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    raise RuntimeError(f"no backend of {op} runs on {device} ({'; '.join(reasons)})")
+    raise InputError(f"no backend of {op} runs on {device} ({'; '.join(reasons)})")
 
 
 def backends(device: str = "cpu") -> dict[str, str]:
@@ -131,8 +152,26 @@ def token_logprobs(
     return choose("linear_logprob", hidden.device.type).fn(hidden, weight, targets)
 
 
+def logprob_loss(hidden: torch.Tensor, weight: torch.Tensor, edges: Any, loss: Any) -> Any:
+    """Loss and gradients in one pass over the head's tiles where they fit; not built yet."""
+    raise NotBuiltError(
+        "logprob_loss is not built yet; use loss(token_logprobs(hidden[edges.row], weight, edges.target)[0])"
+    )
+
+
 def gumbel_noise(
     seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
 ) -> torch.Tensor:
     """Gumbel noise as a function of (seed, position, candidate, token, stream): three [rows] int64 -> fp32 [rows, vocab]."""
     return choose("gumbel_noise", seeds.device.type).fn(seeds, positions, candidates, stream, vocab)
+
+
+def dropout_mask(
+    key: int, segments: torch.Tensor, positions: torch.Tensor, site: int, units: int, rate: float
+) -> torch.Tensor:
+    """Which units dropout keeps, as a function of (key, segment, position, site, unit): bool [N, units], True: kept.
+
+    segments and positions [N] int64; key the bit pattern of 64 bits as a signed int; site < 2^16; 0 <= rate < 1.
+    """
+    threshold = min(round(rate * 2**32), 2**32 - 1)
+    return choose("dropout_mask", segments.device.type).fn(key, segments, positions, site, units, threshold)

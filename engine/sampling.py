@@ -32,16 +32,17 @@ class SamplingParams:
     min_p: float = 0.0
     max_tokens: int = 256
     min_tokens: int = 0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int = 0
     label_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids", "label_token_ids"):  # None, as in vLLM, is no restriction
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         self._integer("n", 1)
         self._integer("top_k", 0)
         self._integer("max_tokens", 1)
@@ -56,10 +57,10 @@ class SamplingParams:
         self._number("min_p", 0.0, 1.0)
         if self.seed is not None:
             self._integer("seed", 0, 2**64 - 1)
-        for text in self.stop:
+        for text in self.stop or ():
             if not isinstance(text, str) or not text:
                 raise InputError(f"SamplingParams.stop holds {text!r}; expected non-empty strings")
-        for token in self.stop_token_ids:
+        for token in self.stop_token_ids or ():
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                 raise InputError(f"SamplingParams.stop_token_ids holds {token!r}; expected token ids")
         if self.label_token_ids:

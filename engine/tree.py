@@ -21,13 +21,15 @@ class TokenTree:
     """One segment and what continues it.
 
     `weight` is the loss weight of predicting each of this segment's tokens (0: a prompt; one float, or one per token);
-    `sequence` is the number of the answer to which the segment's edges are summed (any int >= 0, unique in a batch).
+    `sequence` is the number of the answer to which the segment's edges are summed (any int >= 0, unique in a batch);
+    `key` (64 bits, signed) names the segment in dropout: the mask of a token depends on it and the token's position.
     """
 
     tokens: Sequence[int]
     weight: float | Sequence[float] = 0.0
     sequence: int = 0
     children: tuple[TokenTree, ...] = ()
+    key: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -73,11 +75,12 @@ class Edges:
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees in pre-order: tokens, position and end are int64 [N]."""
+    """Trees in pre-order: tokens, position, end and key (of the token's segment) are int64 [N]."""
 
     tokens: torch.Tensor
     position: torch.Tensor
     end: torch.Tensor
+    key: torch.Tensor
     edges: Edges
 
     def __len__(self) -> int:
@@ -89,6 +92,7 @@ class _Builder:
     tokens: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
     end: list[int] = field(default_factory=list)
+    key: list[int] = field(default_factory=list)
     edges: list[tuple[int, int, float, int]] = field(default_factory=list)
 
     def add(self, tree: TokenTree, parent: int = -1, depth: int = 0) -> None:
@@ -97,6 +101,7 @@ class _Builder:
         self.tokens.extend(tree.tokens)
         self.position.extend(range(depth, depth + size))
         self.end.extend([stop] * size)
+        self.key.extend([tree.key] * size)
         for row, (token, weight) in enumerate(_weighted(tree), start=start):
             before = parent if row == start else row - 1
             if weight and before >= 0:  # the first token of a tree has nothing before it that could predict it
@@ -107,7 +112,7 @@ class _Builder:
     def finish(self) -> Pack:
         row, target, weight, sequence = zip(*self.edges, strict=True) if self.edges else ((), (), (), ())
         edges = Edges(_ints(row), _ints(target), torch.tensor(weight, dtype=torch.float32), _ints(sequence))
-        return Pack(_ints(self.tokens), _ints(self.position), _ints(self.end), edges)
+        return Pack(_ints(self.tokens), _ints(self.position), _ints(self.end), _ints(self.key), edges)
 
 
 def _weighted(tree: TokenTree) -> Iterator[tuple[int, float]]:

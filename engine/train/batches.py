@@ -10,6 +10,8 @@ import numpy as np
 from engine.errors import InputError
 from engine.tree import TokenTree
 
+REPLAY = 1 << 32  # permutations from here on order the replay rows, those below the epochs
+
 
 @dataclass(frozen=True)
 class SFTRow:
@@ -29,31 +31,47 @@ class DPORow:
     reference: tuple[float, float] | None = None
 
 
-def sft_tree(row: SFTRow, number: int) -> TokenTree:
-    return TokenTree(row.prompt, children=(TokenTree(row.completion, weight=1.0, sequence=number),))
+def row_key(row: int) -> int:
+    """Dropout key of row `row`'s prompt; its answers follow with + 1 and + 2. `row` counts in the whole data, from 0;
+    replay rows count from -1 downwards, so that they have keys of their own."""
+    return 4 * row
 
 
-def dpo_tree(row: DPORow, number: int) -> TokenTree:
+def sft_tree(row: SFTRow, number: int, key: int = 0) -> TokenTree:
+    completion = TokenTree(row.completion, weight=1.0, sequence=number, key=key + 1)
+    return TokenTree(row.prompt, children=(completion,), key=key)
+
+
+def dpo_tree(row: DPORow, number: int, key: int = 0) -> TokenTree:
     """The prompt once, then both answers; pair `number` has the sequences 2 * number (chosen) and 2 * number + 1."""
-    chosen = TokenTree(row.chosen, weight=1.0, sequence=2 * number)
-    rejected = TokenTree(row.rejected, weight=1.0, sequence=2 * number + 1)
-    return TokenTree(row.prompt, children=(chosen, rejected))
+    chosen = TokenTree(row.chosen, weight=1.0, sequence=2 * number, key=key + 1)
+    rejected = TokenTree(row.rejected, weight=1.0, sequence=2 * number + 1, key=key + 2)
+    return TokenTree(row.prompt, children=(chosen, rejected), key=key)
 
 
-def check_rows(rows: Sequence[SFTRow | DPORow], vocab_size: int, max_seq_len: int) -> None:
-    """Raise InputError naming the first row that cannot be trained on."""
+def check_rows(
+    rows: Sequence[SFTRow | DPORow], vocab_size: int, max_seq_len: int, max_pack_tokens: int, kind: str = "row"
+) -> None:
+    """Raise InputError naming the first row that cannot be trained on; `kind` is what the message calls it."""
     if not rows:
         raise InputError("there are no rows to train on")
     for number, row in enumerate(rows):
-        parts = {"prompt": row.prompt, **_answers(row)}
-        for name, ids in parts.items():
+        answers = _answers(row)
+        for name, ids in {"prompt": row.prompt, **answers}.items():
             if len(ids) == 0:
-                raise InputError(f"row {number}: {name} has no tokens; drop the row")
+                raise InputError(f"{kind} {number}: {name} has no tokens; drop the row")
             if min(ids) < 0 or max(ids) >= vocab_size:
-                raise InputError(f"row {number}: {name} has a token outside 0..{vocab_size - 1}; wrong tokenizer?")
-        longest = len(row.prompt) + max(len(ids) for ids in _answers(row).values())
+                raise InputError(f"{kind} {number}: {name} has a token outside 0..{vocab_size - 1}; wrong tokenizer?")
+        lengths = [len(ids) for ids in answers.values()]
+        longest, size = len(row.prompt) + max(lengths), len(row.prompt) + sum(lengths)
         if longest > max_seq_len:
-            raise InputError(f"row {number} has {longest} tokens; the model's context is {max_seq_len}: cut or drop it")
+            raise InputError(
+                f"{kind} {number} has {longest} tokens; the model's context is {max_seq_len}: cut or drop it"
+            )
+        if size > max_pack_tokens:
+            raise InputError(
+                f"{kind} {number} has {size} tokens in all; max_pack_tokens is {max_pack_tokens}: raise it, or cut the row"
+            )
 
 
 def _answers(row: SFTRow | DPORow) -> dict[str, Sequence[int]]:
@@ -69,5 +87,16 @@ def batch_order(rows: int, batch_size: int, epochs: int, seed: int, max_steps: i
 
 
 def _epoch(rows: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows).tolist()
+    order = _permutation(rows, seed, epoch)
     return (order[start : start + batch_size] for start in range(0, rows, batch_size))
+
+
+def replay_batch(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Row numbers of step `step` (from 0): the next `batch_size` of an endless row of permutations, one after another."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {cycle: _permutation(rows, seed, REPLAY + cycle) for cycle in {place // rows for place in places}}
+    return [orders[place // rows][place % rows] for place in places]
+
+
+def _permutation(rows: int, seed: int, number: int) -> list[int]:
+    return np.random.Generator(np.random.Philox(key=[seed, number])).permutation(rows).tolist()

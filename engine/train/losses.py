@@ -17,6 +17,14 @@ def sft_loss(logp: torch.Tensor, edges: Edges, total_weight: float) -> tuple[tor
     return loss, {"loss": loss.item()}
 
 
+def replay_loss(
+    logp: torch.Tensor, edges: Edges, total_weight: float, weight: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """`weight` times the SFT loss of rows that are trained on beside the pairs; `replay_loss` is it before the weight."""
+    loss, metrics = sft_loss(logp, edges, total_weight)
+    return weight * loss, {"loss": weight * metrics["loss"], "replay_loss": metrics["loss"]}
+
+
 def sequence_logps(logp: torch.Tensor, edges: Edges, sequences: torch.Tensor) -> torch.Tensor:
     """Sum of weight * logp over the edges of each of `sequences` [S] (sorted ids) -> [S], summed in edge order."""
     place = torch.searchsorted(sequences, edges.sequence)

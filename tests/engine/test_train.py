@@ -8,11 +8,21 @@ import pytest
 import torch
 
 from engine.config import LlamaConfig
-from engine.errors import InputError, NotBuiltError
+from engine.errors import InputError
 from engine.model import Llama, tree_attend
 from engine.train.batches import DPORow, SFTRow, batch_order, dpo_tree
 from engine.train.losses import dpo_loss, sequence_logps
-from engine.train.trainer import DPOConfig, SFTConfig, learning_rate, pack_logprobs, reference_logprobs, train
+from engine.train.trainer import (
+    Batch,
+    DPOConfig,
+    SFTConfig,
+    _backward,
+    _packs,
+    learning_rate,
+    pack_logprobs,
+    reference_logprobs,
+    train,
+)
 from engine.tree import TokenTree
 
 CONFIG = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=29, max_seq_len=64)
@@ -112,6 +122,37 @@ def test_packing_does_not_change_a_step():
         assert (a - b).abs().max() <= 1e-4  # Adam's first step is lr * sign: rounding may flip a zero gradient only
 
 
+def gradient(rows, numbers, dtype, **options):
+    """Metrics and gradient of one batch, and in how many packs it was run."""
+    llama = model(dtype)
+    config = (DPOConfig if isinstance(rows[0], DPORow) else SFTConfig)(**options)
+    batch = Batch.take(rows, (), config, 0, numbers)
+    metrics, _ = _backward(llama, batch, config)
+    return metrics, torch.cat([p.grad.flatten() for p in llama.parameters()]), len(list(_packs(batch, config)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_one_pack_many_packs_and_eight_batches_of_one_have_the_same_gradient(kind, dtype, tolerance):
+    rows = with_reference(pairs(8), [(-9.0, -8.0)] * 8)
+    if kind == "sft":
+        rows = [SFTRow(row.prompt, row.chosen) for row in rows]
+    whole, expected, packs = gradient(rows, range(8), dtype)
+    assert packs == 1
+    assert expected.abs().max() > 0.05  # beside which the tolerances are small
+    for budget, at_least in ((40, 2), (22, 4)):
+        metrics, found, packs = gradient(rows, range(8), dtype, max_pack_tokens=budget)
+        assert packs >= at_least
+        assert (found - expected).abs().max() <= tolerance
+        assert metrics == pytest.approx(whole, rel=tolerance, abs=tolerance)
+    alone = [gradient(rows, [number], dtype) for number in range(8)]
+    shares = [len(row.completion) if kind == "sft" else 1 for row in rows]  # the mean is over tokens, or over pairs
+    found = sum(share / sum(shares) * grad for share, (_, grad, _) in zip(shares, alone))
+    assert (found - expected).abs().max() <= tolerance
+    loss = sum(share / sum(shares) * metrics["loss"] for share, (metrics, _, _) in zip(shares, alone))
+    assert loss == pytest.approx(whole["loss"], rel=tolerance)
+
+
 def test_two_runs_with_one_seed_are_identical_and_another_seed_differs():
     rows = [SFTRow(row.prompt, row.chosen) for row in pairs(8)]
     runs = []
@@ -127,6 +168,7 @@ def test_two_runs_with_one_seed_are_identical_and_another_seed_differs():
     [
         {"lr": 2e-3}, {"min_lr": 0.0}, {"schedule": "constant"}, {"warmup_steps": 3}, {"epochs": 1}, {"max_steps": 3},
         {"batch_size": 2}, {"weight_decay": 0.5}, {"betas": (0.5, 0.5)}, {"clip": 1e-8}, {"seed": 9}, {"beta": 0.9},
+        {"dropout": 0.1},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -187,13 +229,16 @@ def test_mistakes_are_named():
         train(llama, [SFTRow([29], [2])], SFTConfig())
     with pytest.raises(InputError, match="row 0 has 65 tokens; the model's context is 64"):
         train(llama, [SFTRow([1], [2] * 64)], SFTConfig())
+    with pytest.raises(InputError, match="row 0 has 6 tokens in all; max_pack_tokens is 5: raise it"):
+        train(llama, with_reference([DPORow([1, 2], [3, 4], [5, 6])], [(-1.0, -1.0)]), DPOConfig(max_pack_tokens=5))
     with pytest.raises(InputError, match="row 0 is a SFTRow; DPOConfig trains on DPORow"):
         train(llama, [SFTRow([1], [2])], DPOConfig())
     with pytest.raises(InputError, match="no reference log-probs"):
         train(llama, pairs(), DPOConfig())
-    with pytest.raises(NotBuiltError, match="dropout"):
-        SFTConfig(dropout=0.1)
-    for bad in ({"schedule": "step"}, {"lr": math.nan}, {"batch_size": 0}, {"max_steps": 0}, {"clip": 0.0}):
+    for bad in (
+        {"dropout": 1.0}, {"dropout": -0.1}, {"save_every": 0},
+        {"schedule": "step"}, {"lr": math.nan}, {"batch_size": 0}, {"max_steps": 0}, {"clip": 0.0},
+    ):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(bad))):
             SFTConfig(**bad)
     with pytest.raises(InputError, match="beta"):

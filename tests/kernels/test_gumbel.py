@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from engine import _C, ops
+from engine.errors import InputError
 from engine.kernels.gumbel import gumbel_noise_reference, gumbel_of_words, philox_reference
 
 ALL_ONES = 0xFFFFFFFF
@@ -194,7 +195,7 @@ def test_choose_takes_the_reference_where_the_environment_asks_for_it(fresh_choi
 
 def test_choose_says_why_no_backend_applies(fresh_choice, monkeypatch):
     monkeypatch.setenv("SELFREWARD_BACKEND", "native")
-    with pytest.raises(RuntimeError, match=r"native: the native kernels run on the CPU.*torch: SELFREWARD_BACKEND"):
+    with pytest.raises(InputError, match=r"native: the native kernels run on the CPU.*torch: SELFREWARD_BACKEND"):
         ops.choose("gumbel_noise", "cuda")
 
 

@@ -1,0 +1,261 @@
+"""What a training writes down to go on after an interruption as if there had been none: `out_dir/state`.
+
+    state.json            which step it was written after, what was being trained, the checksum of the tensors
+    step-<n>.safetensors  parameters under their names, AdamW's tensors as `adam.exp_avg.<name>` and so on
+
+Nothing else is state: the order of the rows and dropout are functions of (seed, step). The tensors are on the disk under
+a name of their own before state.json, which names their step, is renamed into place, so a kill at any moment leaves the
+old or the new state. At 12 bytes a parameter in fp32 both are on the disk for a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from engine.errors import InputError
+from engine.model import Llama
+from engine.train.batches import DPORow, SFTRow
+
+FORMAT = 1
+STATE, METRICS, TIMING = "state.json", "metrics.jsonl", "timing.jsonl"
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SHOWN_DIFFERENCES = 10
+
+
+def clear_state(out_dir: str | Path) -> None:
+    """Remove the state that `train` left in `out_dir`, once the model is exported. Logs stay; no state is no error."""
+    directory = Path(out_dir) / "state"
+    (directory / STATE).unlink(missing_ok=True)  # first: without it the tensors are nothing
+    _remove_tensors(directory)
+    with contextlib.suppress(OSError):  # not there, or it holds something that is not ours
+        directory.rmdir()
+
+
+def identity(model: Llama, rows: Sequence[SFTRow | DPORow], replay: Sequence[SFTRow], config: Any) -> dict[str, Any]:
+    """All that the numbers of a training depend on beside its starting weights. A resume must agree with every entry."""
+    options = {name: value for name, value in asdict(config).items() if name != "save_every"}
+    device = model.embed.device
+    found = {
+        "config": {"kind": type(config).__name__, **options},
+        "rows": rows_hash(rows),
+        "replay": rows_hash(replay),
+        "model": asdict(model.config),
+        "dtype": str(model.embed.dtype),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    return json.loads(json.dumps(found))  # as it will be read back: tuples are lists
+
+
+def rows_hash(rows: Sequence[SFTRow | DPORow]) -> str:
+    """blake2b over every field of every row; tokens may be any sequence of ints."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        for part in fields(row):
+            value = getattr(row, part.name)
+            array = np.asarray([] if value is None else value, np.float64 if part.name == "reference" else np.int64)
+            digest.update(f"{part.name} {array.size} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def weights_hash(model: Llama) -> str:
+    """A hash of the sums of all bit patterns of each parameter: exact in any order, at the speed of memory. It tells
+    models apart that were mistaken for each other, not ones made to deceive."""
+    sums = [p.detach().view(_BITS[p.element_size()]).sum(dtype=torch.int64).item() for p in model.parameters()]
+    return hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
+
+
+class StateDir:
+    """The directory of one training: `begin` once, then `log` every step and `save` now and then."""
+
+    def __init__(self, out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> None:
+        self.out_dir, self.directory = out_dir, out_dir / "state"
+        self.model, self.optimizer, self.about = model, optimizer, about
+        self.start = weights_hash(model)
+
+    def begin(self, resume: bool) -> int:
+        """Restore the saved state, if there is one, and return how many steps it has seen. Cuts the logs to them.
+
+        InputError: the state is damaged, or of another training.
+        """
+        with _writing(self.out_dir):
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            clear_state(self.out_dir)
+        step = self._restore() if (self.directory / STATE).exists() else 0
+        for name in (METRICS, TIMING):
+            _cut(self.out_dir / name, step)
+        return step
+
+    def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """One line more in metrics.jsonl and timing.jsonl."""
+        for name, row in ((METRICS, metrics), (TIMING, timing)):
+            with _writing(self.out_dir / name), (self.out_dir / name).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps. The logs are synced before it: it vouches for their first `step` lines."""
+        tensors, path = self.directory / f"step-{step}.safetensors", self.directory / STATE
+        with _writing(tensors):
+            self.directory.mkdir(exist_ok=True)
+            for name in (METRICS, TIMING):
+                _sync(self.out_dir / name)
+            save_file(self._tensors(), str(tensors))
+            _sync(tensors)
+            checksum = _checksum(tensors)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "weight_epoch": self.model.weight_epoch,
+            "weights": {"start": self.start, "now": weights_hash(self.model)},
+            "checksum": checksum,
+            "training": self.about,
+        }
+        with _writing(path):
+            temporary = path.with_name(f".{STATE}.tmp")
+            temporary.write_text(json.dumps(state, indent=2) + "\n")
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(self.directory)
+        _remove_tensors(self.directory, keep=tensors)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            tensors |= {f"adam.{kind}.{name}": self.optimizer.state[parameter][kind] for kind in ADAM}
+        return tensors
+
+    def _restore(self) -> int:
+        state = _read(self.directory / STATE)
+        self._check_same(state)
+        step: int = state["step"]
+        path = self.directory / f"step-{step}.safetensors"
+        try:
+            if _checksum(path) != state["checksum"]:
+                raise _damaged(path, "its checksum is another")
+            self._load(path)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, str(error)) from None
+        self.start = state["weights"]["start"]
+        # The epoch of the unbroken run, but above the present one: what was cached of the present weights is stale.
+        self.model.weight_epoch = max(state["weight_epoch"] - 1, self.model.weight_epoch)
+        self.model.weights_changed()
+        return step
+
+    def _check_same(self, state: dict[str, Any]) -> None:
+        differences = list(_differences(state["training"], self.about, ""))
+        if self.start not in state["weights"].values():
+            differences.append("the model holds other weights than at the start")
+        if differences:
+            more = len(differences) - _SHOWN_DIFFERENCES
+            raise InputError(
+                f"{self.directory} holds the state of another training: {'; '.join(differences[:_SHOWN_DIFFERENCES])}"
+                + (f"; and {more} more" if more > 0 else "")
+                + ". Undo that to go on, or begin anew: remove the directory, or pass resume=False"
+            )
+
+    @torch.no_grad()
+    def _load(self, path: Path) -> None:
+        """Copy tensor by tensor out of the file, mapped anew for each parameter so that what was read leaves memory:
+        nothing but AdamW's own state is allocated."""
+        for name, parameter in self.model.named_parameters():
+            with safe_open(str(path), framework="pt") as file:
+                parameter.copy_(file.get_tensor(name))
+                self.optimizer.state[parameter] = {
+                    kind: file.get_tensor(f"adam.{kind}.{name}").to(parameter.device, copy=True) for kind in ADAM
+                }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+        if state["format"] != FORMAT:
+            raise _damaged(path, f"its format is {state['format']!r}, this version reads {FORMAT}")
+        whole = {"step": int, "weight_epoch": int, "weights": dict, "checksum": str, "training": dict}
+        wrong = [name for name, kind in whole.items() if not isinstance(state[name], kind)]
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, repr(error)) from None
+    if wrong:
+        raise _damaged(path, f"{wrong[0]} is {state[wrong[0]]!r}")
+    return state
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is damaged ({why}); remove {path.parent} and train from the start")
+
+
+def _differences(there: Any, here: Any, key: str) -> Iterator[str]:
+    """One phrase per value that differs, by dotted key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in dict.fromkeys([*there, *here]):
+            yield from _differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+    elif there != here and key in ("rows", "replay"):
+        yield "the rows are others" if key == "rows" else "the replay rows are others"
+    elif there != here:
+        why = " (the last bits of torch's sums depend on it: torch.set_num_threads)" if key == "threads" else ""
+        yield f"{key} was {there!r}, is {here!r}{why}"
+
+
+def _remove_tensors(directory: Path, keep: Path | None = None) -> None:
+    """Every tensor file but one, and what a killed write left (safetensors writes to `.tmp*` beside the file)."""
+    for pattern in ("step-*.safetensors", ".tmp*", f".{STATE}.tmp"):
+        for path in directory.glob(pattern):
+            if path != keep:
+                path.unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
+    """blake2b of the file, about 1 GB/s: safetensors itself would not notice a flipped bit."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _cut(path: Path, lines: int) -> None:
+    """Leave the first `lines` lines of a log; what follows, or a torn tail, is of steps that are done again."""
+    with _writing(path), path.open("a+b") as file:
+        file.seek(0)
+        found = 0
+        while found < lines and file.readline().endswith(b"\n"):
+            found += 1
+        if found < lines:
+            raise InputError(
+                f"{path} has {found} of the {lines} lines that {path.parent / 'state'} goes with; "
+                "restore it, or remove both and train from the start"
+            )
+        file.truncate(file.tell())
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be written ({error}); make room or give another directory, then resume"
+        ) from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
