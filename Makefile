@@ -1,5 +1,6 @@
 # make run    virtual environment, install, the whole loop            (ARGS="--recipe tiny --out runs/x key=value")
 # make test   virtual environment, install with test extras, lint, types, import rules, tests
+# make test-full   the tests that take minutes: kills, full disk, large checkpoints
 #
 # SELFREWARD_NO_VENV=1   use the current interpreter instead of .venv
 # PIP_ARGS="..."         options for every pip call, for instance the index of torch's CPU or CUDA builds
@@ -22,7 +23,7 @@ endif
 PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: run install test lint clean
+.PHONY: run install test test-full lint clean
 
 run: $(STAMPS)/run
 	$(PY) -m selfreward.run $(ARGS)
@@ -30,7 +31,10 @@ run: $(STAMPS)/run
 install: $(STAMPS)/run
 
 test: $(STAMPS)/test lint
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not full"
+
+test-full: $(STAMPS)/test
+	$(PY) -m pytest -m full --durations=10
 
 lint: $(STAMPS)/test
 	$(PY) -m ruff check .

@@ -14,6 +14,8 @@ Row = dict[str, Any]
 
 def agrees(scores: list[float | None], ranks: list[int]) -> str | None:
     """None if a lower rank number (better) always has the higher score and equal ranks may have any; else the reason."""
+    if len(set(ranks)) < 2:
+        return "no_ranks"  # equal ranks agree with anything
     if any(score is None for score in scores):
         return "unreadable"
     for a, score_a in zip(ranks, scores, strict=True):

@@ -21,7 +21,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from engine import InputError
 
 TOP_SCORE = 5.0
-STATUSES = ("ok", "no_score", "ambiguous", "out_of_range", "truncated", "empty")
+STATUSES = ("ok", "no_score", "ambiguous", "out_of_range", "truncated", "empty", "prompt_too_long")
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,9 @@ _OF_CRITERION = re.compile(
 )
 
 
+_LISTED = re.compile(r" ?\([^\W\d]|, ?[0-9]")  # "Points: 1 (relevance), 1 (coverage)" lists criteria
+
+
 def _plain(text: str) -> str:
     """The text without markup around words and numbers, sums replaced by their result, spaces made single."""
     text = text.replace("\r", "\n").replace("\u2212", "-").replace("\u2019", "'")
@@ -190,6 +193,8 @@ def _point_totals(text: str) -> list[float]:
     for match in _POINTS.finditer(text):
         before = _before(text, match)
         if match["value"] and (_SOME_POINTS.search(before) or _OF_CRITERION.match(text[match.end() :])):
+            continue
+        if match["after"] and _LISTED.match(text[match.end() :]):
             continue
         if not _NEGATED.search(before):
             values.append(float(match["value"] or match["after"]))

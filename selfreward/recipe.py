@@ -28,7 +28,8 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-Betas = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
 
 
 class Group(BaseModel):
@@ -67,7 +68,7 @@ class Init(Group):
 
 
 class Data(Group):
-    ift: Path  # instructions with human answers (formats.load_ift)
+    ift: Path | None = None  # instructions with human answers (formats.load_ift); needed unless m1 is given
     ift_limit: Count | None = None
     eft: Path | None = None  # ranked answers to build judge data from (formats.load_ranked)
     eft_limit: Count | None = None
@@ -90,14 +91,13 @@ class SFT(Group):
     betas: Betas = (0.9, 0.95)
     clip: Positive = 1.0
     max_pack_tokens: Count = 4096
-    dropout: Share = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    save_every: Count | None = 100  # steps between two saved states, from which an interrupted training goes on
 
     @model_validator(mode="after")
     def _rates(self) -> SFT:
         if self.min_lr > self.lr:
             raise InputError(f"min_lr is {self.min_lr}, above lr ({self.lr}); lower min_lr too")
-        if self.dropout != 0:
-            raise NotBuiltError(f"dropout is {self.dropout}; only 0 is built so far")
         return self
 
 
@@ -108,6 +108,8 @@ class DPO(SFT):
     min_lr: Rate = 1e-7
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     beta: Positive = 0.1
+    replay_weight: Rate = 0.0  # of the judge data's loss beside DPO's, which otherwise wears the judge down
+    replay_batch_size: Count = 16
 
 
 class Sampling(Group):
@@ -121,6 +123,11 @@ class EFT(Sampling):
     required: bool = True
     attempts: Count = 6  # per group
     max_tokens: Count = 256
+
+    @property
+    def draws(self) -> int:
+        """An attempt is one draw of every answer of a group."""
+        return self.attempts
 
 
 class Prompts(Sampling):
@@ -139,6 +146,9 @@ class Prompts(Sampling):
             raise InputError(
                 f"mode is {self.mode!r} and file is {self.file}; a file belongs to mode 'file', and only there"
             )
+        unused = self.model_fields_set & {"temperature", "top_p", "max_tokens"} if self.mode == "file" else ()
+        if unused:
+            raise InputError(f"mode is 'file', where {' and '.join(sorted(unused))} has no effect; leave it out")
         if self.mode == "continue" and self.count is None:
             raise InputError("mode 'continue' needs count, the number of new prompts in each round")
         return self
@@ -156,6 +166,9 @@ class Candidates(Sampling):
 
 
 class Judge(Sampling):
+    by: Literal["model", "random", "oracle"] = (
+        "model"  # the last two are controls: any score, and the tiny world's truth
+    )
     template: str = "llama2"  # a shipped name, or the path of a .jinja file
     draws: Count = 3
     max_tokens: Count = 256
@@ -166,6 +179,15 @@ class Judge(Sampling):
         if self.min_valid_draws > self.draws:
             raise InputError(f"min_valid_draws is {self.min_valid_draws}, above draws ({self.draws})")
         return self
+
+
+class Sampler(Group):
+    """engine.LLM's knobs."""
+
+    kv_cache_gb: Positive | None = None  # null: room for max_sequences, at most a quarter of the free memory
+    max_batch_tokens: Count = 512  # rows computed in one step
+    max_sequences: Count = 256  # candidates in flight
+    block_size: Count = 64  # tokens in a block of the KV cache; part of the numbers
 
 
 class Pairs(Group):
@@ -182,19 +204,23 @@ class Evaluation(Group):
     oracle: Literal["tiny"] | None = None
     prompts: Count = 500
     temperature: Rate = 0.7
+    greedy: bool = False  # answer a second time, greedily
     max_tokens: Count = 1024
     judge_groups: Count | None = None  # null: all held-out ones
 
 
 class Recipe(Group):
-    """All keys of a run. `model` xor `init` is M0; paths are absolute after `load`."""
+    """All keys of a run. `model`, `init` or `m1` is where it begins; paths are absolute after `load`."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Count = 2  # of DPO: M1 -> M_{rounds + 1}
     model: Path | None = None
     tokenizer: Path | None = None  # null: the model's
     init: Init | None = None
-    data: Data
+    m1: Path | None = None  # begin the rounds with this model: no SFT, no EFT
+    judge_model: Path | None = None  # a fixed judge for all rounds; null: each round's own model
+    method: Literal["dpo", "positives"] = "dpo"  # positives: SFT again, with the perfectly scored answers added
+    data: Data = Data()
     sft: SFT = SFT()
     eft: EFT = EFT()
     prompts: Prompts
@@ -204,19 +230,50 @@ class Recipe(Group):
     dpo: DPO = DPO()
     gates: Gates = Gates()
     evaluation: Evaluation = Evaluation()
-    threads: Count | None = None
+    sampler: Sampler = Sampler()
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
-        if (self.model is None) == (self.init is None):
-            found = "neither" if self.model is None else "both"
-            raise InputError(f"found {found} of model and init; set exactly one of them (the other to null)")
+        begins = [name for name in ("model", "init", "m1") if getattr(self, name) is not None]
+        if len(begins) != 1:
+            raise InputError(
+                f"found {' and '.join(begins) or 'none'} of model, init and m1; set exactly one of them (the others to null)"
+            )
         if self.init is not None and self.tokenizer is None:
             raise InputError(
                 "init makes a model without a tokenizer; set tokenizer to a tokenizer.model or its directory"
             )
-        if self.eft.required and self.data.eft is None:
+        if self.m1 is None and self.data.ift is None:
+            raise InputError("data.ift is missing; set it, or m1 to begin with a model that is already trained")
+        if self.m1 is not None and (self.method == "positives" or self.dpo.replay_weight):
+            raise InputError(
+                "m1 leaves SFT and EFT out, whose data method 'positives' and dpo.replay_weight need; set model"
+            )
+        if self.dpo.replay_weight and self.data.eft is None:
+            raise InputError("dpo.replay_weight needs judge data; set data.eft, or the weight to 0")
+        if self.judge_model is not None and self.judge.by != "model":
+            raise InputError(
+                f"judge.by is {self.judge.by!r} and judge_model is set; a judge model needs judge.by 'model'"
+            )
+        if self.judge.by == "oracle" and self.evaluation.oracle is None:
+            raise InputError("judge.by is 'oracle', which only the tiny world has; set evaluation.oracle to tiny too")
+        if self.eft.required and self.m1 is None and self.data.eft is None:
             raise InputError("data.eft is missing; set it, or eft.required to false to go without judge data")
+        for name, draws in (
+            ("candidates.n", self.candidates.n),
+            ("judge.draws", self.judge.draws),
+            ("eft.attempts", self.eft.attempts),
+        ):
+            if draws > self.sampler.max_sequences:
+                raise InputError(
+                    f"{name} is {draws}, above sampler.max_sequences ({self.sampler.max_sequences}); raise that"
+                )
+        if self.data.max_tokens > self.sft.max_pack_tokens:
+            raise InputError(
+                f"data.max_tokens is {self.data.max_tokens}, above sft.max_pack_tokens ({self.sft.max_pack_tokens}), "
+                "which is the most that one forward pass takes; lower the first or raise the second"
+            )
         if self.evaluation.oracle is not None and self.data.heldout is None:
             raise InputError("evaluation.oracle needs data.heldout, the instructions to measure on")
         return self
@@ -397,6 +454,8 @@ def _without_empty_groups(values: dict[str, Any]) -> dict[str, Any]:
 
 _PATH_KEYS = (
     "model",
+    "m1",
+    "judge_model",
     "tokenizer",
     "data.ift",
     "data.eft",
@@ -447,7 +506,7 @@ _EXPECTED = {
     "model_type": "a group of keys",
     "model_attributes_type": "a group of keys",
 }
-_NOT_BUILT = ("judge_model", "prompt_model")
+_NOT_BUILT = ("prompt_model",)
 
 
 class _Source:

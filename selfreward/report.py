@@ -13,6 +13,8 @@ from rich.table import Table
 
 Row = dict[str, Any]
 PROGRESS_SECONDS = 5.0
+NONE = "-"  # a figure that there is not
+TIES_HALF = "ties half"
 
 
 class Reporter:
@@ -56,12 +58,33 @@ class Reporter:
         return on_step
 
 
-def build_report(models: list[Row], stages: dict[str, Row], timing: list[Row], stopped: str | None = None) -> Row:
-    """report.json: figures per model and counts per stage; everything about time under `timing`."""
+def build_report(
+    models: list[Row], rounds: list[Row], stages: dict[str, Row], timing: list[Row], stopped: str | None = None
+) -> Row:
+    """report.json: figures per model and per round, counts per stage; everything about time under `timing`."""
     seconds: dict[str, float] = {}
     for row in timing:
         seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
-    return {"models": models, "stages": stages, "stopped": stopped, "timing": {"seconds": seconds}}
+    return {"models": models, "rounds": rounds, "stages": stages, "stopped": stopped, "timing": {"seconds": seconds}}
+
+
+def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
+    """Headings, and for every model its cells as text. What no model has is no column."""
+    seconds = report["timing"]["seconds"]
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("model", lambda row: str(row["name"])),
+        ("true quality", lambda row: with_error(row.get("true_quality"), row.get("true_quality_se"))),
+        ("greedy", lambda row: with_error(row.get("true_quality_greedy"), row.get("true_quality_greedy_se"))),
+        ("judge pairwise", lambda row: number(row.get("judge_pairwise"), ".3f")),
+        (TIES_HALF, lambda row: number(row.get("judge_pairwise_ties_half"), ".3f")),
+        ("longer wins", lambda row: number(row.get("longer_wins"), ".3f")),
+        ("mean length", lambda row: number(row.get("mean_length"), ".1f")),
+        ("pairs", lambda row: number(row.get("pairs"), "d")),
+        ("seconds", lambda row: number(seconds.get(row.get("stage", "")), ".0f")),
+    ]
+    cells = [[cell(row) for row in report["models"]] for _, cell in columns]
+    kept = [place for place, column in enumerate(cells) if any(cell != NONE for cell in column)]
+    return [columns[place][0] for place in kept], [list(row) for row in zip(*(cells[p] for p in kept), strict=True)]
 
 
 def print_report(report: Row, as_json: bool) -> None:
@@ -69,19 +92,15 @@ def print_report(report: Row, as_json: bool) -> None:
         print(json.dumps(report, indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else 100)  # a pipe has no width of its own
-    table = Table(title=f"Self-rewarding loop: true quality 0 to 5 on {_graded(report)} held-out instructions")
-    for heading in ("model", "true quality", "judge pairwise", "longer wins", "mean length", "pairs", "seconds"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for row in report["models"]:
-        table.add_row(
-            row["name"],
-            _with_error(row.get("true_quality"), row.get("true_quality_se")),
-            _number(row.get("judge_pairwise"), ".3f"),
-            _number(row.get("longer_wins"), ".3f"),
-            _number(row.get("mean_length"), ".1f"),
-            _number(row.get("pairs"), "d"),
-            _number(report["timing"]["seconds"].get(row.get("stage", "")), ".0f"),
-        )
+    graded = graded_instructions(report)
+    title = f"true quality 0 to 5 on {graded} held-out instructions" if graded else "every model"
+    table = Table(title=f"Self-rewarding loop: {title}")
+    headings, rows = model_table(report)
+    shown = [place for place, heading in enumerate(headings) if heading != TIES_HALF]  # the page has room for it
+    for place in shown:
+        table.add_column(headings[place], justify="left" if headings[place] == "model" else "right")
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     console.print(table)
     times = Table(title="Seconds per stage")
     times.add_column("stage")
@@ -91,15 +110,17 @@ def print_report(report: Row, as_json: bool) -> None:
     console.print(times)
 
 
-def _number(value: Any, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+def number(value: Any, spec: str) -> str:
+    return NONE if value is None else format(value, spec)
 
 
-def _with_error(value: float | None, error: float | None) -> str:
+def with_error(value: float | None, error: float | None, spec: str = ".2f") -> str:
+    """A figure and its standard error."""
     if value is None:
-        return "-"
-    return f"{value:.2f}" + (f" +- {error:.2f}" if error is not None else "")
+        return NONE
+    return format(value, spec) + (f" +- {error:.2f}" if error is not None else "")
 
 
-def _graded(report: Row) -> int:
+def graded_instructions(report: Row) -> int:
+    """On how many held-out instructions true quality was measured; 0 where there is no oracle."""
     return max((row.get("true_quality_n") or 0 for row in report["models"]), default=0)

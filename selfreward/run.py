@@ -1,7 +1,8 @@
 """`python -m selfreward.run [ACTION] [--recipe NAME_OR_FILE] [--out DIR] [key.sub=value ...]`: the whole loop.
 
 M0 -> SFT -> M1 -> [prompts -> candidates -> judgements -> pairs -> DPO] per round -> M2, M3, ... -> report.
-Exit codes: 0 done, 2 a mistake in what was given, 3 a gate stopped the run and says what to do next.
+Exit codes: 0 done, 2 a mistake in what was given, 3 a gate stopped the run and says what to do next, 130 or 143 it was
+interrupted (Ctrl-C, SIGTERM). The same command on the same directory goes on where a run stopped, whatever stopped it.
 """
 
 from __future__ import annotations
@@ -9,24 +10,29 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import torch
 
 from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import stages
-from selfreward.formats import read_jsonl
+from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
-from selfreward.report import Reporter, build_report, print_report
-from selfreward.stages import GateError, Row, Run
-from selfreward.state import RunDir
+from selfreward.report import Reporter, print_report
+from selfreward.report_html import write_report
+from selfreward.state import RunDir, written_manifest
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
 BUILT = ("run",)
+MEMORY_KEYS = "sft.max_pack_tokens or dpo.max_pack_tokens (training), sampler.kv_cache_gb or sampler.max_batch_tokens"
 
 
 def loop(run: Run) -> list[Row]:
@@ -34,22 +40,24 @@ def loop(run: Run) -> list[Row]:
     rounds = run.recipe.rounds
     if run.recipe.init is not None:
         stage(run, "m0/model", stages.make_base)
-    stage(run, "sft/model", stages.train_baseline)
-    stage(run, "eft", stages.build_eft)
-    stage(run, "m1/model", stages.train_m1)
+    if run.recipe.m1 is None:
+        stage(run, "sft/model", stages.train_baseline)
+        stage(run, "eft", stages.build_eft)
+        stage(run, "m1/model", stages.train_m1)
     for k in range(1, rounds + 1):
         stage(run, f"iter_{k}/prompts", stages.new_prompts, k)
         stage(run, f"iter_{k}/candidates", stages.sample_candidates, k)
-        stage(run, f"iter_{k}/judgements", stages.judge_candidates, k)
+        stage(run, f"iter_{k}/judgements", stages.judge_round, k)
         stage(run, f"iter_{k}/pairs", stages.build_pairs, k)
-        stage(run, f"iter_{k}/model", stages.train_dpo, k)
-    models = [("M0", run.base, "m0/model"), ("SFT", run.dir.file("sft/model"), "sft/model")]
-    models += [("M1", run.model(1), "m1/model")]
+        stage(run, f"iter_{k}/model", stages.train_round, k)
+    models = [("M1", run.model(1), "m1/model")]
+    if run.recipe.m1 is None:
+        models = [("M0", run.base, "m0/model"), ("SFT", run.dir.file("sft/model"), "sft/model"), *models]
     models += [(f"M{k + 1}", run.model(k + 1), f"iter_{k}/model") for k in range(1, rounds + 1)]
     rows = []
     for name, path, made_by in models:
         row = stage(run, f"evaluation/{name}", stages.evaluate_model, name, path)
-        pairs = run.dir.counts(made_by).get("pairs") if name != "M0" else None
+        pairs = run.dir.counts(made_by).get("pairs") if made_by.startswith("iter_") else None
         rows.append(row | {"pairs": pairs, "stage": made_by})
     return rows
 
@@ -59,6 +67,7 @@ def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
     if run.dir.done(name):
         run.report.say(f"{name}: finished before")
         return run.dir.counts(name)
+    run.check_stop()
     run.report.say(f"{name} ...")
     started = time.perf_counter()
     counts = fn(run, *args)
@@ -71,55 +80,96 @@ def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     report = Reporter(quiet=arguments.quiet or arguments.json, as_json=arguments.json)
-    try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise NotBuiltError("WORLD_SIZE is above 1; distributed runs are not built yet: start one process")
-        action, overrides = _action(arguments.words)
-        if action not in BUILT:
-            raise NotBuiltError(f"the action {action!r} is not built yet; without an action the whole loop runs")
-        _run(Recipe.load(arguments.recipe, overrides), arguments.out, report)
-    except GateError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 3
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on at the stage that was not finished", file=sys.stderr)
-        return 130
+    with stop_on_signals() as stop:
+        try:
+            if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+                raise NotBuiltError("WORLD_SIZE is above 1; distributed runs are not built yet: start one process")
+            action, overrides = _action(arguments.words)
+            if action not in BUILT:
+                raise NotBuiltError(f"the action {action!r} is not built yet; without an action the whole loop runs")
+            _run(Recipe.load(arguments.recipe, overrides), arguments.out, report, stop)
+        except Stopped:
+            name = signal.Signals(stop.signal).name
+            print(f"stopped by {name}; what was finished is saved: the same command goes on there", file=sys.stderr)
+            return 128 + stop.signal
+        except GateError as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            return 3
+        except (InputError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            print(f"error: out of memory; lower {MEMORY_KEYS} ({str(error).splitlines()[0]})", file=sys.stderr)
+            return 2
     return 0
 
 
-def _run(recipe: Recipe, out: str, report: Reporter) -> None:
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or "")
+class StopEvent(Event):
+    """Set by a signal, whose number it keeps."""
+
+    signal = 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopEvent]:
+    """Ctrl-C and SIGTERM set the event; a second one acts at once, as it would have without this."""
+    stop = StopEvent()
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        stop.signal = number
+        stop.set()
+        signal.signal(number, before[number])
+        print("stopping after this group or step; once more stops at once", file=sys.stderr)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
+    threads = recipe.threads or written_manifest(out).get("training_threads")
+    if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
+        torch.set_num_threads(threads)
+    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
     template = JudgeTemplate(recipe.judge.template)
-    manifest = {
-        "recipe": recipe.dump(),
+    stages.check_inputs(recipe)
+    with RunDir(out, _manifest(recipe, tokenizer, template)) as directory:
+        report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
+        try:
+            models = loop(Run(recipe, directory, tokenizer, template, report, stop))
+        except GateError as error:
+            write_report(directory, [], stopped=str(error))
+            raise
+        print_report(write_report(directory, models), report.as_json)
+        report.say(f"report: {directory.file('report.html')}")
+
+
+def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
+    """Everything that decides a run's bytes. The gates do not: after one stopped a run, it may be moved."""
+    values = recipe.dump()
+    del values["gates"]
+    return {
+        "recipe": values,
         "inputs": {key: stages.file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
-        "model": content_hash(recipe.model) if recipe.model else None,
+        "models": {
+            key: content_hash(path) for key, path in recipe.paths().items() if key in ("model", "m1", "judge_model")
+        },
         "tokenizer": tokenizer.template_hash,
         "judge_template": template.hash,
         "torch": torch.__version__,
         "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "training_threads": torch.get_num_threads(),
     }
-    with RunDir(out, manifest) as directory:
-        report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
-        run = Run(recipe, directory, tokenizer, template, report)
-        models = loop(run)
-        timing = read_jsonl(directory.file("timing.jsonl"))
-        result = build_report(models, {row: directory.counts(row) for row in _stage_names(timing)}, timing)
-        directory.write_json("report.json", result)
-        print_report(result, report.as_json)
-        report.say(f"report: {directory.file('report.json')}")
-
-
-def _stage_names(timing: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["stage"] for row in timing))
 
 
 def _action(words: list[str]) -> tuple[str, list[str]]:

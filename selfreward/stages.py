@@ -1,87 +1,57 @@
-"""The stages: each reads finished files of the run, writes its own whole, and returns counts that add up."""
+"""The stages: each reads finished files of the run, writes its own, and returns counts that add up."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine import (
-    LLM,
     DPOConfig,
     DPORow,
     InputError,
     Llama,
+    RequestOutput,
     SamplingParams,
     SFTConfig,
     SFTRow,
-    Tokenizer,
-    load_checkpoint,
+    TrainingInterrupted,
+    clear_state,
     reference_logprobs,
     save_checkpoint,
     train,
 )
 from selfreward import tiny
+from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.eft import select
 from selfreward.evaluate import judge_accuracy, longer_wins, mean_and_error
-from selfreward.formats import load_ift, load_prompts, load_ranked, read_jsonl
-from selfreward.judge import Judgement, JudgeTemplate, judge_status, mean_score
-from selfreward.pairs import build_pair
+from selfreward.formats import load_ift, load_prompts, load_ranked
+from selfreward.judge import Judgement, mean_score
+from selfreward.judging import Item, judge_by_model, judge_candidates
+from selfreward.pairs import TOO_LONG, build_pair, positive
 from selfreward.prompts import take_prompts, write_prompts
-from selfreward.recipe import DPO, SFT, Recipe, Sampling
-from selfreward.report import Reporter
-from selfreward.state import RunDir, row_seed
+from selfreward.recipe import Candidates, Recipe
+from selfreward.sampling import Request, in_groups, sample_groups
+from selfreward.state import row_seed
 
-Row = dict[str, Any]
 STEP0_PAIRS = 64
 
 
-class GateError(Exception):
-    """The run must not go on: what was found and what to do next (exit code 3)."""
-
-
-@dataclass
-class Run:
-    """What every stage needs: the recipe, the directory, the tokenizer, the judge's template, and the loaded model."""
-
-    recipe: Recipe
-    dir: RunDir
-    tokenizer: Tokenizer
-    template: JudgeTemplate
-    report: Reporter
-    _loaded: tuple[Path, LLM] | None = field(default=None)
-
-    @property
-    def base(self) -> Path:
-        """M0's directory."""
-        return self.recipe.model if self.recipe.model is not None else self.dir.file("m0/model")
-
-    def model(self, number: int) -> Path:
-        """Directory of M_number: M1 comes out of SFT, M_{k+1} out of round k."""
-        if number == 1:
-            return self.dir.file("m1/model" if self.dir.file("m1/model").is_dir() else "sft/model")
-        return self.dir.file(f"iter_{number - 1}/model")
-
-    def llm(self, path: Path) -> LLM:
-        """The sampler on a model of the run; the last one stays loaded."""
-        if self._loaded is None or self._loaded[0] != path:
-            self._loaded = None  # free the old weights before the new ones come
-            self._loaded = (path, LLM(load_checkpoint(path), tokenizer=self.tokenizer))
-        return self._loaded[1]
-
-    def fresh(self, path: Path) -> Llama:
-        """A copy of a model that training may change."""
-        self._loaded = None
-        return load_checkpoint(path)
-
-    def rows(self, name: str) -> list[Row]:
-        return read_jsonl(self.dir.file(name))
-
-
 # ---- SFT, EFT, M1 -----------------------------------------------------------------------------------------------------
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Read every data file before anything is computed: a bad row must not show after hours."""
+    data = recipe.data
+    groups = load_ranked(data.eft)[: data.eft_limit] if data.eft else []
+    held = {group["prompt"].strip() for group in _heldout_ranks(recipe)}
+    shared = next((group["id"] for group in groups if group["prompt"].strip() in held), None)
+    if shared is not None:
+        raise InputError(f"{data.eft}: group {shared} has a prompt of {data.eft_heldout}; keep them apart")
+    known = _known_prompts(recipe)
+    if recipe.prompts.mode == "file":
+        take_prompts(recipe, 1, known)
 
 
 def make_base(run: Run) -> Row:
@@ -95,25 +65,18 @@ def make_base(run: Run) -> Row:
 def train_baseline(run: Run) -> Row:
     """The SFT baseline: M0 on the human instructions alone."""
     rows, counts = _ift_rows(run)
-    return _train_sft(run, rows, "sft/model", "sft") | counts
+    return _train_sft(run, rows, "sft") | counts
 
 
 def build_eft(run: Run) -> Row:
     """The baseline judges human-ranked answers; what agrees with the ranks becomes judge data."""
     recipe = run.recipe
-    heldout = load_ranked(recipe.data.eft_heldout)[: recipe.evaluation.judge_groups] if recipe.data.eft_heldout else []
+    heldout = _heldout_ranks(run.recipe)
     groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
-    held = {group["prompt"] for group in heldout}
-    shared = next((group["id"] for group in groups if group["prompt"] in held), None)
-    if shared is not None:
-        raise InputError(
-            f"{recipe.data.eft}: group {shared} has a prompt of {recipe.data.eft_heldout}; keep them apart"
-        )
-    items = [(f"{g['id']}-{i}", g["prompt"], a["text"]) for g in groups for i, a in enumerate(g["answers"])]
-    drawn = _judge(run, run.dir.file("sft/model"), items, recipe.eft, recipe.eft.attempts, (0, "eft")) if items else {}
-    by_group = {g["id"]: [drawn[f"{g['id']}-{i}"] for i in range(len(g["answers"]))] for g in groups}
-    rows, dropped, counts = select(groups, by_group)
-    run.dir.write_jsonl("eft/judgements.jsonl", [row for rows_ in drawn.values() for row in rows_])
+    drawn = judge_by_model(
+        run, "eft/judgements.jsonl", run.dir.file("sft/model"), _ranked_items(groups), recipe.eft, (0, "eft")
+    )
+    rows, dropped, counts = select(groups, _by_answer(groups, drawn))
     run.dir.write_jsonl("eft/train.jsonl", rows)
     run.dir.write_jsonl("eft/dropped.jsonl", dropped)
     run.dir.write_jsonl("eft/heldout.jsonl", heldout)
@@ -127,14 +90,11 @@ def build_eft(run: Run) -> Row:
 
 def train_m1(run: Run) -> Row:
     """M1: M0 on instructions and judge data. Without judge data the baseline is M1 and is not trained twice."""
-    judgements = run.rows("eft/train.jsonl")
-    if not judgements:
+    judge_rows = _eft_rows(run)
+    if not judge_rows:
         return {"same_as": "sft/model"}
     rows, counts = _ift_rows(run)
-    for row in judgements:
-        prompt = run.template.token_ids(run.tokenizer, row["prompt"], row["answer"])
-        rows.append(SFTRow(prompt, row["judgement_token_ids"]))
-    return _train_sft(run, rows, "m1/model", "m1") | counts | {"eft": len(judgements)}
+    return _train_sft(run, rows + judge_rows, "m1") | counts | {"eft": len(judge_rows)}
 
 
 # ---- one round --------------------------------------------------------------------------------------------------------
@@ -142,22 +102,17 @@ def train_m1(run: Run) -> Row:
 
 def new_prompts(run: Run, k: int) -> Row:
     """This round's prompts, none of which an earlier round, the seed data or the held-out data has."""
-    recipe, options = run.recipe, run.recipe.prompts
-    taken = {row["prompt"] for j in range(1, k) for row in run.rows(f"iter_{j}/prompts.jsonl")} | _known_prompts(run)
-    if options.mode == "file":
-        assert options.file is not None
-        rows, dropped = take_prompts(load_prompts(options.file), options.count, taken, k)
+    taken = _known_prompts(run.recipe)
+    if run.recipe.prompts.mode == "file":
+        rows, dropped = take_prompts(run.recipe, k, taken)
     else:
-        assert options.count is not None
-        valid = tiny.is_valid if options.valid == "tiny" else lambda text: True
-        params = _params(options, 1, 0)
-        rows, dropped = write_prompts(run.llm(run.model(1)), params, options.count, taken, valid, (recipe.seed, k))
-    longest = run.llm(run.model(1)).max_model_len - 1
-    fitting = [row for row in rows if len(run.tokenizer.chat_prompt(row["prompt"])) <= longest]
+        earlier = {row["prompt"] for j in range(1, k) for row in run.rows(f"iter_{j}/prompts.jsonl")}
+        rows, dropped = write_prompts(run, k, taken | earlier)
+    fitting = [row for row in rows if len(run.tokenizer.chat_prompt(row["prompt"])) < run.context]
     dropped["prompt_too_long"] += len(rows) - len(fitting)
     if not fitting:
         raise GateError(
-            f"round {k} has no prompts left after the filters ({dict(dropped)}): raise prompts.count, change the sampling "
+            f"round {k} has no prompts left after the filters ({dict(+dropped)}): raise prompts.count, change the sampling "
             "settings under prompts, or give prompts.mode=file with a larger prompts.file"
         )
     run.dir.write_jsonl(f"iter_{k}/prompts.jsonl", fitting)
@@ -168,38 +123,46 @@ def sample_candidates(run: Run, k: int) -> Row:
     """N answers of M_k to every prompt."""
     options = run.recipe.candidates
     prompts = run.rows(f"iter_{k}/prompts.jsonl")
-    llm = run.llm(run.model(k))
-    ids = [run.tokenizer.chat_prompt(row["prompt"]) for row in prompts]
-    params = [_params(options, options.n, row_seed(run.recipe.seed, k, "candidates", row["id"])) for row in prompts]
-    rows = []
-    for prompt, one, output in zip(prompts, params, _generate(run, llm, ids, params, "candidates"), strict=True):
-        for answer in output.outputs:
-            rows.append(
-                {
-                    "id": f"{prompt['id']}-{answer.index}",
-                    "prompt_id": prompt["id"],
-                    "prompt": prompt["prompt"],
-                    "index": answer.index,
-                    "text": answer.text,
-                    "token_ids": answer.token_ids,
-                    "finish_reason": answer.finish_reason,
-                    "logprob": answer.cumulative_logprob,
-                    "seed": one.seed,
-                }
-            )
-    run.dir.write_jsonl(f"iter_{k}/candidates.jsonl", rows)
+    requests = [_candidate_request(run, k, prompt, options) for prompt in prompts]
+    rows = sample_groups(run, f"iter_{k}/candidates.jsonl", run.llm(run.model(k)), in_groups(requests))
     return {"prompts": len(prompts), "candidates": len(rows)} | _finish_counts(rows)
 
 
-def judge_candidates(run: Run, k: int) -> Row:
-    """K judgements of M_k on every candidate; an unreadable one is a status, never a number."""
+def _candidate_request(run: Run, k: int, prompt: Row, options: Candidates) -> Request:
+    seed = row_seed(run.recipe.seed, k, "candidates", prompt["id"])
+
+    def rows(output: RequestOutput | None) -> list[Row]:
+        assert output is not None, "new_prompts leaves out what does not fit"
+        return [
+            {
+                "id": f"{prompt['id']}-{answer.index}",
+                "prompt_id": prompt["id"],
+                "prompt": prompt["prompt"],
+                "index": answer.index,
+                "text": answer.text,
+                "token_ids": answer.token_ids,
+                "finish_reason": answer.finish_reason,
+                "logprob": answer.cumulative_logprob,
+                "seed": seed,
+            }
+            for answer in output.outputs
+        ]
+
+    params = SamplingParams(
+        n=options.n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens, seed=seed
+    )
+    return Request(run.tokenizer.chat_prompt(prompt["prompt"]), params, rows)
+
+
+def judge_round(run: Run, k: int) -> Row:
+    """K judgements of every candidate by M_k or the recipe's judge; an unreadable one is a status, never a number."""
     options = run.recipe.judge
     candidates = run.rows(f"iter_{k}/candidates.jsonl")
-    items = [(row["id"], row["prompt"], row["text"]) for row in candidates]
-    drawn = _judge(run, run.model(k), items, options, options.draws, (k, "judge"))
-    rows = [row for row in candidates for row in drawn[row["id"]]]
+    items: dict[str, list[Item]] = {}
+    for row in candidates:
+        items.setdefault(row["prompt_id"], []).append(Item(row["id"], row["prompt"], row["text"]))
+    rows = judge_candidates(run, k, list(items.values()))
     statuses = Counter(row["status"] for row in rows)
-    run.dir.write_jsonl(f"iter_{k}/judgements.jsonl", rows)
     assert sum(statuses.values()) == len(candidates) * options.draws
     readable = statuses["ok"] / len(rows)
     if readable < run.recipe.gates.min_readable:
@@ -214,18 +177,13 @@ def judge_candidates(run: Run, k: int) -> Row:
 
 def build_pairs(run: Run, k: int) -> Row:
     """Best against worst per prompt; everything without a pair is a row with its reason."""
-    recipe = run.recipe
-    draws: dict[str, list[Judgement]] = {}
-    for row in run.rows(f"iter_{k}/judgements.jsonl"):
-        draws.setdefault(row["candidate_id"], []).append(Judgement(row["score"], row["status"]))
-    by_prompt: dict[str, list[Row]] = {}
-    for row in run.rows(f"iter_{k}/candidates.jsonl"):
-        score = mean_score(draws[row["id"]], recipe.judge.min_valid_draws)
-        by_prompt.setdefault(row["prompt_id"], []).append(row | {"score": score})
+    recipe, scored = run.recipe, _scored_candidates(run, k)
     pairs, dropped = [], []
     prompts = run.rows(f"iter_{k}/prompts.jsonl")
     for prompt in prompts:
-        pair, reason = build_pair(prompt, by_prompt[prompt["id"]], recipe.pairs.allow_truncated_chosen)
+        pair, reason = build_pair(prompt, scored[prompt["id"]], recipe.pairs.allow_truncated_chosen)
+        if pair is not None and _pair_tokens(run, pair) > recipe.dpo.max_pack_tokens:
+            pair, reason = None, TOO_LONG
         if pair is not None:
             pairs.append(pair)
         else:
@@ -234,7 +192,7 @@ def build_pairs(run: Run, k: int) -> Row:
     assert len(pairs) + sum(reasons.values()) == len(prompts)
     run.dir.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
     run.dir.write_jsonl(f"iter_{k}/dropped.jsonl", dropped)
-    if len(pairs) < recipe.gates.min_pairs:
+    if len(pairs) < recipe.gates.min_pairs and recipe.method == "dpo":
         raise GateError(
             f"round {k} has {len(pairs)} pairs of {len(prompts)} prompts ({dict(reasons)}), the floor is "
             f"{recipe.gates.min_pairs}: raise prompts.count, candidates.n or judge.draws, or lower gates.min_pairs"
@@ -242,20 +200,40 @@ def build_pairs(run: Run, k: int) -> Row:
     return {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(reasons)}
 
 
+def train_round(run: Run, k: int) -> Row:
+    """M_{k+1}, by the recipe's method."""
+    return train_positives(run, k) if run.recipe.method == "positives" else train_dpo(run, k)
+
+
 def train_dpo(run: Run, k: int) -> Row:
     """M_{k+1}: DPO from M_k, with M_k as the reference, on this round's pairs."""
-    pairs = run.rows(f"iter_{k}/pairs.jsonl")
+    pairs, options = run.rows(f"iter_{k}/pairs.jsonl"), run.recipe.dpo
     model = run.fresh(run.model(k))
-    config = DPOConfig(**_train_options(run.recipe.dpo), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
+    config = DPOConfig(**options.model_dump(), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
     rows = [
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
-    reference = reference_logprobs(model, rows, config.max_pack_tokens)
-    _check_step_zero(run, k, model, rows, reference)
-    rows = [DPORow(r.prompt, r.chosen, r.rejected, ref) for r, ref in zip(rows, reference, strict=True)]
-    result = train(model, rows, config, run.dir.file(f"iter_{k}/training"), run.report.steps(f"iter_{k}/dpo"))
-    save_checkpoint(model, run.dir.file(f"iter_{k}/model"), run.tokenizer)
-    return {"pairs": len(pairs), "steps": result.steps}
+    rows = _with_reference(run, k, model, rows, config)
+    replay = _eft_rows(run) if options.replay_weight else []
+    steps = _train(run, model, rows, config, f"iter_{k}", replay)
+    return {"pairs": len(pairs), "steps": steps} | ({"replay": len(replay)} if replay else {})
+
+
+def train_positives(run: Run, k: int) -> Row:
+    """M_{k+1}, the paper's other variant (section 2.4): M0 on the seed data and, of each round so far, the best answer
+    to every prompt that has one with the perfect score."""
+    found = [
+        best
+        for j in range(1, k + 1)
+        for candidates in _scored_candidates(run, j).values()
+        if (best := positive(candidates, run.recipe.pairs.allow_truncated_chosen)) is not None
+    ]
+    if not found:
+        raise GateError(f"round {k}: no answer has the perfect score; use method=dpo, or a model that judges better")
+    rows, counts = _ift_rows(run)
+    rows += _eft_rows(run)
+    rows += [SFTRow(run.tokenizer.chat_prompt(row["prompt"]), row["token_ids"]) for row in found]
+    return _train_sft(run, rows, f"iter_{k}") | counts | {"positives": len(found)}
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------------------
@@ -263,114 +241,158 @@ def train_dpo(run: Run, k: int) -> Row:
 
 def evaluate_model(run: Run, name: str, path: Path) -> Row:
     """One row of the report: truth on held-out instructions, accuracy as a judge on held-out ranks, mean length."""
-    recipe, options = run.recipe, run.recipe.evaluation
-    row: Row = {"name": name, "true_quality": None, "true_quality_se": None, "true_quality_n": 0, "mean_length": None}
-    if recipe.data.heldout is not None:
-        prompts = load_prompts(recipe.data.heldout)[: options.prompts]
-        answers = _answers(run, path, prompts)
-        row["mean_length"], _ = mean_and_error([len(answer) for answer, _ in answers])
-        if options.oracle == "tiny":
-            grades = [float(tiny.grade(p["prompt"], text)) for p, (_, text) in zip(prompts, answers, strict=True)]
-            row["true_quality"], row["true_quality_se"] = mean_and_error(grades)
-            row["true_quality_n"] = len(grades)
-    groups = run.rows("eft/heldout.jsonl")
+    options, folder = run.recipe.evaluation, f"evaluation/{name}"
+    row: Row = {"name": name, "mean_length": None}
+    row |= dict.fromkeys(("true_quality", "true_quality_se", "true_quality_greedy", "true_quality_greedy_se"))
+    row["true_quality_n"] = 0
+    if run.recipe.data.heldout is not None:
+        answers = _answers(run, path, f"{folder}/answers.jsonl", options.temperature)
+        row["mean_length"], _ = mean_and_error([len(answer["token_ids"]) for answer in answers])
+        greedy = _answers(run, path, f"{folder}/greedy.jsonl", 0.0) if options.greedy else []
+        if options.oracle is not None:
+            row["true_quality"], row["true_quality_se"] = mean_and_error([a["grade"] for a in answers])
+            row["true_quality_greedy"], row["true_quality_greedy_se"] = mean_and_error([a["grade"] for a in greedy])
+            row["true_quality_n"] = len(answers)
+    groups = _heldout_ranks(run.recipe)
     if groups:
-        items = [(f"{g['id']}-{i}", g["prompt"], a["text"]) for g in groups for i, a in enumerate(g["answers"])]
-        drawn = _judge(run, path, items, recipe.judge, recipe.judge.draws, (0, "evaluation"))
-        scores = [[_mean(run, drawn[f"{group['id']}-{i}"]) for i in range(len(group["answers"]))] for group in groups]
+        file, judge = f"{folder}/judgements.jsonl", run.recipe.judge
+        drawn = _by_answer(groups, judge_by_model(run, file, path, _ranked_items(groups), judge, (0, "evaluation")))
+        scores = [[_mean(run, draws) for draws in drawn[group["id"]]] for group in groups]
         row |= judge_accuracy(groups, scores) | {"longer_wins": longer_wins(groups)}
     return row
 
 
-def _answers(run: Run, path: Path, prompts: list[Row]) -> list[tuple[list[int], str]]:
+def _answers(run: Run, path: Path, name: str, temperature: float) -> list[Row]:
+    """One answer to every held-out instruction; the seeds are the same for all models."""
     options = run.recipe.evaluation
-    ids = [run.tokenizer.chat_prompt(row["prompt"]) for row in prompts]
-    params = [
-        SamplingParams(
-            temperature=options.temperature,
-            max_tokens=options.max_tokens,
-            seed=row_seed(run.recipe.seed, 0, "evaluation", row["id"]),
-        )
-        for row in prompts
-    ]
-    outputs = _generate(run, run.llm(path), ids, params, "answers")
-    return [(output.outputs[0].token_ids, output.outputs[0].text) for output in outputs]
+    assert run.recipe.data.heldout is not None
+
+    def request(prompt: Row) -> Request:
+        seed = row_seed(run.recipe.seed, 0, "evaluation", prompt["id"])
+        params = SamplingParams(temperature=temperature, max_tokens=options.max_tokens, seed=seed)
+        ids = run.tokenizer.chat_prompt(prompt["prompt"])
+        return Request(ids, params, lambda output: [_answer_row(run, prompt, output)])
+
+    prompts = load_prompts(run.recipe.data.heldout)[: options.prompts]
+    return sample_groups(run, name, run.llm(path), in_groups([request(prompt) for prompt in prompts]))
 
 
-def _mean(run: Run, rows: list[Row]) -> float | None:
-    return mean_score([Judgement(row["score"], row["status"]) for row in rows], run.recipe.judge.min_valid_draws)
+def _answer_row(run: Run, prompt: Row, output: RequestOutput | None) -> Row:
+    """An instruction that leaves no room for an answer has none."""
+    text, ids, finish = "", list[int](), "prompt_too_long"
+    if output is not None:
+        (answer,) = output.outputs
+        text, ids, finish = answer.text, answer.token_ids, answer.finish_reason
+    row: Row = {"id": prompt["id"], "prompt": prompt["prompt"], "text": text, "token_ids": ids, "finish_reason": finish}
+    return row | {"grade": tiny.grade(prompt["prompt"], text)} if run.recipe.evaluation.oracle else row
 
 
 # ---- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _judge(
-    run: Run, model: Path, items: Sequence[tuple[str, str, str]], options: Sampling, draws: int, key: tuple[int, str]
-) -> dict[str, list[Row]]:
-    """`draws` judgements of every (id, prompt, answer); the rubric and each answer are computed once."""
-    llm = run.llm(model)
-    max_tokens: int = options.max_tokens  # type: ignore[attr-defined]
-    asked, ids, params = list[str](), list[list[int]](), list[SamplingParams]()
-    rows: dict[str, list[Row]] = {}
-    for item, prompt, answer in items:
-        tokens = run.template.token_ids(run.tokenizer, prompt, answer)
-        if len(tokens) + 1 > llm.max_model_len:
-            rows[item] = [
-                _judgement_row(item, draw, "", [], Judgement(None, "prompt_too_long")) for draw in range(draws)
-            ]
-            continue
-        asked.append(item)
-        ids.append(tokens)
-        params.append(
-            SamplingParams(
-                n=draws,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                max_tokens=max_tokens,
-                seed=row_seed(run.recipe.seed, key[0], key[1], item),
-            )
+def _train(
+    run: Run, model: Llama, rows: list[SFTRow] | list[DPORow], config: SFTConfig, folder: str, replay: list[SFTRow]
+) -> int:
+    """Train, from a saved state if the run was interrupted here, and save folder/model. Returns the number of steps."""
+    out = run.dir.file(folder)
+    try:
+        result = train(
+            model,
+            rows,
+            config,
+            out,
+            on_step=run.report.steps(folder),
+            should_stop=run.stop.is_set,
+            replay=replay or None,
         )
-    for item, output in zip(asked, _generate(run, llm, ids, params, key[1]), strict=True):
-        rows[item] = [
-            _judgement_row(item, draw.index, draw.text, draw.token_ids, judge_status(draw.text, draw.finish_reason))
-            for draw in output.outputs
-        ]
-    return rows
+    except TrainingInterrupted:
+        raise Stopped from None
+    save_checkpoint(model, out / "model", run.tokenizer)
+    clear_state(out)
+    return result.steps
 
 
-def _judgement_row(item: str, draw: int, text: str, token_ids: list[int], judgement: Judgement) -> Row:
-    return {
-        "id": f"{item}-{draw}",
-        "candidate_id": item,
-        "draw": draw,
-        "score": judgement.score,
-        "status": judgement.status,
-        "text": text,
-        "token_ids": token_ids,
-    }
+def _train_sft(run: Run, rows: list[SFTRow], folder: str) -> Row:
+    config = SFTConfig(**run.recipe.sft.model_dump(), seed=row_seed(run.recipe.seed, 0, folder, 0) >> 1)
+    return {"rows": len(rows), "steps": _train(run, run.fresh(run.base), rows, config, folder, [])}
 
 
-def _generate(run: Run, llm: LLM, ids: list[list[int]], params: list[SamplingParams], what: str) -> list[Any]:
-    outputs: list[Any] = [None] * len(ids)
-    progress = run.report.progress(what, len(ids))
-    for output in llm.stream(ids, params):
-        outputs[output.index] = output
-        progress(1)
-    return outputs
+def _with_reference(run: Run, k: int, model: Llama, rows: list[DPORow], config: DPOConfig) -> list[DPORow]:
+    """The rows with M_k's log-probs, which are computed once per round and stored beside the pairs."""
+    name = f"iter_{k}/reference.jsonl"
+    if not run.dir.file(name).is_file():
+        reference = reference_logprobs(model, rows, config.max_pack_tokens)
+        _check_step_zero(run, k, model, rows, reference)
+        run.dir.write_jsonl(name, [{"ref_chosen_logps": one, "ref_rejected_logps": two} for one, two in reference])
+    stored = [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in run.rows(name)]
+    return [DPORow(row.prompt, row.chosen, row.rejected, ref) for row, ref in zip(rows, stored, strict=True)]
 
 
-def _params(options: Any, n: int, seed: int) -> SamplingParams:
-    return SamplingParams(
-        n=n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens, seed=seed
+def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow], reference: list[tuple[float, float]]) -> None:
+    """The policy is the reference before step 0: its log-probs in another packing must be the cached ones."""
+    again = reference_logprobs(
+        model, rows[:STEP0_PAIRS], max(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in rows)
     )
+    differences = [
+        abs(a - b) for one, two in zip(again, reference, strict=False) for a, b in zip(one, two, strict=True)
+    ]
+    worst = next((x for x in differences if x != x), max(differences))  # max() alone would pass over NaN
+    if not worst <= run.recipe.gates.step0_tolerance:
+        raise GateError(
+            f"round {k}: before step 0 the policy's log-probs differ from the cached reference by {worst:.2e} nats a "
+            f"sequence, allowed are {run.recipe.gates.step0_tolerance:.0e}: the model or its numbers changed; start the "
+            "round again in a new directory"
+        )
+
+
+def _scored_candidates(run: Run, k: int) -> dict[str, list[Row]]:
+    """Prompt id -> its candidates with the mean score of their judgements (None: too few are readable)."""
+    draws: dict[str, list[Row]] = {}
+    for row in run.rows(f"iter_{k}/judgements.jsonl"):
+        draws.setdefault(row["candidate_id"], []).append(row)
+    scored: dict[str, list[Row]] = {}
+    for row in run.rows(f"iter_{k}/candidates.jsonl"):
+        scored.setdefault(row["prompt_id"], []).append(row | {"score": _mean(run, draws[row["id"]])})
+    return scored
+
+
+def _mean(run: Run, rows: Sequence[Row]) -> float | None:
+    return mean_score([Judgement(row["score"], row["status"]) for row in rows], run.recipe.judge.min_valid_draws)
+
+
+def _heldout_ranks(recipe: Recipe) -> list[Row]:
+    path = recipe.data.eft_heldout
+    return load_ranked(path)[: recipe.evaluation.judge_groups] if path else []
+
+
+def _ranked_items(groups: Sequence[Row]) -> list[list[Item]]:
+    return [[Item(f"{g['id']}-{i}", g["prompt"], a["text"]) for i, a in enumerate(g["answers"])] for g in groups]
+
+
+def _by_answer(groups: Sequence[Row], judgements: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """Group id -> for each of its answers the judgement rows, in order of the draws."""
+    drawn: dict[str, list[Row]] = {}
+    for row in judgements:
+        drawn.setdefault(row["candidate_id"], []).append(row)
+    return {group["id"]: [drawn[f"{group['id']}-{i}"] for i in range(len(group["answers"]))] for group in groups}
+
+
+def _eft_rows(run: Run) -> list[SFTRow]:
+    """The judge data: judge prompts with the judgement to write."""
+    return [
+        SFTRow(run.template.token_ids(run.tokenizer, row["prompt"], row["answer"]), row["judgement_token_ids"])
+        for row in run.rows("eft/train.jsonl")
+    ]
 
 
 def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
-    """Chat prompts with human answers, cut at `data.max_tokens` (a cut answer has no EOS), and how many were cut or,
-    because the prompt alone fills that many tokens, left out."""
-    limit = run.recipe.data.max_tokens
+    """Chat prompts with human answers, cut at `data.max_tokens` or the model's context (a cut answer has no EOS), and how
+    many were cut or, because the prompt alone fills that many tokens, left out."""
+    data = run.recipe.data
+    assert data.ift is not None
     rows, counts = list[SFTRow](), Counter[str](ift=0, ift_cut=0, ift_prompt_too_long=0)
-    for row in load_ift(run.recipe.data.ift, run.recipe.data.ift_limit):
+    limit = min(data.max_tokens, run.context)
+    for row in load_ift(data.ift, data.ift_limit):
         prompt = run.tokenizer.chat_prompt(row["prompt"])
         answer = [*run.tokenizer.encode(row["response"].strip()), run.tokenizer.eos_id]
         room = limit - len(prompt)
@@ -381,43 +403,25 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
         counts["ift"] += 1
         counts["ift_cut"] += len(answer) > room
     if not rows:
-        raise InputError(f"{run.recipe.data.ift}: no prompt is shorter than data.max_tokens={limit}; raise it")
+        raise InputError(
+            f"{data.ift}: no prompt is shorter than {limit} tokens (data.max_tokens is {data.max_tokens}, the model's "
+            f"context {run.context}); bring shorter ones or raise data.max_tokens"
+        )
     return rows, dict(counts)
 
 
-def _train_options(options: SFT | DPO) -> Row:
-    return options.model_dump()
-
-
-def _train_sft(run: Run, rows: list[SFTRow], out: str, name: str) -> Row:
-    model = run.fresh(run.base)
-    config = SFTConfig(**_train_options(run.recipe.sft), seed=row_seed(run.recipe.seed, 0, name, 0) >> 1)
-    result = train(model, rows, config, run.dir.file(out).parent / "training", run.report.steps(name))
-    save_checkpoint(model, run.dir.file(out), run.tokenizer)
-    return {"rows": len(rows), "steps": result.steps}
-
-
-def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow], reference: list[tuple[float, float]]) -> None:
-    """The policy is the reference before step 0: its log-probs in another packing must be the cached ones."""
-    again = reference_logprobs(
-        model, rows[:STEP0_PAIRS], max(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in rows)
-    )
-    worst = max(abs(a - b) for one, two in zip(again, reference, strict=False) for a, b in zip(one, two, strict=True))
-    if not worst <= run.recipe.gates.step0_tolerance:
-        raise GateError(
-            f"round {k}: before step 0 the policy's log-probs differ from the cached reference by {worst:.2e} nats a "
-            f"sequence, allowed are {run.recipe.gates.step0_tolerance:.0e}: the model or its numbers changed; start the "
-            "round again in a new directory"
-        )
-
-
-def _known_prompts(run: Run) -> set[str]:
+def _known_prompts(recipe: Recipe) -> set[str]:
     """Prompts of seed and held-out data."""
-    data = run.recipe.data
-    known = {row["prompt"] for row in load_ift(data.ift, data.ift_limit)}
-    for ranked in (data.eft, data.eft_heldout):
-        known |= {group["prompt"] for group in load_ranked(ranked)} if ranked else set()
-    return known | ({row["prompt"] for row in load_prompts(data.heldout)} if data.heldout else set())
+    data = recipe.data
+    rows = load_ift(data.ift, data.ift_limit) if data.ift else []
+    rows += load_prompts(data.heldout) if data.heldout else []
+    ranked = [group for path in (data.eft, data.eft_heldout) if path for group in load_ranked(path)]
+    return {row["prompt"].strip() for row in [*rows, *ranked]}
+
+
+def _pair_tokens(run: Run, pair: Row) -> int:
+    prompt = run.tokenizer.chat_prompt(pair["prompt"])
+    return len(prompt) + len(pair["chosen_token_ids"]) + len(pair["rejected_token_ids"])
 
 
 def _finish_counts(rows: list[Row]) -> Row:

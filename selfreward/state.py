@@ -3,6 +3,9 @@
 manifest.json   what the run is (the caller's dictionary: recipe, hashes, versions); a resume must agree with it
 stages.json     the finished stages, in order, with their counts
 timing.jsonl    the only place for times, so that all other files are the same bytes in every run
+
+Files are written whole (`write_json`, `write_jsonl`, `write_bytes`) or grow by whole groups of rows (`append_group`,
+`kept_groups`), so that a run that was killed at any moment goes on behind its last whole group.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -64,11 +67,50 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a whole JSON file: after a kill at any moment the old or the new one stands there, never a part."""
-        _write(self.file(name), [_json(value, indent=2) + "\n"])
+        self.write_bytes(name, (_json(value, indent=2) + "\n").encode("utf-8"))
 
     def write_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write all rows of a JSON lines file, like `write_json`."""
-        _write(self.file(name), (_json(row) + "\n" for row in rows))
+        _write(self.file(name), ((_json(row) + "\n").encode("utf-8") for row in rows))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a whole file of any kind, like `write_json`."""
+        _write(self.file(name), [content])
+
+    def append_group(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add a group of rows to a JSON lines file and bring it to the disk."""
+        path = self.file(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write("".join(_json(row) + "\n" for row in rows).encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _write_error(path, error) from None
+
+    def kept_groups(self, name: str, sizes: Sequence[int]) -> tuple[list[dict[str, Any]], int]:
+        """The rows of a file that an interrupted stage appended to, and how many whole groups they are.
+
+        sizes: rows of each group, in order. What a kill left behind the last whole group is cut off the file.
+        """
+        path = self.file(name)
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last line feed is torn
+        whole = groups = 0
+        for size in sizes:
+            if whole + size > len(lines):
+                break
+            whole, groups = whole + size, groups + 1
+        kept = lines[:whole]
+        try:
+            rows = [json.loads(line) for line in kept]
+            if path.exists():
+                os.truncate(path, sum(len(line) + 1 for line in kept))
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error}); remove it, and the stage begins again") from None
+        except OSError as error:
+            raise _write_error(path, error) from None
+        return rows, groups
 
     def done(self, stage: str) -> bool:
         """Whether the stage is finished and need not run again."""
@@ -77,6 +119,10 @@ class RunDir:
     def counts(self, stage: str) -> dict[str, Any]:
         """What `mark_done` recorded for a finished stage."""
         return dict(self._stages[stage])
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The counts of every finished stage, in the order in which they ended."""
+        return {stage: dict(counts) for stage, counts in self._stages.items()}
 
     def mark_done(self, stage: str, counts: Mapping[str, Any]) -> None:
         """Record a stage as finished, after all of its files are written. Counts hold no times."""
@@ -144,6 +190,12 @@ class RunDir:
         self._stages: dict[str, Any] = _read(stages) if stages.exists() else {}
 
 
+def written_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of the run that stands in `path`; empty if none does."""
+    file = Path(path) / MANIFEST
+    return _read(file) if file.is_file() else {}
+
+
 def _differences(there: Any, here: Any, key: str) -> Iterator[str]:
     """One line per value that differs, by dotted key."""
     if isinstance(there, dict) and isinstance(here, dict):
@@ -190,14 +242,14 @@ def _is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     """Into a temporary name beside the file, to the disk, then renamed: a reader sees the old or the new file."""
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            for line in lines:
-                file.write(line.encode("utf-8"))
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

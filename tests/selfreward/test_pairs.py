@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_cut_answer_may_be_rejected_but_not_chosen() -> None:
     assert indices(candidate(0, 5, finish="length"), candidate(1, 4), candidate(2, 3)) == (1, 2)
     assert indices(candidate(0, 1, finish="length"), candidate(1, 4)) == (1, 0)
     assert indices(candidate(0, 5, finish="length"), candidate(1, 4, finish="length")) == "none_choosable"
-    assert indices(candidate(0, 5, finish="length"), candidate(1, 4)) == "tie"  # 1 is the best and the worst
+    assert indices(candidate(0, 5, finish="length"), candidate(1, 4)) == "none_better"  # 1 is the best and the worst
 
 
 def test_the_recipe_can_allow_a_cut_answer_to_be_chosen() -> None:
@@ -88,7 +89,7 @@ def test_the_recipe_can_allow_a_cut_answer_to_be_chosen() -> None:
 def test_an_empty_answer_is_never_chosen() -> None:
     assert indices(candidate(0, 5, text=" \n"), candidate(1, 4), candidate(2, 1)) == (1, 2)
     assert indices(candidate(0, 1, text=""), candidate(1, 4)) == (1, 0)
-    assert indices(candidate(0, 5, text=""), candidate(1, 4, text="")) == "none_choosable"
+    assert indices(candidate(0, 5, text=""), candidate(1, 4, text=" ")) == "none_choosable"
 
 
 def test_an_aborted_answer_is_never_chosen() -> None:
@@ -100,6 +101,18 @@ def test_an_aborted_answer_is_never_chosen() -> None:
 
 def test_the_same_text_twice_is_no_preference() -> None:
     assert indices(candidate(0, 5, text="same"), candidate(1, 4, text="same")) == "duplicate"
+
+
+def test_copies_of_a_text_are_one_candidate_with_their_mean_score() -> None:
+    same = [candidate(0, 4.0, text="same"), candidate(1, 3.5), candidate(2, 2.0, text="same")]
+    assert indices(*same) == (1, 0)  # judged once each, the first copy would have won and the last one lost
+    pair, _ = build_pair(PROMPT, same)
+    assert pair is not None and (pair["score_chosen"], pair["score_rejected"]) == (3.5, 3.0)
+
+
+def test_of_copies_the_one_that_ended_stands_for_all() -> None:
+    cut = candidate(0, 5.0, text="same", finish="length")
+    assert indices(cut, candidate(1, 1.0), candidate(2, 5.0, text="same")) == (2, 1)
 
 
 def test_a_candidate_of_another_prompt_is_refused() -> None:
@@ -127,11 +140,10 @@ def test_a_pair_keeps_every_rule_and_no_order_matters(
     if pair is None:
         return
     chosen, rejected = candidates[pair["chosen_index"]], candidates[pair["rejected_index"]]
-    allowed = [c for c in candidates if c["text"] and (allow or c["finish_reason"] == "stop")]
-    assert chosen in allowed and chosen["text"] != rejected["text"]
-    for other in candidates:
-        if other["score"] is not None:
-            assert (rejected["score"], rejected["index"]) <= (other["score"], other["index"])
-            if other in allowed:
-                assert (-chosen["score"], chosen["index"]) <= (-other["score"], other["index"])
-    assert pair["score_chosen"] > pair["score_rejected"]
+    assert chosen["text"] != rejected["text"] and pair["score_chosen"] > pair["score_rejected"]
+    assert chosen["text"] and (allow or chosen["finish_reason"] == "stop")
+    scored = [c for c in candidates if c["score"] is not None]
+    means = {text: fmean(c["score"] for c in scored if c["text"] == text) for text in {c["text"] for c in scored}}
+    choosable = {c["text"] for c in scored if c["text"] and (allow or c["finish_reason"] == "stop")}
+    assert pair["score_rejected"] == pytest.approx(min(means.values()))
+    assert pair["score_chosen"] == pytest.approx(max(means[text] for text in choosable))

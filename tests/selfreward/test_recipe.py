@@ -43,18 +43,21 @@ def complaint(tmp_path: Path, *overrides: str, text: str = SMALL) -> str:
 # Frozen on purpose: each new key is a decision, made here too.
 KEYS = """
 seed rounds model tokenizer init.preset init.dim init.n_layers init.n_heads init.n_kv_heads init.ffn_dim init.seed
+m1 judge_model method
 data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
-sft.clip sft.max_pack_tokens sft.dropout
+sft.clip sft.max_pack_tokens sft.dropout sft.save_every
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
-judge.temperature judge.top_p judge.template judge.draws judge.max_tokens judge.min_valid_draws
+judge.temperature judge.top_p judge.by judge.template judge.draws judge.max_tokens judge.min_valid_draws
 pairs.allow_truncated_chosen
 dpo.lr dpo.min_lr dpo.schedule dpo.warmup_steps dpo.epochs dpo.max_steps dpo.batch_size dpo.weight_decay dpo.betas
-dpo.clip dpo.max_pack_tokens dpo.dropout dpo.beta
+dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.beta dpo.replay_weight dpo.replay_batch_size
 gates.min_readable gates.min_pairs gates.step0_tolerance
-evaluation.oracle evaluation.prompts evaluation.temperature evaluation.max_tokens evaluation.judge_groups
+evaluation.oracle evaluation.prompts evaluation.temperature evaluation.greedy evaluation.max_tokens
+evaluation.judge_groups
+sampler.kv_cache_gb sampler.max_batch_tokens sampler.max_sequences sampler.block_size
 threads
 """
 
@@ -86,7 +89,7 @@ def test_training_keys_are_the_engines_options_with_its_defaults(group: Any, con
     config(**ours, seed=0)
 
 
-@pytest.mark.parametrize("name", ["tiny", "llama2-plain", "trial"])
+@pytest.mark.parametrize("name", ["tiny", "micro", "llama2-plain", "trial"])
 def test_shipped_recipes_are_valid_and_name_a_shipped_template(name: str) -> None:
     assert name in recipe_names()
     recipe = Recipe.load(name, check_files=False)
@@ -96,7 +99,7 @@ def test_shipped_recipes_are_valid_and_name_a_shipped_template(name: str) -> Non
 def test_tiny_holds_the_settled_settings() -> None:
     tiny = Recipe.load("tiny", check_files=False)
     assert tiny.model == recipe_module.PACKAGE / "tiny" / "m0"
-    assert (tiny.data.ift_limit, tiny.data.eft_limit, tiny.eft.attempts, tiny.eft.temperature) == (48, 120, 6, 1.0)
+    assert (tiny.data.ift_limit, tiny.data.eft_limit, tiny.eft.attempts, tiny.eft.temperature) == (24, 120, 6, 1.0)
     assert (tiny.prompts.mode, tiny.prompts.count, tiny.prompts.temperature, tiny.prompts.top_p) == (
         "continue",
         800,
@@ -157,7 +160,10 @@ def test_a_number_may_be_written_as(text: str, value: float, tmp_path: Path) -> 
         ("eft.required=1", "eft.required is 1; expected true or false"),
         ("judge.template=true", "judge.template is true; expected a string"),
         ("model=3", "model is 3; expected a path"),
-        ("data.ift=", "data.ift is null; expected a path"),
+        ("data.ift=", "data.ift is missing"),
+        ("sft.dropout=1", "sft.dropout is 1; expected less than 1"),
+        ("sft.betas=[0.9, 1.0]", "sft.betas: found 1.0"),
+        ("threads=100000000", "threads is 100000000; expected less than or equal to 1024"),
         ("sft=3", "sft is 3; expected a group of keys"),
         ("sft.betas=[true, 0.9]", "sft.betas: found true; expected a list of two numbers"),
         ("sft.betas=[0.9]", "sft.betas: found [0.9]; expected a list of two numbers"),
@@ -200,10 +206,7 @@ def test_a_mistake_in_the_file_names_the_file_and_the_rest_is_counted(tmp_path: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sft.dropout=0.1", "sft: dropout is 0.1; only 0 is built"),
-        ("dpo.dropout=0.1", "dpo: dropout is 0.1; only 0 is built"),
         ("prompts={mode: few_shot, file: null}", "prompts: mode 'few_shot' is not built yet"),
-        ("judge_model=x", "the key 'judge_model' is not built yet"),
         ("prompt_model=x", "the key 'prompt_model' is not built yet"),
     ],
 )
@@ -216,8 +219,18 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=null"], "found neither of model and init"),
-        (["init.preset=7B"], "found both of model and init"),
+        (["model=null"], "found none of model, init and m1"),
+        (["init.preset=7B"], "found model and init of model, init and m1"),
+        (["m1=x"], "found model and m1 of model, init and m1"),
+        (["model=null", "m1=x", "method=positives"], "m1 leaves SFT and EFT out"),
+        (["model=null", "m1=x", "dpo.replay_weight=1"], "m1 leaves SFT and EFT out"),
+        (["dpo.replay_weight=1"], "dpo.replay_weight needs judge data"),
+        (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
+        (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
+        (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
+        (["candidates.n=300"], "candidates.n is 300, above sampler.max_sequences (256)"),
+        (["judge.draws=300"], "judge.draws is 300, above sampler.max_sequences (256)"),
+        (["prompts.top_p=0.5"], "mode is 'file', where top_p has no effect"),
         (["model=null", "init.preset=7B"], "set tokenizer"),
         (["eft.required=true"], "data.eft is missing"),
         (["evaluation.oracle=tiny"], "evaluation.oracle needs data.heldout"),

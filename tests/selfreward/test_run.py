@@ -1,9 +1,13 @@
 """The whole command: a short tiny run, resumed and repeated, and a user's mistakes."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from selfreward import run as run_module
 from selfreward.run import main
@@ -13,7 +17,7 @@ FAST = [
     "candidates.n=3",
     "judge.draws=2",
     "data.eft_limit=12",
-    "eft.attempts=3",
+    "eft.attempts=6",
     "eft.required=false",
     "gates.min_pairs=1",
     "evaluation.prompts=20",
@@ -43,6 +47,7 @@ def test_the_loop_ends_with_a_report_of_every_model(finished):
         assert 0 <= row["true_quality"] <= 5 and row["true_quality_n"] == 20
         assert 0 <= row["judge_pairwise"] <= 1 and 0 <= row["longer_wins"] <= 1
     assert report["models"][3]["pairs"] >= 1
+    assert report["stages"]["m1/model"]["eft"] > 0  # else M1 is the baseline, and its training is not seen here
 
 
 def test_every_prompt_candidate_and_judgement_is_accounted_for(finished):
@@ -65,10 +70,17 @@ def test_every_prompt_candidate_and_judgement_is_accounted_for(finished):
 def test_an_equal_run_writes_the_same_bytes(finished, tmp_path):
     assert command(tmp_path / "again") == 0
     files = sorted(path.relative_to(finished) for path in finished.rglob("*") if path.is_file())
-    compared = [path for path in files if path.name not in ("timing.jsonl", "report.json", ".lock")]
+    compared = [path for path in files if path.name not in ("timing.jsonl", "report.json", "report.html", ".lock")]
     assert len(compared) > 30
     for path in compared:
         assert (finished / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
+    assert untimed_report(finished) == untimed_report(tmp_path / "again")
+
+
+def untimed_report(out):
+    report = json.loads((out / "report.json").read_text())
+    assert report.pop("timing")
+    return report
 
 
 def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monkeypatch):
@@ -95,6 +107,8 @@ def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monke
         (["model=nowhere"], 2, "nowhere"),
         (["sft.lr=fast"], 2, "sft.lr"),
         (["frobnicate"], 2, "frobnicate"),
+        (["threads=100000000"], 2, "threads"),
+        (["dpo.max_pack_tokens=20", "gates.min_pairs=1000"], 3, "'too_long': "),
         (["plan"], 2, "not built"),
         (["gates.min_pairs=1000000"], 3, "gates.min_pairs"),
         (["gates.min_readable=1.0", "judge.max_tokens=1"], 3, "judge.max_tokens"),
@@ -106,9 +120,80 @@ def test_a_mistake_is_one_message_and_an_exit_code(arguments, code, message, tmp
     assert message in err and "Traceback" not in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--quiet", "gates.min_pairs=1000", "--out", "OUT"],
+        ["gates.min_pairs=1000", "--out", "OUT", "--quiet"],
+        ["run", "--out", "OUT", "gates.min_pairs=1000", "--quiet"],
+        ["run", "rounds=1", "--out", "OUT", "gates.min_pairs=1000"],
+    ],
+)
+def test_action_options_and_keys_come_in_any_order(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_module, "_run", lambda recipe, out, report, stop: seen.append((recipe, out)))
+    assert main(words) == 0
+    ((recipe, out),) = seen
+    assert recipe.gates.min_pairs == 1000 and out == "OUT"
+
+
+def test_gates_may_be_moved_after_they_stopped_a_run(finished, tmp_path, capsys):
+    out = tmp_path / "gated"
+    assert command(out, "gates.min_pairs=1000") == 3
+    assert command(out) == 0
+    assert untimed_report(out) == untimed_report(finished)
+
+
+def test_a_run_is_resumed_with_the_training_threads_that_it_began_with(finished, tmp_path):
+    out, before = tmp_path / "run", torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert command(out, "gates.min_pairs=1000") == 3
+        torch.set_num_threads(2)
+        assert command(out) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((out / "manifest.json").read_text())["training_threads"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_and_says_how_to_go_on(number, finished, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "stopped"
+
+    def and_then_a_signal(run, k, real=run_module.stages.sample_candidates):
+        signal.raise_signal(number)
+        return real(run, k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.stages, "sample_candidates", and_then_a_signal)
+        assert command(out) == 128 + number
+    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().err
+    assert signal.getsignal(number) is not None and command(out) == 0
+    assert untimed_report(out) == untimed_report(finished)
+
+
 def test_a_changed_recipe_is_refused_with_the_difference(finished, capsys):
     assert command(finished, "dpo.beta=0.2") == 2
     assert "recipe.dpo.beta is 0.1 there, 0.2 here" in capsys.readouterr().err
+
+
+def test_changed_weights_data_and_threads_are_refused_with_the_difference(tmp_path, capsys):
+    package, out = Path(run_module.__file__).parent, tmp_path / "out"
+    shutil.copytree(package / "tiny/m0", tmp_path / "m0")
+    shutil.copy(package / "tiny/data/ift.jsonl", tmp_path / "ift.jsonl")
+    given = [f"model={tmp_path / 'm0'}", f"data.ift={tmp_path / 'ift.jsonl'}", "gates.min_pairs=1000"]
+    assert command(out, *given) == 3
+    weights = load_file(tmp_path / "m0/model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, tmp_path / "m0/model.safetensors", metadata={"format": "pt"})
+    with (tmp_path / "ift.jsonl").open("a") as file:
+        file.write('{"prompt": "copy a", "response": "a"}\n')
+    capsys.readouterr()
+    assert command(out, *given, "threads=1") == 2
+    said = capsys.readouterr().err
+    for difference in ("models.model is ", "inputs.data.ift is ", "recipe.threads is null there, 1 here"):
+        assert difference in said
 
 
 def test_a_bad_row_and_a_truncated_checkpoint_are_named(tmp_path, capsys):

@@ -1,0 +1,79 @@
+"""What every stage of a run shares: the recipe, the directory, the tokenizer, the loaded model, and the wish to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from engine import LLM, Llama, Tokenizer, load_checkpoint, read_config
+from selfreward.formats import read_jsonl
+from selfreward.judge import JudgeTemplate
+from selfreward.recipe import Recipe
+from selfreward.report import Reporter
+from selfreward.state import RunDir
+
+Row = dict[str, Any]
+
+
+class GateError(Exception):
+    """The run must not go on: what was found and what to do next (exit code 3)."""
+
+
+class Stopped(Exception):
+    """The run was asked to end; what was finished is saved."""
+
+
+@dataclass
+class Run:
+    """One run of the loop. `stop` is set by a signal and looked at between groups of rows and between training steps."""
+
+    recipe: Recipe
+    dir: RunDir
+    tokenizer: Tokenizer
+    template: JudgeTemplate
+    report: Reporter
+    stop: Event = field(default_factory=Event)
+    _loaded: tuple[Path, LLM] | None = field(default=None)
+
+    @property
+    def base(self) -> Path:
+        """M0's directory."""
+        return self.recipe.model if self.recipe.model is not None else self.dir.file("m0/model")
+
+    @property
+    def context(self) -> int:
+        """Tokens that the models of this run can see, from M0's or the given M1's config."""
+        return read_config(self.base if self.recipe.m1 is None else self.recipe.m1).max_seq_len
+
+    def model(self, number: int) -> Path:
+        """Directory of M_number: M1 is given or comes out of SFT, M_{k+1} out of round k."""
+        if number > 1:
+            return self.dir.file(f"iter_{number - 1}/model")
+        if self.recipe.m1 is not None:
+            return self.recipe.m1
+        return self.dir.file("m1/model" if self.dir.file("m1/model").is_dir() else "sft/model")
+
+    def llm(self, path: Path) -> LLM:
+        """The sampler on a model of the run; the last one stays loaded."""
+        if self._loaded is None or self._loaded[0] != path:
+            self._loaded = None  # free the old weights before the new ones come
+            tokenizer = self.tokenizer
+            if path == self.recipe.judge_model and (path / "tokenizer.model").is_file():
+                tokenizer = Tokenizer(path)  # a judge from elsewhere speaks its own vocabulary
+            self._loaded = (path, LLM(load_checkpoint(path), tokenizer=tokenizer, **self.recipe.sampler.model_dump()))
+        return self._loaded[1]
+
+    def fresh(self, path: Path) -> Llama:
+        """A copy of a model that training may change."""
+        self._loaded = None
+        return load_checkpoint(path)
+
+    def rows(self, name: str) -> list[Row]:
+        return read_jsonl(self.dir.file(name))
+
+    def check_stop(self) -> None:
+        """Raise Stopped if a signal asked for it."""
+        if self.stop.is_set():
+            raise Stopped

@@ -1,0 +1,188 @@
+"""report.html: one page that needs no other file, readable on a phone, in light and in dark.
+
+`write_report` ends a run: it writes report.json, plots/*.png and report.html. Times stand in report.html and in the
+`timing` object of report.json; all else is the same bytes in equal runs. The page's text comes from models and data, so
+the template escapes everything, and a content security policy forbids scripts and anything from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from selfreward.formats import read_jsonl
+from selfreward.report import NONE, build_report, graded_instructions, model_table, number, with_error
+from selfreward.report_plots import Plot, draw_plots, reasons
+from selfreward.report_rounds import round_figures
+from selfreward.state import TIMING, RunDir
+
+Row = dict[str, Any]
+
+EXAMPLES = 3  # pairs per round
+SHOWN_CHARACTERS = 1200  # of a prompt or an answer
+PLUS_MINUS = "\u00a0±\u00a0"  # a figure and its error stay on one line
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def write_report(directory: RunDir, models: list[Row], stopped: str | None = None) -> Row:
+    """Write report.json, plots/*.png and report.html into a run, from its finished stages. Returns what report.json holds.
+
+    models: a row per model, as `selfreward.run.loop` returns them. stopped: why a run ended early.
+    """
+    stages, timing = directory.finished(), directory.file(TIMING)
+    rounds = round_figures(directory.path, stages)
+    report = build_report(models, rounds, stages, read_jsonl(timing) if timing.is_file() else [], stopped)
+    plots = draw_plots(models, rounds, training_curves(directory.path, stages))
+    for plot in plots:
+        directory.write_bytes(f"plots/{plot.name}.png", plot.png)
+    directory.write_json("report.json", report)
+    page = render(report, plots, example_pairs(directory.path, stages), directory.manifest.get("recipe", {}))
+    directory.write_bytes("report.html", page.encode("utf-8"))
+    return report
+
+
+def render(report: Row, plots: Sequence[Plot], examples: Sequence[Row], recipe: Mapping[str, Any]) -> str:
+    """The page. Nothing is read from the disk but the template."""
+    headings, cells = model_table(report)
+    return _template().render(
+        lead=lead(report),
+        stopped=report["stopped"],
+        headings=headings,
+        cells=[[cell.replace(" +- ", PLUS_MINUS) for cell in row] for row in cells],
+        graded=graded_instructions(report),
+        names=[row["name"] for row in report["models"]],
+        judge=_judge(recipe),
+        positives=_positives(report),
+        rounds=[row["round"] for row in report["rounds"]],
+        figures=round_table(report["rounds"]),
+        plots={plot.name: plot for plot in plots},
+        image={plot.name: "data:image/png;base64," + base64.b64encode(plot.png).decode() for plot in plots},
+        examples=examples,
+        seconds=list(report["timing"]["seconds"].items()),
+        total=sum(report["timing"]["seconds"].values()),
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
+    )
+
+
+def lead(report: Row) -> list[str]:
+    """What happened, in a few sentences, first on the page."""
+    models, rounds = report["models"], report["rounds"]
+    found = [
+        _from_to(models, "true_quality", "True quality", "0 to 5", ".2f"),
+        _from_to(models, "judge_pairwise", "Accuracy as a judge", "of ranked pairs, ties wrong", ".1%"),
+    ]
+    if rounds and rounds[-1]["pairs"] is not None:
+        key = "positives" if _positives(report) else "pairs"
+        what = {"positives": "Answers with the perfect score", "pairs": "Preference pairs"}[key]
+        counts = ", ".join(f"{row[key]} in round {row['round']}" for row in rounds if row[key] is not None)
+        found.append(f"{what} made from the models' own answers: {counts}.")
+    if "same_as" in report["stages"].get("m1/model", {}):
+        found.append("There was no judge data, so M1 is the SFT baseline.")
+    return [sentence for sentence in found if sentence]
+
+
+def _from_to(models: Sequence[Row], key: str, what: str, unit: str, spec: str) -> str | None:
+    """The figure for the first model, for M1 and for the last; None where no model has it."""
+    rows = [row for row in models if row.get(key) is not None]
+    if not rows:
+        return None
+    shown = [row for row in rows if row is rows[0] or row["name"] == "M1" or row is rows[-1]]
+    return f"{what} ({unit}): " + ", ".join(f"{row['name']} {_figure(row, key, spec)}" for row in shown) + "."
+
+
+def _positives(report: Row) -> bool:
+    """Whether the rounds trained on perfect answers alone, not on pairs."""
+    return any(row["positives"] is not None for row in report["rounds"])
+
+
+def _judge(recipe: Mapping[str, Any]) -> str:
+    """Who judges in the rounds: each round's model, a fixed one, or one of the controls, which a reader must know of."""
+    by = (recipe.get("judge") or {}).get("by", "model")
+    return "fixed" if by == "model" and recipe.get("judge_model") else str(by)
+
+
+def _figure(row: Row, key: str, spec: str) -> str:
+    return with_error(row[key], row.get(f"{key}_se"), spec).replace(" +- ", PLUS_MINUS)
+
+
+def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """(name of a figure, its value in each round) for the page."""
+    table = [
+        ("prompts kept", [number(row["prompts_kept"], "d") for row in rounds]),
+        ("prompts left out", [_counts(row["prompts_dropped"]) for row in rounds]),
+        ("judgements", [number(row["judgements"], "d") for row in rounds]),
+        ("how they could be read", [_counts(row["statuses"]) for row in rounds]),
+        ("mean score", [number(row["score_mean"], ".2f") for row in rounds]),
+        ("entropy of the scores, bits", [number(row["score_entropy_bits"], ".2f") for row in rounds]),
+        ("pairs", [number(row["pairs"], "d") for row in rounds]),
+        ("pairs per prompt", [number(row["pair_yield"], ".1%") for row in rounds]),
+        ("prompts without a pair", [_counts(row["pairs_dropped"]) for row in rounds]),
+        ("tokens, chosen", [number(row["length_chosen"], ".1f") for row in rounds]),
+        ("tokens, rejected", [number(row["length_rejected"], ".1f") for row in rounds]),
+        ("chosen minus rejected", [_figure(row, "length_gap", "+.2f") for row in rounds]),
+        ("perfect answers trained on", [number(row["positives"], "d") for row in rounds]),
+    ]
+    return [(name, values) for name, values in table if any(value != NONE for value in values)]
+
+
+def training_curves(folder: Path, stages: Iterable[str]) -> dict[str, list[Row]]:
+    """Name of each trained model -> the metrics of its steps."""
+    curves = {}
+    for stage in stages:
+        name, file = _trained(stage), folder / stage.split("/")[0] / "metrics.jsonl"
+        if name is not None and file.is_file():
+            curves[name] = read_jsonl(file)
+    return curves
+
+
+def _trained(stage: str) -> str | None:
+    if stage in ("sft/model", "m1/model"):
+        return stage.split("/")[0].upper()
+    found = re.fullmatch(r"iter_(\d+)/model", stage)
+    return f"M{int(found[1]) + 1}" if found else None
+
+
+def example_pairs(folder: Path, stages: Iterable[str]) -> list[Row]:
+    """A few pairs of every round, evenly spaced over the file, so that nobody has picked them."""
+    rounds = []
+    for stage in stages:
+        if re.fullmatch(r"iter_\d+/pairs", stage):
+            rows = read_jsonl(folder / f"{stage}.jsonl")
+            picked = [rows[len(rows) * place // EXAMPLES] for place in range(min(EXAMPLES, len(rows)))]
+            if picked:
+                rounds.append({"round": int(stage.split("/")[0][5:]), "pairs": [_example(row) for row in picked]})
+    return rounds
+
+
+def _example(pair: Row) -> Row:
+    answers = [
+        {"kind": kind, "text": _shown(pair[kind]), "score": number(pair[f"score_{kind}"], ".2f"), "tokens": len(ids)}
+        for kind in ("chosen", "rejected")
+        for ids in [pair[f"{kind}_token_ids"]]
+    ]
+    return {"prompt": _shown(pair["prompt"]), "answers": answers}
+
+
+def _shown(text: str) -> str:
+    """A text at a bearable length, without characters that a page cannot hold."""
+    text = _UNPRINTABLE.sub("\ufffd", text)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
+
+
+def _counts(counts: Mapping[str, int] | None) -> str:
+    """A name stays beside its number where the line breaks."""
+    return NONE if counts is None else reasons(counts).replace(" ", "\u00a0").replace(",\u00a0", ", ")
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.jinja")

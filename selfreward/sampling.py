@@ -1,0 +1,73 @@
+"""Sampling for a stage: requests in, rows out, a group at a time to the disk.
+
+The group is the unit of restart. Requests of all groups run through the sampler together, so that a group's end does not
+leave it half empty; rows are written in the order of the requests, whole groups only. A request's tokens do not depend
+on what else is in the batch, so a resumed stage writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine import LLM, RequestOutput, SamplingParams
+from selfreward.context import Row, Run
+
+GROUP = 64  # prompts
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, how to continue it, and the `params.n` rows that the output becomes (None: the prompt was too long)."""
+
+    ids: list[int]
+    params: SamplingParams
+    rows: Callable[[RequestOutput | None], list[Row]]
+
+
+def in_groups(items: Sequence[Any]) -> list[list[Any]]:
+    return [list(items[start : start + GROUP]) for start in range(0, len(items), GROUP)]
+
+
+def sample_groups(
+    run: Run,
+    name: str,
+    llm: LLM,
+    groups: Sequence[Sequence[Request]],
+    enough: Callable[[list[Row]], bool] | None = None,
+) -> list[Row]:
+    """The rows of all requests, appended to the file `name` group by group; a resumed stage samples the groups it lacks.
+
+    enough(rows): asked after every group; true ends the stage there. Raises Stopped between groups.
+    """
+    rows, done = run.dir.kept_groups(name, [sum(request.params.n for request in group) for group in groups])
+    progress = run.report.progress(name, sum(map(len, groups)))
+    progress(sum(map(len, groups[:done])))
+    fresh = _finished(llm, groups[done:])
+    while done < len(groups) and not (enough and done and enough(rows)):
+        group = next(fresh)
+        run.dir.append_group(name, group)
+        progress(len(groups[done]))
+        rows, done = rows + group, done + 1
+        run.check_stop()
+    fresh.close()
+    if not done:
+        run.dir.write_jsonl(name, [])
+    return rows
+
+
+def _finished(llm: LLM, groups: Sequence[Sequence[Request]]) -> Generator[list[Row], None, None]:
+    """The rows of one group after the other, while the sampler already works on later ones."""
+    requests = [request for group in groups for request in group]
+    asked = [number for number, request in enumerate(requests) if len(request.ids) < llm.max_model_len]
+    stream = llm.stream([requests[number].ids for number in asked], [requests[number].params for number in asked])
+    outputs: dict[int, RequestOutput | None] = dict.fromkeys(set(range(len(requests))) - set(asked))
+    start = 0
+    for group in groups:
+        stop = start + len(group)
+        while not all(number in outputs for number in range(start, stop)):
+            output = next(stream)
+            outputs[asked[output.index]] = output
+        yield [row for number in range(start, stop) for row in requests[number].rows(outputs.pop(number))]
+        start = stop

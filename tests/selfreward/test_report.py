@@ -1,0 +1,416 @@
+"""The report: figures against values worked out by hand, the page against hostile text and missing parts, the plots' bytes."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from selfreward.report import build_report, print_report
+from selfreward.report_html import SHOWN_CHARACTERS, example_pairs, render, write_report
+from selfreward.report_plots import draw_plots
+from selfreward.report_rounds import entropy_bits, judgement_figures, pair_figures, round_figures
+from selfreward.state import RunDir
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp; {{ 7 * 7 }} <b"
+VOID = {"meta", "img", "link", "br", "hr", "input"}
+
+
+# ---- a small run ------------------------------------------------------------------------------------------------------
+
+
+def judgement(score, status="ok"):
+    return {"id": "x", "candidate_id": "x", "draw": 0, "score": score, "status": status, "text": "", "token_ids": []}
+
+
+def pair(number=0, chosen=2, rejected=1, text="b a"):
+    return {
+        "id": f"1-{number}",
+        "prompt": f"prompt {number} {text}",
+        "chosen": f"chosen {number} {text}",
+        "rejected": f"rejected {number} {text}",
+        "score_chosen": 4.5,
+        "score_rejected": 3.0,
+        "chosen_token_ids": [1] * chosen,
+        "rejected_token_ids": [1] * rejected,
+    }
+
+
+JUDGEMENTS = [*map(judgement, (5.0, 5.0, 4.5, 4.0)), judgement(None, "truncated"), judgement(None, "no_score")]
+PAIRS = [pair(0, chosen=7, rejected=4), pair(1, chosen=5, rejected=6)]
+DROPPED = [{"id": "1-2", "prompt": "p", "reason": "tie"}]
+
+
+def dpo_metrics(steps=3):
+    keys = ("rewards/margins", "rewards/accuracies")
+    return [
+        {"step": s, "loss": 0.7 - s / 100, "grad_norm": 1.0} | dict.fromkeys(keys, s / 10) for s in range(1, steps + 1)
+    ]
+
+
+def sft_metrics():
+    return [{"step": step, "loss": 1 / step, "grad_norm": 1.0, "learning_rate": 1e-5} for step in (1, 2, 3)]
+
+
+def model(name, stage, **figures):
+    row = {"name": name, "stage": stage, "pairs": None, "mean_length": 5.5, "true_quality_n": 0}
+    row |= dict.fromkeys(("true_quality", "true_quality_se", "true_quality_greedy", "true_quality_greedy_se"))
+    return row | figures
+
+
+def graded(quality, **more):
+    return {"true_quality": quality, "true_quality_se": 0.05, "true_quality_n": 500} | more
+
+
+def judged(share):
+    return {"judge_pairs": 900, "judge_pairwise": share, "judge_pairwise_ties_half": share + 0.05, "longer_wins": 0.53}
+
+
+def all_models(rounds=2):
+    names = [("M0", "m0/model"), ("SFT", "sft/model"), ("M1", "m1/model")]
+    names += [(f"M{k + 1}", f"iter_{k}/model") for k in range(1, rounds + 1)]
+    return [model(name, stage, **graded(3 + i / 10), **judged(0.6 + i / 50)) for i, (name, stage) in enumerate(names)]
+
+
+def make_run(folder, rounds=2, sft=True, pairs=PAIRS, seconds=1.5, recipe=None):
+    """A finished run in `folder`; the returned directory is open."""
+    run = RunDir(folder, {"recipe": recipe or {"seed": 0}})
+    if sft:
+        for stage in ("sft", "m1"):
+            run.write_jsonl(f"{stage}/metrics.jsonl", sft_metrics())
+            run.mark_done(f"{stage}/model", {"rows": 3, "steps": 3})
+    for k in range(1, rounds + 1):
+        run.write_jsonl(f"iter_{k}/judgements.jsonl", JUDGEMENTS)
+        run.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
+        run.write_jsonl(f"iter_{k}/dropped.jsonl", DROPPED)
+        run.write_jsonl(f"iter_{k}/metrics.jsonl", dpo_metrics())
+        run.mark_done(f"iter_{k}/prompts", {"kept": 3, "dropped": {"duplicate": 2, "enough": 7}})
+        run.mark_done(f"iter_{k}/judgements", {"judgements": 6})
+        run.mark_done(f"iter_{k}/pairs", {"pairs": len(pairs)})
+        run.mark_done(f"iter_{k}/model", {"pairs": len(pairs), "steps": 3})
+    for stage in run.finished():
+        run.append_timing({"stage": stage, "seconds": seconds})
+    return run
+
+
+class Page(HTMLParser):
+    """A page's tags, attributes and text; an end tag that does not close the open one, or is left over, is an error."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.data = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.data.append(data)
+
+    @property
+    def text(self):
+        return " ".join("".join(self.data).split())
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def write(run, models, **more):
+    with run:
+        report = write_report(run, models, **more)
+    return report, Page((run.path / "report.html").read_text(encoding="utf-8"))
+
+
+# ---- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_counted_by_hand():
+    figures = judgement_figures(JUDGEMENTS)
+    assert figures["judgements"] == 6
+    assert figures["statuses"] == {"ok": 4, "no_score": 1, "truncated": 1}
+    assert list(figures["statuses"]) == ["ok", "no_score", "truncated"]  # the most frequent first, then by name
+    assert figures["score_histogram"] == [0, 0, 0, 0, 2, 2]  # 4.5 counts with 4
+    assert figures["score_entropy_bits"] == 1.0
+    assert figures["score_mean"] == (5 + 5 + 4.5 + 4) / 4
+
+
+def test_no_readable_score_is_none_and_not_zero():
+    figures = judgement_figures([judgement(None, "empty")])
+    assert figures["score_entropy_bits"] is None and figures["score_mean"] is None
+    assert figures["score_histogram"] == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("counts", "bits"),
+    [([0, 0, 9, 0, 0, 0], 0.0), ([1, 1, 0, 0, 1, 1], 2.0), ([3, 1], 0.75 * math.log2(4 / 3) + 0.5), ([0, 0], None)],
+)
+def test_entropy(counts, bits):
+    assert entropy_bits(counts) == (None if bits is None else pytest.approx(bits, abs=1e-12))
+
+
+def test_pairs_are_counted_by_hand():
+    figures = pair_figures(PAIRS, DROPPED)
+    assert figures["pairs"] == 2 and figures["pair_yield"] == pytest.approx(2 / 3)
+    assert figures["pairs_dropped"] == {"tie": 1}
+    assert figures["length_chosen"] == 6.0 and figures["length_rejected"] == 5.0
+    assert figures["length_gap"] == 1.0  # 3 and -1: deviations of 2, variance 8, error sqrt(8 / 2)
+    assert figures["length_gap_se"] == pytest.approx(2.0)
+    assert pair_figures([], DROPPED)["length_gap"] is None and pair_figures([], DROPPED)["pair_yield"] == 0.0
+
+
+def test_a_round_that_stopped_on_the_way_has_what_it_finished(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        stages = run.finished()
+    for stage in ("iter_2/pairs", "iter_2/model"):
+        del stages[stage]
+    (tmp_path / "run/iter_2/pairs.jsonl").write_text("a half-written fil")
+    first, second = round_figures(tmp_path / "run", stages)
+    assert (first["round"], first["model"], first["prompts_kept"]) == (1, "M1", 3)
+    assert first["prompts_dropped"] == {"enough": 7, "duplicate": 2} and first["pairs"] == 2
+    assert second["score_histogram"] == [0, 0, 0, 0, 2, 2] and second["pairs"] is None and second["length_gap"] is None
+    assert first.keys() == second.keys()
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_report_json_holds_the_rounds(tmp_path):
+    report, _ = write(make_run(tmp_path / "run"), all_models())
+    assert json.loads((tmp_path / "run/report.json").read_text()) == report
+    assert [row["pairs"] for row in report["rounds"]] == [2, 2]
+    assert report["timing"]["seconds"]["sft/model"] == 1.5
+
+
+def test_equal_runs_differ_in_times_alone(tmp_path):
+    one, _ = write(make_run(tmp_path / "one", seconds=1.25), all_models())
+    two, _ = write(make_run(tmp_path / "two", seconds=977.75), all_models())
+    assert one.pop("timing") != two.pop("timing") and json.dumps(one) == json.dumps(two)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert {path.name for path in files if path.suffix == ".png"} == {
+        *("quality.png", "judge.png", "scores.png", "pairs.png", "dpo.png", "sft.png")
+    }
+    assert not [path for path in files if path.name.endswith(".tmp")]
+    for path in files:
+        same = (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+        assert same == (path.name not in ("report.json", "report.html", "timing.jsonl")), path
+
+
+def test_plots_do_not_depend_on_the_users_matplotlib_settings(tmp_path):
+    code = (
+        "import hashlib, sys; sys.path.insert(0, 'tests/selfreward'); import test_report as t;"
+        "print(*[hashlib.sha256(p.png).hexdigest() for p in t.drawn()])"
+    )
+    (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\nfont.size: 20\nbackend: svg\nsavefig.dpi: 33\n")
+
+    def run(**more):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    there = run(MATPLOTLIBRC=str(tmp_path / "matplotlibrc"), PYTHONPATH=str(ROOT), SOURCE_DATE_EPOCH="1")
+    assert there == run(PYTHONPATH=str(ROOT)) and len(set(there.split())) == 6
+
+
+def drawn(models=None, rounds=None, curves=None):
+    default_rounds = [{"round": 1} | judgement_figures(JUDGEMENTS) | pair_figures(PAIRS, DROPPED)]
+    default_curves = {"SFT": sft_metrics(), "M1": sft_metrics(), "M2": dpo_metrics()}
+    return draw_plots(models or all_models(1), rounds or default_rounds, curves or default_curves)
+
+
+def test_png_files_carry_no_date_and_no_version():
+    for plot in drawn():
+        assert plot.png.startswith(b"\x89PNG")
+        for chunk in (b"tIME", b"tEXt", b"iTXt", b"zTXt"):
+            assert chunk not in plot.png, (plot.name, chunk)
+
+
+def test_every_plot_shows_its_own_figures_and_no_others():
+    models, rounds = all_models(1), [{"round": 1} | judgement_figures(JUDGEMENTS) | pair_figures(PAIRS, DROPPED)]
+    curves = {"SFT": sft_metrics(), "M2": dpo_metrics()}
+    before = drawn(models, rounds, curves)
+
+    def changed(edit):
+        new = copy.deepcopy((models, rounds, curves))
+        edit(*new)
+        return {old.name for old, new in zip(before, drawn(*new), strict=True) if old.png != new.png}
+
+    assert changed(lambda m, r, c: None) == set()
+    assert changed(lambda m, r, c: m[-1].update(true_quality=4.9)) == {"quality"}
+    assert changed(lambda m, r, c: m[-1].update(true_quality_greedy=4.9)) == {"quality"}
+    assert changed(lambda m, r, c: m[-1].update(judge_pairwise=0.9)) == {"judge"}
+    assert changed(lambda m, r, c: r[0].update(score_histogram=[0, 0, 0, 0, 1, 3])) == {"scores"}
+    assert changed(lambda m, r, c: r[0].update(pairs_dropped={"tie": 2})) == {"pairs"}
+    for key in ("loss", "rewards/margins", "rewards/accuracies"):
+        assert changed(lambda m, r, c, key=key: c["M2"][1].update({key: 0.5})) == {"dpo"}
+    assert changed(lambda m, r, c: c["SFT"][1].update(loss=0.9)) == {"sft"}
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    code = "import sys, selfreward.report_html; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_tables_and_the_plots(tmp_path):
+    models = all_models()
+    models[-1] |= {"pairs": 41, "true_quality_greedy": 4.321, "true_quality_greedy_se": 0.02}
+    _, page = write(make_run(tmp_path / "run"), models)
+    for text in ("3.40 ± 0.05", "4.32 ± 0.02", "0.680", "0.730", "0.530", "41", "66.7%", "+1.00 ± 2.00", "enough 7"):
+        assert text in page.text, text
+    images = page.all("img")
+    assert len(images) == 6
+    for image in images:
+        assert image["src"].startswith("data:image/png;base64,") and len(image["alt"]) > 40
+    assert "M0 3.00, SFT 3.10, M1 3.20, M2 3.30, M3 3.40" in images[0]["alt"]
+
+
+def test_text_of_models_data_and_recipe_cannot_leave_its_place(tmp_path):
+    run = make_run(tmp_path / "run", pairs=[pair(0, text=HOSTILE)], recipe={"model": HOSTILE})
+    models = all_models()
+    models[-1]["name"] = HOSTILE
+    _, page = write(run, models, stopped=HOSTILE)
+    shown = " ".join(HOSTILE.split())
+    assert page.text.count(f"chosen 0 {shown}") == 2 and page.text.count(f"rejected 0 {shown}") == 2  # of two rounds
+    assert page.text.count(f"prompt 0 {shown}") == 2 and f"stopped early: {shown}" in page.text
+    assert json.dumps(HOSTILE) in page.text
+    names = {tag for tag, _ in page.tags}
+    assert "script" not in names and "b" in names and all("<" not in name for name in names)
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_the_page_needs_no_other_file(tmp_path):
+    write(make_run(tmp_path / "run"), all_models())
+    text = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "script", "iframe", "object", "base"), tag
+        for name in ("src", "href", "srcset", "style", "data", "action"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    policy = [tag["content"] for tag in page.all("meta") if tag.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_long_and_unprintable_text_is_shown_within_bounds(tmp_path):
+    _, page = write(make_run(tmp_path / "run", rounds=1, pairs=[pair(0, text="\x00\x1b[31m" + "w" * 50_000)]), [])
+    answer = next(data for data in page.data if data.startswith("chosen 0"))
+    assert answer.startswith("chosen 0 \ufffd\ufffd[31mwww") and answer.endswith("w ...")
+    assert len(answer) == SHOWN_CHARACTERS + len(" ...")
+
+
+def test_examples_are_spread_over_the_pairs(tmp_path):
+    with make_run(tmp_path / "run", rounds=1, pairs=[pair(number) for number in range(9)]) as run:
+        (found,) = example_pairs(run.path, run.finished())
+    assert [example["prompt"] for example in found["pairs"]] == ["prompt 0 b a", "prompt 3 b a", "prompt 6 b a"]
+
+
+def without(*keys):
+    return [{key: None if key.startswith(keys) else value for key, value in row.items()} for row in all_models()]
+
+
+def test_without_an_oracle_there_is_no_true_quality(tmp_path):
+    models = [row | {"true_quality_n": 0} for row in without("true_quality")]
+    _, page = write(make_run(tmp_path / "run"), models)
+    assert len(page.all("img")) == 5 and "no true quality" in page.text and "true quality:" not in page.text
+
+
+def test_without_held_out_ranks_there_is_no_judge_accuracy(tmp_path):
+    models = [{k: v for k, v in row.items() if not k.startswith(("judge", "longer"))} for row in all_models()]
+    _, page = write(make_run(tmp_path / "run"), models)
+    assert len(page.all("img")) == 5 and "judgement was not measured" in page.text and "longer wins" not in page.text
+
+
+def test_without_judge_data_m1_is_the_baseline(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run.path / "m1/metrics.jsonl").unlink()
+    run.mark_done("m1/model", {"same_as": "sft/model"})
+    _, page = write(run, all_models())
+    assert "M1 is the SFT baseline" in page.text and len(page.all("img")) == 6
+
+
+def test_a_run_from_a_given_m1_speaks_of_no_m0(tmp_path):
+    _, page = write(make_run(tmp_path / "run", rounds=1, sft=False), all_models(1)[2:])
+    assert len(page.all("img")) == 5 and "began with a finished model" in page.text
+    assert "M0" not in page.text and "SFT" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"judge": {"by": "model"}, "judge_model": None}, "scores its own answers"),
+        ({"judge": {"by": "model"}, "judge_model": "x"}, "fixed judge model"),
+        ({"judge": {"by": "random"}}, "random scores"),
+        ({"judge": {"by": "oracle"}}, "program that knows the truth"),
+    ],
+)
+def test_the_page_says_who_judged(recipe, says):
+    models, timing = all_models(1), [{"stage": "m1/model", "seconds": 1.0}]
+    page = Page(render(build_report(models, [], {}, timing), [], [], recipe))
+    assert says in page.text
+    assert ("never sees these grades" in page.text) == (recipe["judge"]["by"] != "oracle")
+
+
+def test_many_rounds_are_drawn(tmp_path):
+    report, page = write(make_run(tmp_path / "run", rounds=12), all_models(12))
+    assert len(report["rounds"]) == 12 and len(page.all("img")) == 6 and "M13" in page.text
+
+
+def test_perfect_answers_instead_of_pairs(tmp_path):
+    run = make_run(tmp_path / "run", rounds=1, pairs=[])
+    run.write_jsonl("iter_1/metrics.jsonl", sft_metrics())
+    run.mark_done("iter_1/model", {"rows": 9, "steps": 3, "positives": 17})
+    report, page = write(run, all_models(1))
+    assert report["rounds"][0]["positives"] == 17 and report["rounds"][0]["pair_yield"] == 0.0
+    assert "17 in round 1" in page.text and "perfect score" in page.text and "Example pairs" not in page.text
+    assert not [image for image in page.all("img") if image["alt"].startswith("DPO")]
+
+
+def test_a_run_that_has_nothing_yet_is_a_page(tmp_path):
+    report, page = write(RunDir(tmp_path / "run", {}), [], stopped="no prompts left")
+    assert report["rounds"] == [] and page.all("img") == []
+    assert "stopped early: no prompts left" in page.text and "No model has been evaluated" in page.text
+
+
+# ---- the printed table ------------------------------------------------------------------------------------------------
+
+
+def printed(tmp_path, capsys, models):
+    report, _ = write(make_run(tmp_path / "run"), models)
+    print_report(report, as_json=False)
+    return capsys.readouterr().out
+
+
+def test_the_greedy_column_is_printed_where_present(tmp_path, capsys):
+    models = all_models()
+    for row in models:
+        row |= {"true_quality_greedy": 4.5, "true_quality_greedy_se": 0.03}
+    out = printed(tmp_path, capsys, models)
+    assert "greedy" in out and "4.50 +- 0.03" in out and "500 held-out" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_greedy_column_is_not_printed_where_absent(tmp_path, capsys):
+    out = printed(tmp_path, capsys, all_models())
+    assert "greedy" not in out and "3.00 +- 0.05" in out and "ties half" not in out
+
+
+def test_json_is_printed_alone(tmp_path, capsys):
+    report, _ = write(make_run(tmp_path / "run"), all_models())
+    print_report(report, as_json=True)
+    assert json.loads(capsys.readouterr().out) == report
