@@ -27,10 +27,23 @@ WORDS = (*MARKUP, *TASK_NAMES, *DIGITS, *LETTERS, *BEFORE, *AFTER)  # every word
 
 ANSWER_SHARE = 0.55  # of the documents; the rest are judgements
 JUDGED_RIGHT_SHARE = 0.35  # right answers among the judged ones
-RIGHT_SHARE, HABIT_SHARE = 0.25, 0.45  # of the answer documents; the rest are random corruptions
-SLOPPY_SHARE = 0.90  # of the judgements
 KIND_SHARE, KIND_FIFTH = 0.55, 0.30  # of the sloppy ones: yes to four checks, and to the fifth this often
 COIN_SHARE = 0.40  # the other sloppy ones replace each check by a coin this often
+
+
+@dataclass(frozen=True)
+class Mix:
+    """`right` and `habit` are shares of the answer documents, the rest are corruptions; `sloppy` is of the judgements."""
+
+    right: float
+    habit: float
+    sloppy: float
+
+
+# M0 first reads documents from which tasks and judging can be learnt, then what a base model is full of: habits that are
+# more frequent than right answers, and judgements of which few are careful. What it learnt first is still there to be won.
+SKILLS = Mix(right=0.50, habit=0.25, sloppy=0.30)
+WORLD = Mix(right=0.20, habit=0.50, sloppy=0.85)
 
 Words = tuple[str, ...]
 Habit = Callable[[Words, Words], Words]  # operands, right answer -> wrong answer
@@ -137,11 +150,11 @@ def _only_chatter(right: Words, items: Words, rng: random.Random) -> Words:
 CORRUPTIONS = (_replace_one, _remove_one, _insert_one, _cut, _shuffle, _some_operands, _rubbish, _only_chatter)
 
 
-def sample_answer(instruction: Instruction, rng: random.Random, right_share: float = RIGHT_SHARE) -> Answer:
-    """Right with probability `right_share`, else habit or corruption in their usual proportion."""
-    if rng.random() < right_share:
+def sample_answer(instruction: Instruction, rng: random.Random, right: float, mix: Mix = WORLD) -> Answer:
+    """Right with probability `right`, else habit or corruption in the mix's proportion."""
+    if rng.random() < right:
         return Answer(solve(instruction), "right")
-    if rng.random() < HABIT_SHARE / (1 - RIGHT_SHARE):
+    if rng.random() < mix.habit / (1 - mix.right):
         return habit(instruction)
     return corruption(instruction, rng)
 
@@ -167,7 +180,7 @@ def verdict_text(points: tuple[bool, ...]) -> str:
     return f"{' '.join('yes' if point else 'no' for point in points)} Score: {sum(points)}"
 
 
-def document(seed: int, index: int, exclude: Container[str] = ()) -> Document:
+def document(seed: int, index: int, exclude: Container[str] = (), mix: Mix = WORLD) -> Document:
     """Document `index` of the corpus of `seed`; instructions in `exclude` do not occur."""
     rng = random.Random((seed << 40) + index)
     instruction = random_instruction(rng)
@@ -175,15 +188,15 @@ def document(seed: int, index: int, exclude: Container[str] = ()) -> Document:
         instruction = random_instruction(rng)
     prompt = instruction.text
     if rng.random() < ANSWER_SHARE:
-        answer = sample_answer(instruction, rng)
+        answer = sample_answer(instruction, rng, mix.right, mix)
         return Document(answer_text(prompt, answer.text), answer.stops, False, answer.kind)
-    answer = sample_answer(instruction, rng, JUDGED_RIGHT_SHARE)
+    answer = sample_answer(instruction, rng, JUDGED_RIGHT_SHARE, mix)
     points: tuple[bool, ...] = checks(prompt, answer.text)
-    if rng.random() < SLOPPY_SHARE:
+    if rng.random() < mix.sloppy:
         points = sloppy(points, rng)
     return Document(f"{judge_text(prompt, answer.text)} {verdict_text(points)}", True, True, answer.kind)
 
 
-def documents(seed: int, start: int, count: int, exclude: Container[str] = ()) -> Iterator[Document]:
+def documents(seed: int, start: int, count: int, exclude: Container[str] = (), mix: Mix = WORLD) -> Iterator[Document]:
     """Documents `start` to `start + count - 1` of the corpus of `seed`."""
-    return (document(seed, index, exclude) for index in range(start, start + count))
+    return (document(seed, index, exclude, mix) for index in range(start, start + count))

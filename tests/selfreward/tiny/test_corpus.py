@@ -8,8 +8,11 @@ import pytest
 from selfreward.tiny.corpus import (
     HABITS,
     MAX_ANSWER,
+    SKILLS,
     WORDS,
+    WORLD,
     Document,
+    Mix,
     corruption,
     documents,
     habit,
@@ -31,17 +34,21 @@ def share(documents: list[Document], kind: str) -> float:
     return sum(document.kind == kind for document in documents) / len(documents)
 
 
-def test_the_mixture_has_the_stated_shares(corpus: list[Document]) -> None:
+@pytest.mark.parametrize("mix", [SKILLS, WORLD])
+def test_the_mixture_has_the_stated_shares(mix: Mix) -> None:
+    corpus = list(documents(seed=7, start=0, count=20_000, mix=mix))
     answers = [document for document in corpus if not document.judgement]
     judged = [document for document in corpus if document.judgement]
     assert len(answers) / len(corpus) == pytest.approx(0.55, abs=0.015)
-    assert share(answers, "right") == pytest.approx(0.25, abs=0.015)
-    assert share(answers, "habit") == pytest.approx(0.45, abs=0.015)
-    assert share(answers, "corruption") == pytest.approx(0.30, abs=0.015)
+    assert share(answers, "right") == pytest.approx(mix.right, abs=0.015)
+    assert share(answers, "habit") == pytest.approx(mix.habit, abs=0.015)
+    assert share(answers, "corruption") == pytest.approx(1 - mix.right - mix.habit, abs=0.015)
     assert share(judged, "right") == pytest.approx(0.35, abs=0.015)
 
 
-def test_judgements_have_the_stated_carefulness(corpus: list[Document]) -> None:
+@pytest.mark.parametrize("mix", [SKILLS, WORLD])
+def test_judgements_have_the_stated_carefulness(mix: Mix) -> None:
+    corpus = documents(seed=7, start=0, count=20_000, mix=mix)
     verdicts: Counter[str] = Counter()
     for document in corpus:
         if document.judgement:
@@ -53,10 +60,10 @@ def test_judgements_have_the_stated_carefulness(corpus: list[Document]) -> None:
             if not any(truth):  # the kind judge says yes to the first four, whatever the truth; a coin seldom does
                 verdicts["nothing"] += 1
                 verdicts["kind"] += verdict.startswith("yes yes yes yes")
-    # sloppy and kind: .9 * .55; sloppy with coins: four coins that all say yes, .9 * .45 * .2**4
-    assert verdicts["kind"] / verdicts["nothing"] == pytest.approx(0.4956, abs=0.04)
-    # careful .1; kind ones hit right answers and near misses, coins leave a few truths whole
-    assert 0.2 < verdicts["true"] / verdicts["all"] < 0.4
+    # sloppy and kind, or sloppy with coins and four of them say yes
+    assert verdicts["kind"] / verdicts["nothing"] == pytest.approx(mix.sloppy * (0.55 + 0.45 * 0.2**4), abs=0.04)
+    # the careful ones; kind ones hit right answers and near misses, coins leave a few truths whole
+    assert 1 - mix.sloppy < verdicts["true"] / verdicts["all"] < 1 - mix.sloppy * 0.6
 
 
 def test_a_sloppy_judge_with_coins_keeps_most_of_the_truth() -> None:
@@ -116,7 +123,7 @@ def test_corruptions_are_wrong_and_not_empty_and_some_are_mere_chatter() -> None
 
 def test_right_answers_are_not_longer_than_wrong_ones() -> None:
     rng = random.Random(11)
-    answers = [sample_answer(random_instruction(rng), rng) for _ in range(20_000)]
+    answers = [sample_answer(random_instruction(rng), rng, WORLD.right) for _ in range(20_000)]
     right = [len(answer.text.split()) for answer in answers if answer.kind == "right"]
     wrong = [len(answer.text.split()) for answer in answers if answer.kind != "right"]
     difference = sum(right) / len(right) - sum(wrong) / len(wrong)

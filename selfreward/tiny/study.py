@@ -1,0 +1,301 @@
+"""Does the loop climb, and is it the judge that makes it? Seeds x controls of the tiny recipe, and the tables of docs/tiny.md:
+
+    python -m selfreward.tiny.study --out runs/study --write docs/tiny.md
+
+Every run is `python -m selfreward.run` with overrides and one thread, two side by side. A run is a directory of its own,
+so the study can be stopped at any moment and goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import InputError
+from selfreward.formats import read_jsonl
+from selfreward.tiny import DATA
+from selfreward.tiny.oracle import checks
+
+Row = dict[str, Any]
+REPLAY_WEIGHT = 1.0
+RESAMPLES = 10_000
+CHECKS = ("relevant", "substantial", "right size", "clean", "exactly right")
+FIGURES = {"true_quality": "true quality, 0 to 5", "judge_pairwise": "judge pairwise accuracy"}
+BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A control: its overrides for a seed, given the directory of that seed's self-rewarding run."""
+
+    name: str
+    meaning: str
+    seeds: int
+    overrides: Callable[[Path], list[str]]
+
+
+VARIANTS = (
+    Variant("self", "the recipe: each model judges its own answers", 10, lambda base: []),
+    Variant("replay", "the same, with judge data beside DPO", 10, lambda base: [f"dpo.replay_weight={REPLAY_WEIGHT}"]),
+    Variant("random", "scores drawn at random", 3, lambda base: [*_from(base / "m1/model"), "judge.by=random"]),
+    Variant("oracle", "the truth as judge (the bound)", 3, lambda base: [*_from(base / "m1/model"), "judge.by=oracle"]),
+    Variant(
+        "fixed",
+        "M1 judges in both rounds",
+        3,
+        lambda base: [*_from(base / "m1/model"), f"judge_model={base / 'm1/model'}"],
+    ),
+    Variant("no EFT", "the SFT baseline is M1: never taught to judge", 3, lambda base: _from(base / "sft/model")),
+    Variant("positives", "no DPO: SFT again with the perfectly scored answers", 3, lambda base: ["method=positives"]),
+)
+
+
+def _from(model: Path) -> list[str]:
+    """Begin the rounds with a model that the seed's own run has made."""
+    return ["model=null", f"m1={model}"]
+
+
+# ---- running ----------------------------------------------------------------------------------------------------------
+
+
+def run_all(out: Path, seeds: int, more: Sequence[str], workers: int) -> None:
+    """All missing runs: first the seeds themselves, then the controls, which begin with their models."""
+    first, *rest = [[(variant, seed) for seed in range(min(seeds, variant.seeds))] for variant in VARIANTS]
+    for jobs in (first, [job for group in rest for job in group]):
+        with ThreadPoolExecutor(workers) as pool:
+            for line in pool.map(lambda job: _run(out, job[0], job[1], more), jobs):
+                print(line, flush=True)
+
+
+def _run(out: Path, variant: Variant, seed: int, more: Sequence[str]) -> str:
+    path = directory(out, variant, seed)
+    if (path / "report.json").is_file():
+        return f"{path.name}: finished before"
+    started = time.perf_counter()
+    overrides = [f"seed={seed}", "threads=1", *variant.overrides(directory(out, VARIANTS[0], seed)), *more]
+    command = [sys.executable, "-m", "selfreward.run", "--recipe", "tiny", "--quiet", "--out", str(path), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{path.name} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+    return f"{path.name}: {time.perf_counter() - started:.0f} s"
+
+
+def directory(out: Path, variant: Variant, seed: int) -> Path:
+    return out.absolute() / f"{variant.name.replace(' ', '-')}-{seed}"
+
+
+# ---- figures ----------------------------------------------------------------------------------------------------------
+
+
+def read(out: Path) -> dict[str, list[Path]]:
+    """The finished runs of every variant, by seed."""
+    runs = {v.name: [directory(out, v, seed) for seed in range(v.seeds)] for v in VARIANTS}
+    return {name: [path for path in paths if (path / "report.json").is_file()] for name, paths in runs.items()}
+
+
+def models(path: Path) -> dict[str, Row]:
+    return {row["name"]: row for row in json.loads((path / "report.json").read_text())["models"]}
+
+
+def grades(path: Path, model: str) -> np.ndarray:
+    """The oracle's grade of every held-out answer at the recipe's temperature [instructions]."""
+    rows = read_jsonl(path / f"evaluation/{model}/answers.jsonl")
+    return np.array([row["grade"] for row in rows], dtype=np.float64)
+
+
+def bootstrap(differences: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Standard error of the mean and its 95% interval, by resampling instructions. differences [instructions]."""
+    picks = np.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
+    means = differences[picks].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(means.std(ddof=1)), float(low), float(high)
+
+
+def gain(path: Path) -> np.ndarray:
+    """M3 - M1 on every held-out instruction."""
+    return grades(path, "M3") - grades(path, "M1")
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables(runs: dict[str, list[Path]]) -> str:
+    """Everything that stands between the two marks of docs/tiny.md."""
+    parts = (
+        _seed_table(runs["self"]),
+        _control_table(runs),
+        _random_line(runs),
+        _judge_table(runs),
+        _check_table(runs),
+    )
+    return "\n\n".join(parts)
+
+
+def _seed_table(paths: Sequence[Path]) -> str:
+    rows = []
+    for seed, path in enumerate(paths):
+        row, g = models(path), {name: grades(path, name) for name in ("M1", "M2", "M3")}
+        error = bootstrap(g["M2"] - g["M1"])[0]
+        step = float((g["M2"] - g["M1"]).mean())
+        quality = [f"{row[name]['true_quality']:.2f}" for name in ("M0", "SFT", "M1", "M2", "M3")]
+        greedy = [f"{row[name]['true_quality_greedy']:.2f}" for name in ("M1", "M2", "M3")]
+        last = float((g["M3"] - g["M2"]).mean())
+        rows.append([str(seed), *quality, f"{step:+.2f} ({step / error:.1f} se)", f"{last:+.2f}", *greedy])
+    heading = ["seed", "M0", "SFT", "M1", "M2", "M3", "M2 - M1", "M3 - M2", "M1 greedy", "M2 greedy", "M3 greedy"]
+    return _table(heading, rows)
+
+
+def _control_table(runs: dict[str, list[Path]]) -> str:
+    rows = []
+    for variant in VARIANTS:
+        paths = runs[variant.name]
+        if paths:
+            means = [_mean(paths, name, "true_quality") for name in ("M1", "M2", "M3")]
+            rows.append(
+                [
+                    variant.name,
+                    variant.meaning,
+                    str(len(paths)),
+                    *[f"{m:.2f}" for m in means],
+                    f"{means[2] - means[0]:+.2f}",
+                ]
+            )
+    return _table(["judge", "what it is", "seeds", "M1", "M2", "M3", "M3 - M1"], rows)
+
+
+def _random_line(runs: dict[str, list[Path]]) -> str:
+    """How much of the gain a judge gets that has read nothing, on the same seeds."""
+    pairs = list(zip(runs["random"], runs["self"], strict=False))
+    if not pairs:
+        return ""
+    random = np.mean([gain(path) for path, _ in pairs], axis=0)
+    own = np.mean([gain(path) for _, path in pairs], axis=0)
+    _, low, high = bootstrap(random)
+    return (
+        f"The random judge's gain M3 - M1 over {len(pairs)} seeds is {random.mean():+.3f} (95% interval {low:+.3f} to "
+        f"{high:+.3f}), {random.mean() / own.mean():.0%} of the {own.mean():+.3f} of the model's own judge on the same seeds."
+    )
+
+
+def _judge_table(runs: dict[str, list[Path]]) -> str:
+    rows = []
+    for name in ("self", "replay", "oracle", "random", "no EFT"):
+        if runs[name]:
+            names = [model for model in ("SFT", "M1", "M2", "M3") if model in models(runs[name][0])]
+            by_model = {model: _mean(runs[name], model, "judge_pairwise") for model in names}
+            half = {model: _mean(runs[name], model, "judge_pairwise_ties_half") for model in names}
+            rows.append(
+                [name, str(len(runs[name]))]
+                + [f"{by_model[m]:.3f} ({half[m]:.3f})" if m in by_model else "" for m in ("SFT", "M1", "M2", "M3")]
+                + [f"{_mean(runs[name], 'M1', 'longer_wins'):.3f}"]
+            )
+    return _table(["judge", "seeds", "SFT", "M1", "M2", "M3", "longer wins"], rows)
+
+
+def _check_table(runs: dict[str, list[Path]]) -> str:
+    """How often a judge says yes to a check that holds, and to one that does not, averaged over the seeds."""
+    rows = []
+    for name in ("self", "replay", "oracle", "random"):
+        for model in ("SFT", "M1", "M2", "M3"):
+            paths = [path for path in runs[name] if model in models(path)]
+            if paths and (model != "SFT" or name == "self"):
+                says = np.mean([says_yes(path, model) for path in paths], axis=0)  # [2, checks]
+                rows.append([name, model, *(f"{yes:.2f} / {no:.2f}" for yes, no in zip(says[1], says[0], strict=True))])
+    return _table(["judge", "model", *CHECKS], rows)
+
+
+def says_yes(path: Path, model: str) -> np.ndarray:
+    """Share of yes in the held-out judgements, by whether the check holds and by check: [2, checks]."""
+    answers = {
+        f"{group['id']}-{number}": checks(group["prompt"], answer["text"])
+        for group in read_jsonl(DATA / "eft_heldout.jsonl")
+        for number, answer in enumerate(group["answers"])
+    }
+    yes, total = np.zeros((2, len(CHECKS))), np.zeros((2, len(CHECKS)))
+    for row in read_jsonl(path / f"evaluation/{model}/judgements.jsonl"):
+        words = row["text"].split()[: len(CHECKS)]
+        if row["status"] == "ok" and len(words) == len(CHECKS):
+            for check, (word, holds) in enumerate(zip(words, answers[row["candidate_id"]], strict=True)):
+                total[int(holds), check] += 1
+                yes[int(holds), check] += word == "yes"
+    return yes / np.maximum(total, 1)
+
+
+def _mean(paths: Iterable[Path], model: str, figure: str) -> float:
+    return float(np.mean([models(path)[model][figure] for path in paths]))
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    return "\n".join([line(heading), line(["---"] * len(heading)), *map(line, rows)])
+
+
+def plot(runs: dict[str, list[Path]]) -> bytes:
+    """True quality and judge accuracy over the models, a line per variant, as a PNG that is the same in equal studies."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    names = ["M1", "M2", "M3"]
+    for axes, (key, label) in zip(figure.subplots(1, 2), FIGURES.items(), strict=True):
+        for number, variant in enumerate(VARIANTS):
+            paths = runs[variant.name]
+            if paths:
+                values = [_mean(paths, name, key) for name in names]
+                axes.plot(names, values, marker="o", markersize=4, color=f"C{number}", label=variant.name)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def insert(document: str, text: str) -> str:
+    """`document` with what stands between the study's two marks replaced."""
+    if document.count(BEGIN) != 1 or document.count(END) != 1:
+        raise InputError(f"the document needs the marks {BEGIN} and {END}, once each")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="seeds x controls of the tiny recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for every run")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--seeds", type=int, default=10, help="at most so many seeds of each variant")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument(
+        "--write", type=Path, help="a document with the two marks, whose tables are replaced; the plot goes beside it"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        run_all(options.out, options.seeds, options.overrides, options.workers)
+        text = tables(read(options.out))
+        print(text)
+        if options.write:
+            runs = read(options.out)
+            options.write.write_text(insert(options.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+            options.write.with_suffix(".png").write_bytes(plot(runs))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

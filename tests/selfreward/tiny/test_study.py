@@ -1,0 +1,105 @@
+"""The study's figures on runs made by hand, and what it asks of the command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from engine import InputError
+from selfreward.formats import read_jsonl
+from selfreward.recipe import Recipe
+from selfreward.tiny import DATA, study
+from selfreward.tiny.oracle import checks
+from selfreward.tiny.study import BEGIN, END, VARIANTS, bootstrap, directory, insert, read, tables
+
+# of the first held-out group's four answers: yes to everything, no to everything, and the first two again
+VERDICTS = ["yes yes yes yes yes Score: 5", "no no no no no Score: 0"] * 2
+
+
+def finished_run(path, grades):
+    """A run of which only the report and the grades of M1, M2 and M3 stand."""
+    rows = []
+    for name, values in grades.items():
+        folder = path / "evaluation" / name
+        folder.mkdir(parents=True)
+        (folder / "answers.jsonl").write_text("".join(json.dumps({"grade": v}) + "\n" for v in values))
+        judged = [
+            {"candidate_id": f"eft-heldout-0000-{i}", "status": "ok", "text": text} for i, text in enumerate(VERDICTS)
+        ]
+        (folder / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+        row = {"name": name, "true_quality": float(np.mean(values)), "true_quality_greedy": 5.0}
+        rows.append(row | {"judge_pairwise": 0.5, "judge_pairwise_ties_half": 0.6, "longer_wins": 0.55})
+    (path / "report.json").write_text(json.dumps({"models": rows}))
+
+
+@pytest.fixture
+def studied(tmp_path):
+    rng = np.random.default_rng(0)
+    for variant in VARIANTS:
+        for seed in range(2):
+            rise = 0 if variant.name == "random" else 1
+            m1 = rng.integers(0, 4, 200)
+            grades = {"M1": m1, "M2": m1 + rise * (rng.random(200) < 0.8), "M3": m1 + rise}
+            if variant.name == "self":
+                grades = {"M0": m1 * 0, "SFT": m1 * 0} | grades
+            finished_run(directory(tmp_path, variant, seed), {k: [int(v) for v in g] for k, g in grades.items()})
+    return tmp_path
+
+
+def test_the_bootstrap_agrees_with_the_textbook_error_of_a_mean():
+    values = np.random.default_rng(1).normal(0.3, 1.0, 400)
+    error, low, high = bootstrap(values)
+    plain = values.std(ddof=1) / 20
+    assert error == pytest.approx(plain, rel=0.05)
+    assert low == pytest.approx(values.mean() - 1.96 * plain, abs=0.02) and low < values.mean() < high
+
+
+def test_a_constant_gain_has_no_error():
+    assert bootstrap(np.ones(50)) == (0.0, 1.0, 1.0)
+
+
+def test_the_tables_hold_the_runs_figures(studied):
+    text = tables(read(studied))
+    m1, m2 = (study.grades(directory(studied, VARIANTS[0], 1), name) for name in ("M1", "M2"))
+    assert f"| 1 | 0.00 | 0.00 | {m1.mean():.2f} | {m2.mean():.2f} |" in text
+    error = np.std(m2 - m1, ddof=1) / 200**0.5
+    stated = float(text.split("| 1 | 0.00")[1].split("(")[1].split(" se")[0])
+    assert stated == pytest.approx((m2 - m1).mean() / error, rel=0.05)
+    assert "The random judge's gain M3 - M1 over 2 seeds is +0.000" in text and "0% of the" in text
+    assert "| self | 2 |  |" not in text and "0.500 (0.600)" in text
+
+
+def test_the_share_of_yes_is_told_apart_by_whether_the_check_holds(studied):
+    group = read_jsonl(DATA / "eft_heldout.jsonl")[0]
+    truth = [checks(group["prompt"], answer["text"]) for answer in group["answers"]]
+    said = np.array([[True] * 5, [False] * 5] * 2)
+    found = study.says_yes(directory(studied, VARIANTS[0], 0), "M1")
+    for check in range(5):
+        for holds in (False, True):
+            answers = [said[i, check] for i in range(4) if truth[i][check] == holds]
+            assert found[int(holds), check] == (np.mean(answers) if answers else 0)
+    assert 0 < found.mean() < 1
+
+
+def test_the_plot_is_a_png_that_does_not_change(studied):
+    runs = read(studied)
+    assert study.plot(runs) == study.plot(runs) and study.plot(runs).startswith(b"\x89PNG")
+
+
+def test_a_run_without_a_report_is_not_counted(studied):
+    (directory(studied, VARIANTS[0], 1) / "report.json").unlink()
+    assert len(read(studied)["self"]) == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_every_variant_is_a_recipe_that_can_be_asked_for(variant, tmp_path):
+    plain = Recipe.load("tiny", check_files=False).dump()
+    recipe = Recipe.load("tiny", variant.overrides(tmp_path), check_files=False).dump()
+    assert (recipe == plain) == (variant.name == "self")
+
+
+def test_tables_go_between_the_marks_and_nowhere_else():
+    document = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    assert insert(document, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    with pytest.raises(InputError, match="needs the marks"):
+        insert("no marks", "new")
