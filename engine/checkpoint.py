@@ -8,6 +8,7 @@ and never half of one. One writer at a time per directory.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -68,7 +69,7 @@ def load_checkpoint(
     layout.check(_shapes(layout.config))
     model = Llama(layout.config, dtype=dtype or layout.dtype, device=device)
     with torch.no_grad():
-        for name, slot in _slots(model):
+        for name, slot in hf_tensors(model):
             _fill(slot, layout, name)
     model.weights_changed()
     return model
@@ -138,7 +139,7 @@ def _open_layout(directory: Path) -> Layout:
 def _shapes(config: LlamaConfig) -> dict[str, torch.Size]:
     """HF's name and shape of every tensor, from a model that takes no memory."""
     with torch.device("meta"):
-        return {name: slot.shape for name, slot in _slots(Llama(config, device="meta"))}
+        return {name: slot.shape for name, slot in hf_tensors(Llama(config, device="meta"))}
 
 
 def _fill(target: torch.Tensor, layout: Layout, name: str) -> None:
@@ -159,7 +160,30 @@ def _check_values(label: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         raise CheckpointError(f"{label} reaches {max(-low, high):.3g}, too large for {dtype}; load it as float32")
 
 
-def _slots(model: Llama) -> Iterator[tuple[str, torch.Tensor]]:
+def update_tensors(model: Llama, named_tensors: Mapping[str, torch.Tensor]) -> int:
+    """Copy tensors into a model's parameters, in place, and return its new weight epoch.
+
+    Names are HF's (`model.layers.0.self_attn.q_proj.weight`, as in a transformers state dict) or the model's own
+    (`blocks.0.attention.qkv`), any part of them. Nothing is written unless all names, shapes and dtypes fit (InputError).
+    """
+    places = dict(hf_tensors(model)) | dict(model.named_parameters())
+    ignored = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    for name, tensor in named_tensors.items():
+        if name not in places and name not in ignored:
+            near = difflib.get_close_matches(name, places, n=1)
+            raise InputError(f"the model has no tensor {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        if name in places and tensor.shape != places[name].shape:
+            raise InputError(f"{name} has shape {list(tensor.shape)}; the model's is {list(places[name].shape)}")
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} is {tensor.dtype}; expected a floating-point tensor")
+    with torch.no_grad():
+        for name, tensor in named_tensors.items():
+            if name in places:
+                places[name].copy_(tensor)
+    return model.weights_changed()
+
+
+def hf_tensors(model: Llama) -> Iterator[tuple[str, torch.Tensor]]:
     """HF's tensor names and the (views of the) parameters that hold them."""
     config = model.config
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -209,7 +233,7 @@ def _write_all(
 
 
 def _write_tensors(model: Llama, directory: Path, max_shard_bytes: int) -> None:
-    tensors = {name: slot.detach() for name, slot in _slots(model)}
+    tensors = {name: slot.detach() for name, slot in hf_tensors(model)}
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import ops
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
 from engine.kv_cache import BlockPool
 from engine.model import Attend, Llama
@@ -55,7 +56,7 @@ class CompletionOutput:
     sampled_logprobs: list[float] | None
     cumulative_logprob: float
     weight_epoch: int
-    label_logprobs: list[list[float]] | None = None  # [steps, labels]; None until label_token_ids is built
+    label_logprobs: list[list[float]] | None = None  # [steps, labels]; raw; None unless label_token_ids are given
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class _Request:
     params: SamplingParams
     seed: int
     raw: list[list[float]]  # per candidate
+    labels: list[list[list[float]]]  # per candidate and step
     sampled: list[list[float]]
     text: list[str | None]  # set where a stop string cut it
 
@@ -120,11 +122,14 @@ class LLM:
         self._seconds = 0.0
         self._pool_of_threads: tuple[int, ThreadPoolExecutor] | None = None
         blocks = self._block_count(kv_cache_gb)
-        pages = (config.n_layers, blocks, config.n_kv_heads)
-        self._keys = torch.zeros(*pages, config.head_dim, block_size)
-        self._values = torch.zeros(*pages, block_size, config.head_dim)
         self._pool = BlockPool(blocks, block_size)
         self._scheduler = Scheduler(self._pool, self.max_batch_tokens, self.max_sequences)
+        self._allocate_pages()
+        self._asleep: str | None = None
+        self._source = None if isinstance(model, Llama) else Path(model)
+        self._loaded_epoch = self.model.weight_epoch
+        self._abort_lock = threading.Lock()
+        self._to_abort: set[int] | None = set()  # indices of requests to end before the next step; None: all
 
     # ---- public -----------------------------------------------------------------------------------------------------
 
@@ -198,17 +203,55 @@ class LLM:
         """Forget the keys and values of finished requests."""
         self._pool.reset()
 
-    def update_weights(self, named_tensors: Any) -> None:
-        raise NotBuiltError("LLM.update_weights is not built yet; train the live Llama that you gave to LLM(model)")
+    def update_weights(self, named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy tensors into the model, in place, by HF's names or its own (`update_tensors`); raises `weight_epoch`.
+
+        Keys and values of the old weights are not found any more. Works while the KV cache sleeps; InputError where the
+        weights themselves sleep, or a stream is running.
+        """
+        if self._asleep == "weights":
+            raise InputError("the weights are asleep; call wake() before update_weights()")
+        if not self._scheduler.idle:
+            raise InputError("a stream is running on the old weights; finish, close or abort it before the update")
+        update_tensors(self.model, dict(named_tensors))
 
     def sleep(self, weights: bool = False) -> None:
-        raise NotBuiltError("LLM.sleep is not built yet; drop the LLM and make a new one on the same live Llama")
+        """Free the KV cache until `wake()`. weights=True: also the weights, if this LLM loaded them and they are unchanged."""
+        if not self._scheduler.idle:
+            raise InputError("a stream is running; finish, close or abort it before sleep()")
+        if weights and (self._source is None or self.model.weight_epoch != self._loaded_epoch):
+            whose = "belong to the caller" if self._source is None else "were updated since they were loaded"
+            raise InputError(f"the weights {whose}, so wake() could not load them again; call sleep() without weights")
+        self._pool.reset()
+        self._keys = self._values = torch.empty(0)
+        if weights:
+            for parameter in self.model.parameters():
+                parameter.data = torch.empty(0)
+        self._asleep = "weights" if weights else "cache"
 
     def wake(self) -> None:
-        raise NotBuiltError("LLM.wake is not built yet; drop the LLM and make a new one on the same live Llama")
+        """Take the memory that `sleep` gave back and load the weights if they slept. Awake already: nothing happens."""
+        if self._asleep == "weights":
+            assert self._source is not None
+            fresh = dict(load_checkpoint(self._source).named_parameters())
+            for name, parameter in self.model.named_parameters():
+                parameter.data = fresh[name].data
+            self._loaded_epoch = self.model.weights_changed()
+        if self._asleep:
+            self._allocate_pages()
+        self._asleep = None
 
-    def abort(self, indices: Sequence[int] | None = None) -> None:
-        raise NotBuiltError("LLM.abort is not built yet")
+    def abort(self, indices: Iterable[int] | None = None) -> None:
+        """End requests of the running generate or stream (None: all of them) after the step that is being computed.
+
+        May be called from another thread, or between two items of a stream. Their outputs come with what they have so
+        far, unfinished candidates with finish_reason "abort". Indices of no running request are ignored.
+        """
+        with self._abort_lock:
+            if indices is None:
+                self._to_abort = None
+            elif self._to_abort is not None:
+                self._to_abort = self._to_abort | set(indices)
 
     # ---- input ------------------------------------------------------------------------------------------------------
 
@@ -233,7 +276,12 @@ class LLM:
         seed = params.seed if params.seed is not None else self._own_seed()
         raw: list[list[float]] = [[] for _ in range(params.n)]
         sampled: list[list[float]] = [[] for _ in range(params.n)]
-        return _Request(group, params, seed, raw, sampled, [None] * params.n)
+        labels: list[list[list[float]]] = [[] for _ in range(params.n)]
+        vocab = self.model.config.vocab_size
+        bad = next((token for token in params.label_token_ids or () if token >= vocab), None)
+        if bad is not None:
+            raise InputError(f"prompt {index}: label_token_ids holds {bad}; the model's vocabulary is 0..{vocab - 1}")
+        return _Request(group, params, seed, raw, labels, sampled, [None] * params.n)
 
     def _own_seed(self) -> int:
         digest = hashlib.blake2b(f"{self._seed} {next(self._requests)}".encode(), digest_size=8).digest()
@@ -296,6 +344,12 @@ class LLM:
             raise InputError(f"the KV cache holds no block of {block_bytes / 2**20:.1f} MB; raise kv_cache_gb")
         return int(blocks) + 1  # and the scratch block
 
+    def _allocate_pages(self) -> None:
+        config, size = self.model.config, self.block_size
+        pages = (config.n_layers, self._pool.num_blocks, config.n_kv_heads)
+        self._keys = torch.zeros(*pages, config.head_dim, size)
+        self._values = torch.zeros(*pages, size, config.head_dim)
+
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def _stream(self, requests: list[_Request]) -> Iterator[RequestOutput]:
@@ -307,6 +361,8 @@ class LLM:
         self, groups: list[Group], requests: dict[int, _Request], scores: dict[int, list[list[float]]]
     ) -> Iterator[Group]:
         """Run all groups to their end; yields each when it is finished. Scored groups have no entry in `requests`."""
+        if self._asleep:
+            raise InputError("this LLM is asleep; call wake() first")
         self.model.check_weights()
         if not self._scheduler.idle:
             raise InputError("this LLM is still running an earlier stream; exhaust or close it first")
@@ -317,8 +373,12 @@ class LLM:
             self._scheduler.add(group)
             self._stats["requests"] += 1
             self._stats["prompt_tokens"] += group.prompt_len
+        self._to_abort = set()  # what an earlier call was asked to end is over
         try:
             while not self._scheduler.idle:
+                yield from self._take_aborts(requests)
+                if self._scheduler.idle:
+                    break
                 self._check_epoch()
                 started = time.perf_counter()
                 running = self._step(requests, scores)
@@ -326,6 +386,13 @@ class LLM:
                 yield from (group for group in running if all(s.finished for s in group.sequences) and group.forked)
         finally:
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
+
+    def _take_aborts(self, requests: dict[int, _Request]) -> list[Group]:
+        """End what `abort` asked for; scored groups run to their end."""
+        with self._abort_lock:
+            wanted, self._to_abort = self._to_abort, set()
+        indices = requests.keys() if wanted is None else wanted & requests.keys()
+        return self._scheduler.abort(indices) if indices else []
 
     def _check_epoch(self) -> None:
         """Between two items of a stream the caller may train: what runs then holds keys and values of the old weights."""
@@ -437,7 +504,11 @@ class LLM:
             if self.tokenizer:  # rows of the head beyond the vocabulary are padding: they are no tokens
                 logits[:, self.tokenizer.vocab_size :] = -math.inf
             ids, raw, sampled = (x[: len(tile)].tolist() for x in sample(logits, params, noise, stops))
+            labelled = any(owner.params.label_token_ids for owner in owners)
+            everything = torch.log_softmax(logits, dim=-1) if labelled else logits
             for number, ((_, work, candidate), owner) in enumerate(zip(tile, owners, strict=True)):
+                if owner.params.label_token_ids:
+                    owner.labels[candidate].append(everything[number, list(owner.params.label_token_ids)].tolist())
                 self._refuse_nan(raw[number], owner.group.index)
                 owner.raw[candidate].append(raw[number])
                 owner.sampled[candidate].append(sampled[number])
@@ -513,6 +584,7 @@ class LLM:
                     sampled_logprobs=sampled if wanted else None,
                     cumulative_logprob=sum(raw),
                     weight_epoch=self.model.weight_epoch,
+                    label_logprobs=request.labels[sequence.candidate] if request.params.label_token_ids else None,
                 )
             )
         return RequestOutput(request.group.index, request.group.prompt, outputs)

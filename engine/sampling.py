@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.errors import InputError, NotBuiltError
+from engine.errors import InputError
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """What to sample. `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0` switch a truncation off.
 
-    `logprobs=1` returns the raw log-prob (temperature 1, before truncation) of every sampled token. `seed=None` draws a
+    `logprobs=1` returns the raw log-prob (temperature 1, before truncation) of every sampled token, `label_token_ids` those
+    of the given tokens at every step. `seed=None` draws a
     seed from the engine's request counter, so results then depend on the order of requests. In the first `min_tokens`
     tokens EOS and `stop_token_ids` cannot be drawn, and stop strings are not looked for.
     """
@@ -37,7 +38,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int = 0
-    label_token_ids: Sequence[int] = ()
+    label_token_ids: Sequence[int] | None = ()
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "label_token_ids"):  # None, as in vLLM, is no restriction
@@ -60,11 +61,10 @@ class SamplingParams:
         for text in self.stop or ():
             if not isinstance(text, str) or not text:
                 raise InputError(f"SamplingParams.stop holds {text!r}; expected non-empty strings")
-        for token in self.stop_token_ids or ():
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise InputError(f"SamplingParams.stop_token_ids holds {token!r}; expected token ids")
-        if self.label_token_ids:
-            raise NotBuiltError("SamplingParams.label_token_ids is not built yet; leave it at its default")
+        for name in ("stop_token_ids", "label_token_ids"):
+            for token in getattr(self, name):
+                if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                    raise InputError(f"SamplingParams.{name} holds {token!r}; expected token ids")
 
     def _integer(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)

@@ -11,6 +11,7 @@ by simulated use is to come), so nothing that runs is ever preempted.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from engine.kv_cache import BlockPool
@@ -214,6 +215,22 @@ class Scheduler:
             for block in blocks:
                 if self.pool.blocks[block].references != 1:
                     raise AssertionError(f"block {block} is reserved for group {index} and held by another")
+
+    def abort(self, indices: Collection[int] | None) -> list[Group]:
+        """End these groups (None: all) between two steps; what their candidates have so far stays. Returns those ended."""
+        ended = [g for g in (*self.running, *self.waiting) if indices is None or g.index in indices]
+        for group in ended:
+            missing = range(len(group.sequences), len(group.limits))
+            group.sequences += [Sequence(group, candidate, list(group.prompt)) for candidate in missing]
+            group.forked = True
+            for sequence in group.sequences:
+                sequence.finished = sequence.finished or "abort"
+            if group in self.running:
+                self.running.remove(group)
+                self._free(group)
+            else:
+                self.waiting.remove(group)
+        return ended
 
     def abort_all(self) -> None:
         """Drop everything that waits or runs and give its blocks back."""

@@ -1,12 +1,14 @@
 """The sampler: a request's bits do not depend on its company, and they are the trainer's numbers."""
 
 import random
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from engine import llm as llm_module
+from engine.checkpoint import hf_tensors, save_checkpoint
 from engine.errors import InputError, NotBuiltError
 from engine.llm import LLM
 from engine.model import Llama, tree_attend
@@ -285,10 +287,6 @@ def test_options_that_are_not_built_say_so():
             LLM(MODEL, **options)
     with pytest.raises(InputError, match="deterministic"):
         LLM(MODEL, deterministic=False)
-    llm = LLM(MODEL)
-    for call in (lambda: llm.update_weights({}), llm.sleep, llm.wake, llm.abort):
-        with pytest.raises(NotBuiltError):
-            call()
     with pytest.raises(InputError, match="raise kv_cache_gb"):
         LLM(MODEL, kv_cache_gb=1e-5)
 
@@ -335,3 +333,153 @@ def test_completions_that_are_no_list_are_named():
     for completions in ("abc", [5, 6]):
         with pytest.raises(InputError, match="expected a list of completions"):
             llm.score([1, 2], completions)
+
+
+# ---- labels, weights, sleep, abort -----------------------------------------------------------------------------------
+
+
+def test_label_logprobs_are_the_raw_ones_of_the_given_tokens_at_every_step():
+    labels = (7, 3, 110)
+    params = [SamplingParams(n=2, max_tokens=5, temperature=t, seed=4, label_token_ids=labels) for t in (0.0, 0.7)]
+    for output in LLM(MODEL).generate([PROMPTS[0]] * 2, params):
+        for answer in output.outputs:
+            ids = [*PROMPTS[0], *answer.token_ids]
+            expected = torch.log_softmax(logits_of(MODEL, torch.tensor(ids)), -1)[
+                len(PROMPTS[0]) - 1 : -1, list(labels)
+            ]
+            assert torch.tensor(answer.label_logprobs).shape == (len(answer.token_ids), 3)
+            assert (torch.tensor(answer.label_logprobs) - expected).abs().max() <= 2e-5 * max(1.0, rms(output))
+
+
+def test_labels_do_not_change_what_is_drawn_and_are_none_unless_asked_for():
+    plain, labelled = (
+        LLM(MODEL).generate(PROMPTS[:5], SamplingParams(max_tokens=6, seed=2, logprobs=1, label_token_ids=ids))
+        for ids in ((), (5,))
+    )
+    assert [bits(output) for output in plain] == [bits(output) for output in labelled]
+    assert plain[0].outputs[0].label_logprobs is None
+    with pytest.raises(InputError, match="label_token_ids holds 111"):
+        LLM(MODEL).generate([[1]], SamplingParams(label_token_ids=(111,)))
+
+
+def greedy_bits(llm, count=6):
+    return [
+        bits(output)
+        for output in llm.generate(PROMPTS[:count], SamplingParams(temperature=0, max_tokens=6, logprobs=1))
+    ]
+
+
+@pytest.mark.parametrize("names", ["hf", "own"])
+def test_updated_weights_are_another_models_and_old_keys_are_not_found(names):
+    target = random_llama(small_config(), seed=0)
+    other = random_llama(small_config(), seed=5)
+    tensors = dict(hf_tensors(other)) if names == "hf" else dict(other.named_parameters())
+    llm = LLM(target)
+    before, epoch = greedy_bits(llm), llm.weight_epoch
+    llm.update_weights(tensors.items())
+    assert llm.weight_epoch == epoch + 1
+    assert greedy_bits(llm) == greedy_bits(LLM(other)) != before
+
+
+def test_a_part_of_the_weights_may_be_updated():
+    llm, norm = LLM(random_llama(small_config(), seed=0)), torch.full((64,), 0.5)
+    llm.update_weights({"model.norm.weight": norm})
+    assert torch.equal(llm.model.norm.weight, norm)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"model.norm.weigth": torch.ones(64)}, "did you mean 'model.norm.weight'"),
+        ({"model.norm.weight": torch.ones(63)}, r"has shape \[63\]; the model's is \[64\]"),
+        ({"model.norm.weight": torch.ones(64).int()}, "is torch.int32"),
+    ],
+)
+def test_an_update_that_does_not_fit_changes_nothing(tensors, message):
+    llm = LLM(random_llama(small_config(), seed=0))
+    before = greedy_bits(llm)
+    with pytest.raises(InputError, match=message):
+        llm.update_weights({"model.embed_tokens.weight": torch.zeros(111, 64)} | tensors)
+    assert llm.weight_epoch == 1 and greedy_bits(llm) == before
+
+
+def test_sleep_frees_the_cache_and_wake_gives_the_same_bits():
+    llm = LLM(random_llama(small_config(), seed=0))
+    before = greedy_bits(llm)
+    llm.sleep()
+    assert llm._keys.numel() == llm._values.numel() == 0
+    with pytest.raises(InputError, match="asleep; call wake"):
+        llm.generate([[1]])
+    llm.update_weights({"model.norm.weight": torch.ones(64)})  # while the cache sleeps: normal
+    llm.wake()
+    assert greedy_bits(llm) == before
+    llm.wake()
+
+
+def test_weights_sleep_only_if_they_can_be_loaded_again(tmp_path):
+    save_checkpoint(random_llama(small_config(), seed=0), tmp_path / "m")
+    llm = LLM(str(tmp_path / "m"))
+    before = greedy_bits(llm)
+    llm.sleep(weights=True)
+    assert sum(parameter.numel() for parameter in llm.model.parameters()) == 0
+    with pytest.raises(InputError, match="the weights are asleep"):
+        llm.update_weights({})
+    llm.wake()
+    assert greedy_bits(llm) == before
+    llm.update_weights({"model.norm.weight": torch.ones(64)})
+    with pytest.raises(InputError, match="were updated since they were loaded"):
+        llm.sleep(weights=True)
+    with pytest.raises(InputError, match="belong to the caller"):
+        LLM(MODEL).sleep(weights=True)
+
+
+def test_aborted_requests_come_with_what_they_have_and_the_others_do_not_change(batch):
+    llm, found = LLM(MODEL, max_sequences=16), {}
+    for output in llm.stream(PROMPTS[:40], PARAMS[:40]):
+        found[output.index] = output
+        if len(found) == 10:
+            running = [group.index for group in llm._scheduler.running]
+            ended = {running[0], 39}
+            llm.abort(ended)
+    assert sorted(found) == list(range(40)) and llm._scheduler.idle
+    for index, output in found.items():
+        reasons = {answer.finish_reason for answer in output.outputs}
+        assert ("abort" in reasons) == (index in ended) and len(output.outputs) == PARAMS[index].n
+        if index not in ended:
+            assert bits(output) == batch[index]
+        for answer, (tokens, *_) in zip(output.outputs, batch[index], strict=True):
+            assert answer.token_ids == tokens[: len(answer.token_ids)]
+    assert found[39].outputs[0].token_ids == []
+    llm._scheduler.check()
+
+
+def test_abort_without_indices_ends_everything_and_the_engine_is_usable(batch):
+    llm = LLM(MODEL)
+    outputs = []
+    for output in llm.stream(PROMPTS[:30], PARAMS[:30]):
+        outputs.append(output)
+        llm.abort()
+    assert sorted(output.index for output in outputs) == list(range(30))
+    assert [bits(output) for output in llm.generate(PROMPTS[:5], PARAMS[:5])] == batch[:5]
+
+
+def test_abort_works_from_another_thread():
+    llm = LLM(MODEL)
+    timer = threading.Timer(0.3, llm.abort)
+    timer.start()
+    params = SamplingParams(n=8, max_tokens=400, ignore_eos=True, seed=1)
+    outputs = llm.generate(PROMPTS[:20], params)
+    timer.join()
+    reasons = [answer.finish_reason for output in outputs for answer in output.outputs]
+    assert len(reasons) == 160 and "abort" in reasons
+
+
+def test_weights_cannot_change_or_sleep_while_a_stream_runs():
+    llm = LLM(random_llama(small_config(), seed=0))
+    stream = llm.stream(PROMPTS[:30], PARAMS[:30])
+    next(stream)
+    for call in (lambda: llm.update_weights({}), llm.sleep):
+        with pytest.raises(InputError, match="stream is running"):
+            call()
+    stream.close()
+    llm.sleep()

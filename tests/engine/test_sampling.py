@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from engine import ops
-from engine.errors import InputError, NotBuiltError
+from engine.errors import InputError
 from engine.sampling import RowParams, SamplingParams, kept, sample, tempered
 
 
@@ -202,11 +202,6 @@ def test_log_probs_of_the_draw():
 def test_a_bad_parameter_is_named_with_its_value(bad, message):
     with pytest.raises(InputError, match=message):
         SamplingParams(**bad)
-
-
-def test_what_is_not_built_says_so():
-    with pytest.raises(NotBuiltError, match="label_token_ids is not built"):
-        SamplingParams(label_token_ids=(1,))
 
 
 def test_a_single_stop_string_is_taken_as_one():
