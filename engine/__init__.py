@@ -3,9 +3,10 @@
 from engine.checkpoint import content_hash, load_checkpoint, read_config, save_checkpoint
 from engine.config import PRESETS, LlamaConfig
 from engine.errors import CheckpointError, InputError, NotBuiltError
-from engine.llm import LLM, CompletionOutput, RequestOutput
+from engine.llm import LLM
 from engine.model import Llama, tree_attend
 from engine.ops import backends, logprob_loss, token_logprobs
+from engine.requests import CompletionOutput, RequestOutput
 from engine.sampling import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.train.batches import DPORow, SFTRow

@@ -8,7 +8,6 @@ one shape does not matter. Native kernels with that property for any number of r
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -16,8 +15,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from engine.checkpoint import load_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
 from engine.kv_cache import BlockPool
 from engine.model import Attend, Llama
+from engine.requests import Prompt, Reader, Request, RequestOutput, stop_ids
 from engine.sampling import RowParams, SamplingParams, sample
 from engine.scheduler import Copy, Drawn, Group, Plan, Scheduler, Work
 from engine.tokenizer import Tokenizer
@@ -36,47 +34,6 @@ from engine.tokenizer import Tokenizer
 TILE = 64
 # Two tiles on two threads pay from about this width on; below it Python's share of a tile is too large.
 PARALLEL_DIM = 512
-
-Prompt = str | Sequence[int] | Mapping[str, Sequence[int]]
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One candidate. `token_ids` include the stop token if the answer ended by itself; `text` does not.
-
-    `logprobs`: raw log-prob of each token (temperature 1, before truncation: the trainer's), `sampled_logprobs` under
-    the distribution that was sampled; both None unless asked for. `cumulative_logprob`: the sum of the raw ones.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[float] | None
-    sampled_logprobs: list[float] | None
-    cumulative_logprob: float
-    weight_epoch: int
-    label_logprobs: list[list[float]] | None = None  # [steps, labels]; raw; None unless label_token_ids are given
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """One request: `index` is its place in the input."""
-
-    index: int
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-
-
-@dataclass
-class _Request:
-    group: Group
-    params: SamplingParams
-    seed: int
-    raw: list[list[float]]  # per candidate
-    labels: list[list[list[float]]]  # per candidate and step
-    sampled: list[list[float]]
-    text: list[str | None]  # set where a stop string cut it
 
 
 class LLM:
@@ -116,8 +73,7 @@ class LLM:
         self.max_batch_tokens = _limit("max_batch_tokens", max_batch_tokens, 512)
         self.max_sequences = _limit("max_sequences", max_sequences, 256)
         self.block_size = block_size
-        self._seed = seed
-        self._requests = count()
+        self._reader = Reader(self.tokenizer, config.vocab_size, self.max_model_len, seed)
         self._stats = {"requests": 0, "prompt_tokens": 0, "new_tokens": 0, "computed_rows": 0, "steps": 0}
         self._seconds = 0.0
         self._pool_of_threads: tuple[int, ThreadPoolExecutor] | None = None
@@ -140,9 +96,8 @@ class LLM:
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Sample `params.n` candidates of every prompt; outputs in input order. A string prompt gets a BOS."""
-        outputs: list[RequestOutput | None] = []
-        requests = self._normalise(prompts, params)
-        outputs = [None] * len(requests)
+        requests = self._requests(prompts, params)
+        outputs: list[RequestOutput | None] = [None] * len(requests)
         for done, output in enumerate(self._stream(requests), start=1):
             outputs[output.index] = output
             if progress:
@@ -153,7 +108,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[RequestOutput]:
         """Like `generate`, each output once, as soon as all its candidates are finished."""
-        return self._stream(self._normalise(prompts, params))
+        return self._stream(self._requests(prompts, params))
 
     def score(self, prompt: Any, completions: Any) -> Any:
         """Raw fp32 log-probs of given completions: one list of floats per completion; a prompt is computed once.
@@ -161,21 +116,9 @@ class LLM:
         prompt and completions: one prompt and a list of completions, or a list of prompts and a list of such lists.
         Completions are strings (tokenised as continuations) or token ids, at least one token each.
         """
-        single = isinstance(prompt, (str, Mapping)) or (bool(prompt) and isinstance(prompt[0], int))
-        prompts, answers = ([prompt], [completions]) if single else (prompt, completions)
-        if len(prompts) != len(answers):
-            raise InputError(f"there are {len(prompts)} prompts and {len(answers)} lists of completions")
-        groups = []
-        for index, (one, given) in enumerate(zip(prompts, answers, strict=True)):
-            ids = self._prompt_ids(one, index)
-            if isinstance(given, str) or _is_ids(given):
-                raise InputError(f"the completions of prompt {index} are {given!r:.40}; expected a list of completions")
-            forced = [self._completion_ids(text, index) for text in given]
-            if not forced:
-                raise InputError(f"prompt {index} has no completions to score")
-            group = Group(index, ids, [len(tokens) for tokens in forced], forced)
-            self._check_fit(group, len(ids) + max(group.limits))
-            groups.append(group)
+        groups, single = self._reader.scored(prompt, completions)
+        for group in groups:
+            self._check_fit(group, group.prompt_len + max(group.limits))
         scores = {index: [[0.0] * limit for limit in group.limits] for index, group in enumerate(groups)}
         for _ in self._run(groups, {}, scores):
             pass
@@ -253,65 +196,11 @@ class LLM:
             elif self._to_abort is not None:
                 self._to_abort = self._to_abort | set(indices)
 
-    # ---- input ------------------------------------------------------------------------------------------------------
-
-    def _normalise(self, prompts: Any, params: Any) -> list[_Request]:
-        many = [prompts] if isinstance(prompts, (str, Mapping)) or _is_ids(prompts) else list(prompts)
-        each = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(many)
-        if len(each) != len(many):
-            raise InputError(
-                f"there are {len(many)} prompts and {len(each)} SamplingParams; give one, or one per prompt"
-            )
-        return [self._request(index, prompt, one) for index, (prompt, one) in enumerate(zip(many, each, strict=True))]
-
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> _Request:
-        if not isinstance(params, SamplingParams):
-            raise InputError(f"the params of prompt {index} are a {type(params).__name__}; expected SamplingParams")
-        if params.stop and self.tokenizer is None:
-            raise InputError(f"prompt {index} asks for stop strings; this LLM has no tokenizer to find them with")
-        ids = self._prompt_ids(prompt, index)
-        limit = min(params.max_tokens, self.max_model_len - len(ids))
-        group = Group(index, ids, [limit] * params.n)
-        self._check_fit(group, len(ids) + 1)
-        seed = params.seed if params.seed is not None else self._own_seed()
-        raw: list[list[float]] = [[] for _ in range(params.n)]
-        sampled: list[list[float]] = [[] for _ in range(params.n)]
-        labels: list[list[list[float]]] = [[] for _ in range(params.n)]
-        vocab = self.model.config.vocab_size
-        bad = next((token for token in params.label_token_ids or () if token >= vocab), None)
-        if bad is not None:
-            raise InputError(f"prompt {index}: label_token_ids holds {bad}; the model's vocabulary is 0..{vocab - 1}")
-        return _Request(group, params, seed, raw, labels, sampled, [None] * params.n)
-
-    def _own_seed(self) -> int:
-        digest = hashlib.blake2b(f"{self._seed} {next(self._requests)}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
-
-    def _prompt_ids(self, prompt: Prompt, index: int) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InputError(f"prompt {index} is text; this LLM has no tokenizer: give token ids")
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
-        return self._checked(ids, f"prompt {index}")
-
-    def _completion_ids(self, completion: str | Sequence[int], index: int) -> list[int]:
-        if isinstance(completion, str):
-            if self.tokenizer is None:
-                raise InputError(f"a completion of prompt {index} is text; this LLM has no tokenizer: give token ids")
-            completion = self.tokenizer.encode(completion, continuation=True)
-        return self._checked(completion, f"a completion of prompt {index}")
-
-    def _checked(self, ids: Any, name: str) -> list[int]:
-        if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
-            raise InputError(f"{name} is {ids!r:.60}; expected text or a list of token ids")
-        if not ids:
-            raise InputError(f"{name} is empty; give at least one token")
-        vocab = self.model.config.vocab_size
-        bad = next((token for token in ids if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise InputError(f"{name} holds token {bad}; the model's vocabulary is 0..{vocab - 1}")
-        return list(ids)
+    def _requests(self, prompts: Any, params: Any) -> list[Request]:
+        requests = self._reader.requests(prompts, params)
+        for request in requests:
+            self._check_fit(request.group, request.group.prompt_len + 1)
+        return requests
 
     def _check_fit(self, group: Group, tokens: int) -> None:
         if tokens > self.max_model_len:
@@ -352,13 +241,13 @@ class LLM:
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    def _stream(self, requests: list[_Request]) -> Iterator[RequestOutput]:
+    def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
         by_index = {request.group.index: request for request in requests}
         for group in self._run([request.group for request in requests], by_index, {}):
-            yield self._output(by_index[group.index])
+            yield by_index[group.index].output(self.tokenizer, self.model.weight_epoch)
 
     def _run(
-        self, groups: list[Group], requests: dict[int, _Request], scores: dict[int, list[list[float]]]
+        self, groups: list[Group], requests: dict[int, Request], scores: dict[int, list[list[float]]]
     ) -> Iterator[Group]:
         """Run all groups to their end; yields each when it is finished. Scored groups have no entry in `requests`."""
         if self._asleep:
@@ -387,7 +276,7 @@ class LLM:
         finally:
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
 
-    def _take_aborts(self, requests: dict[int, _Request]) -> list[Group]:
+    def _take_aborts(self, requests: dict[int, Request]) -> list[Group]:
         """End what `abort` asked for; scored groups run to their end."""
         with self._abort_lock:
             wanted, self._to_abort = self._to_abort, set()
@@ -403,7 +292,7 @@ class LLM:
                 "running: finish or close the stream before the update"
             )
 
-    def _step(self, requests: dict[int, _Request], scores: dict[int, list[list[float]]]) -> list[Group]:
+    def _step(self, requests: dict[int, Request], scores: dict[int, list[list[float]]]) -> list[Group]:
         plan = self._scheduler.plan()
         running = list(self._scheduler.running)
         assert plan.rows, "the scheduler planned nothing although requests are waiting"
@@ -478,7 +367,7 @@ class LLM:
 
         return attend
 
-    def _draw(self, plan: Plan, hidden: torch.Tensor, requests: dict[int, _Request]) -> Drawn:
+    def _draw(self, plan: Plan, hidden: torch.Tensor, requests: dict[int, Request]) -> Drawn:
         """Sample for every (last row, candidate) of the plan, in tiles of 64."""
         drawn: Drawn = {}
         queries = [(row, work, candidate) for row, work in _last_rows(plan) for candidate in work.draws]
@@ -496,7 +385,7 @@ class LLM:
                 logits.shape[1],
             )
             stops = [
-                self._stop_ids(owner.params)
+                stop_ids(owner.params, self.tokenizer)
                 if len(work.sequence.tokens) - owner.group.prompt_len < owner.params.min_tokens
                 else ()
                 for owner, (_, work, _) in zip(owners, tile, strict=True)
@@ -514,7 +403,7 @@ class LLM:
                 owner.sampled[candidate].append(sampled[number])
                 token = ids[number]
                 before = work.sequence.tokens[owner.group.prompt_len :]
-                drawn[owner.group.index, candidate] = (token, self._finish(owner, candidate, [*before, token]))
+                drawn[owner.group.index, candidate] = (token, owner.finish(candidate, [*before, token], self.tokenizer))
         return drawn
 
     def _score(self, plan: Plan, hidden: torch.Tensor, scores: dict[int, list[list[float]]]) -> None:
@@ -549,53 +438,6 @@ class LLM:
         """fp32 logits [64, vocab] of these rows, padded with repetitions of the first."""
         tile = hidden[torch.tensor(rows + rows[:1] * (TILE - len(rows)))]
         return F.linear(tile, self.model.head)
-
-    def _finish(self, request: _Request, candidate: int, generated: list[int]) -> str | None:
-        params = request.params
-        if generated[-1] in self._stop_ids(params):
-            return "stop"
-        if params.stop and self.tokenizer:
-            text = self.tokenizer.decode(generated)
-            begin = len(self.tokenizer.decode(generated[: params.min_tokens])) if params.min_tokens else 0
-            cut = min((at for at in (text.find(stop, begin) for stop in params.stop) if at >= 0), default=None)
-            if cut is not None:
-                request.text[candidate] = text[:cut]
-                return "stop"
-        return "length" if len(generated) >= request.group.limits[candidate] else None
-
-    def _stop_ids(self, params: SamplingParams) -> list[int]:
-        eos = self.tokenizer.eos_id if self.tokenizer else 2
-        ids = list(params.stop_token_ids or ())
-        return ids if params.ignore_eos else [*ids, eos]
-
-    def _output(self, request: _Request) -> RequestOutput:
-        outputs = []
-        for sequence in request.group.sequences:
-            ids = sequence.tokens[request.group.prompt_len :]
-            raw, sampled = request.raw[sequence.candidate], request.sampled[sequence.candidate]
-            wanted = request.params.logprobs
-            outputs.append(
-                CompletionOutput(
-                    index=sequence.candidate,
-                    text=self._text(request, sequence.candidate, ids, sequence.finished),
-                    token_ids=ids,
-                    finish_reason=sequence.finished or "length",
-                    logprobs=raw if wanted else None,
-                    sampled_logprobs=sampled if wanted else None,
-                    cumulative_logprob=sum(raw),
-                    weight_epoch=self.model.weight_epoch,
-                    label_logprobs=request.labels[sequence.candidate] if request.params.label_token_ids else None,
-                )
-            )
-        return RequestOutput(request.group.index, request.group.prompt, outputs)
-
-    def _text(self, request: _Request, candidate: int, ids: list[int], reason: str | None) -> str:
-        if self.tokenizer is None:
-            return ""
-        cut = request.text[candidate]
-        if cut is not None:
-            return cut
-        return self.tokenizer.decode(ids[:-1] if reason == "stop" else ids)
 
 
 @contextmanager
@@ -639,10 +481,6 @@ def _last_rows(plan: Plan) -> Iterator[tuple[int, Work]]:
 def _signed(seed: int) -> int:
     """The same 64 bits as a signed integer, which is what an int64 tensor holds."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
-
-
-def _is_ids(prompts: Any) -> bool:
-    return isinstance(prompts, (list, tuple)) and bool(prompts) and type(prompts[0]) is int
 
 
 def _limit(name: str, value: int | None, default: int, most: int | None = None) -> int:

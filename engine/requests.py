@@ -1,0 +1,185 @@
+"""What a caller asks of the sampler, read and checked, and what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from engine.errors import InputError
+from engine.sampling import SamplingParams
+from engine.scheduler import Group
+from engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One candidate. `token_ids` include the stop token if the answer ended by itself; `text` does not.
+
+    `logprobs`: raw log-prob of each token (temperature 1, before truncation: the trainer's), `sampled_logprobs` under
+    the distribution that was sampled; both None unless asked for. `cumulative_logprob`: the sum of the raw ones.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[float] | None
+    sampled_logprobs: list[float] | None
+    cumulative_logprob: float
+    weight_epoch: int
+    label_logprobs: list[list[float]] | None = None  # [steps, labels]; raw; None unless label_token_ids are given
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One request: `index` is its place in the input."""
+
+    index: int
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+class Request:
+    """A request under way: its group in the scheduler, and per candidate what has been drawn so far."""
+
+    def __init__(self, group: Group, params: SamplingParams, seed: int) -> None:
+        self.group, self.params, self.seed = group, params, seed
+        self.raw: list[list[float]] = [[] for _ in range(params.n)]
+        self.sampled: list[list[float]] = [[] for _ in range(params.n)]
+        self.labels: list[list[list[float]]] = [[] for _ in range(params.n)]  # per step
+        self.cut: list[str | None] = [None] * params.n  # the text up to the stop string that was found
+
+    def finish(self, candidate: int, generated: list[int], tokenizer: Tokenizer | None) -> str | None:
+        """Why the candidate ends with its newest token, or None."""
+        params = self.params
+        if generated[-1] in stop_ids(params, tokenizer):
+            return "stop"
+        if params.stop and tokenizer:
+            text = tokenizer.decode(generated)
+            begin = len(tokenizer.decode(generated[: params.min_tokens])) if params.min_tokens else 0
+            found = min((at for at in (text.find(stop, begin) for stop in params.stop) if at >= 0), default=None)
+            if found is not None:
+                self.cut[candidate] = text[:found]
+                return "stop"
+        return "length" if len(generated) >= self.group.limits[candidate] else None
+
+    def output(self, tokenizer: Tokenizer | None, weight_epoch: int) -> RequestOutput:
+        outputs = []
+        for sequence in self.group.sequences:
+            c, ids = sequence.candidate, sequence.tokens[self.group.prompt_len :]
+            outputs.append(
+                CompletionOutput(
+                    index=c,
+                    text=self._text(c, ids, sequence.finished, tokenizer),
+                    token_ids=ids,
+                    finish_reason=sequence.finished or "length",
+                    logprobs=self.raw[c] if self.params.logprobs else None,
+                    sampled_logprobs=self.sampled[c] if self.params.logprobs else None,
+                    cumulative_logprob=sum(self.raw[c]),
+                    weight_epoch=weight_epoch,
+                    label_logprobs=self.labels[c] if self.params.label_token_ids else None,
+                )
+            )
+        return RequestOutput(self.group.index, self.group.prompt, outputs)
+
+    def _text(self, candidate: int, ids: list[int], reason: str | None, tokenizer: Tokenizer | None) -> str:
+        if tokenizer is None:
+            return ""
+        cut = self.cut[candidate]
+        if cut is not None:
+            return cut
+        return tokenizer.decode(ids[:-1] if reason == "stop" else ids)
+
+
+def stop_ids(params: SamplingParams, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids that end an answer: those asked for, and EOS (without a tokenizer Llama's, 2) unless it is ignored."""
+    ids = list(params.stop_token_ids or ())
+    return ids if params.ignore_eos else [*ids, tokenizer.eos_id if tokenizer else 2]
+
+
+class Reader:
+    """Turns what a caller gives into requests; InputError names the prompt, what was found and what was expected."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int, seed: int) -> None:
+        self.tokenizer, self.vocab_size, self.max_model_len, self.seed = tokenizer, vocab_size, max_model_len, seed
+        self._number = count()
+
+    def requests(self, prompts: Any, params: Any) -> list[Request]:
+        many = [prompts] if isinstance(prompts, (str, Mapping)) or _is_ids(prompts) else list(prompts)
+        each = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(many)
+        if len(each) != len(many):
+            raise InputError(
+                f"there are {len(many)} prompts and {len(each)} SamplingParams; give one, or one per prompt"
+            )
+        return [self._request(index, prompt, one) for index, (prompt, one) in enumerate(zip(many, each, strict=True))]
+
+    def scored(self, prompt: Any, completions: Any) -> tuple[list[Group], bool]:
+        """Groups with given continuations, and whether a single prompt was asked for."""
+        single = isinstance(prompt, (str, Mapping)) or (bool(prompt) and isinstance(prompt[0], int))
+        prompts, answers = ([prompt], [completions]) if single else (prompt, completions)
+        if len(prompts) != len(answers):
+            raise InputError(f"there are {len(prompts)} prompts and {len(answers)} lists of completions")
+        groups = []
+        for index, (one, given) in enumerate(zip(prompts, answers, strict=True)):
+            ids = self._prompt_ids(one, index)
+            if isinstance(given, str) or _is_ids(given):
+                raise InputError(f"the completions of prompt {index} are {given!r:.40}; expected a list of completions")
+            forced = [self._completion_ids(text, index) for text in given]
+            if not forced:
+                raise InputError(f"prompt {index} has no completions to score")
+            groups.append(Group(index, ids, [len(tokens) for tokens in forced], forced))
+        return groups, single
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"the params of prompt {index} are a {type(params).__name__}; expected SamplingParams")
+        if params.stop and self.tokenizer is None:
+            raise InputError(f"prompt {index} asks for stop strings; this LLM has no tokenizer to find them with")
+        ids = self._prompt_ids(prompt, index)
+        bad = next((token for token in params.label_token_ids or () if token >= self.vocab_size), None)
+        if bad is not None:
+            raise InputError(f"prompt {index}: label_token_ids holds {bad}; {self._vocabulary()}")
+        limit = min(params.max_tokens, self.max_model_len - len(ids))
+        seed = params.seed if params.seed is not None else self._own_seed()
+        return Request(Group(index, ids, [limit] * params.n), params, seed)
+
+    def _own_seed(self) -> int:
+        digest = hashlib.blake2b(f"{self.seed} {next(self._number)}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def _prompt_ids(self, prompt: Prompt, index: int) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError(f"prompt {index} is text; this LLM has no tokenizer: give token ids")
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
+        return self._checked(ids, f"prompt {index}")
+
+    def _completion_ids(self, completion: str | Sequence[int], index: int) -> list[int]:
+        if isinstance(completion, str):
+            if self.tokenizer is None:
+                raise InputError(f"a completion of prompt {index} is text; this LLM has no tokenizer: give token ids")
+            completion = self.tokenizer.encode(completion, continuation=True)
+        return self._checked(completion, f"a completion of prompt {index}")
+
+    def _checked(self, ids: Any, name: str) -> list[int]:
+        if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
+            raise InputError(f"{name} is {ids!r:.60}; expected text or a list of token ids")
+        if not ids:
+            raise InputError(f"{name} is empty; give at least one token")
+        bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if bad is not None:
+            raise InputError(f"{name} holds token {bad}; {self._vocabulary()}")
+        return list(ids)
+
+    def _vocabulary(self) -> str:
+        return f"the model's vocabulary is 0..{self.vocab_size - 1}"
+
+
+def _is_ids(prompts: Any) -> bool:
+    return isinstance(prompts, (list, tuple)) and bool(prompts) and type(prompts[0]) is int
