@@ -1,11 +1,13 @@
 """The sampler: a request's bits do not depend on its company, and they are the trainer's numbers."""
 
+import io
 import random
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceTrainer
 
 from engine import llm as llm_module
 from engine.checkpoint import hf_tensors, save_checkpoint
@@ -483,3 +485,20 @@ def test_weights_cannot_change_or_sleep_while_a_stream_runs():
             call()
     stream.close()
     llm.sleep()
+
+
+def test_ids_beyond_the_tokenizers_pieces_are_never_drawn(tmp_path):
+    """Llama checkpoints may have padded embeddings, rows without a token."""
+    with io.BytesIO() as proto:
+        words = [f"w{i}" for i in range(20)]
+        options = {"model_type": "word", "vocab_size": 23, "hard_vocab_limit": True, "pad_id": -1, "minloglevel": 2}
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(" ".join(words[: i + 1]) for i in range(20)), model_writer=proto, **options
+        )
+        (tmp_path / "tokenizer.model").write_bytes(proto.getvalue())
+    llm = LLM(random_llama(small_config(vocab_size=64)), tokenizer=tmp_path / "tokenizer.model")
+    params = SamplingParams(n=8, temperature=5.0, max_tokens=20, ignore_eos=True, seed=1)
+    drawn = {
+        token for output in llm.generate([[1, 2]] * 4, params) for one in output.outputs for token in one.token_ids
+    }
+    assert max(drawn) == 22  # the last piece comes, none of the 41 rows behind it

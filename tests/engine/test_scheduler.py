@@ -172,3 +172,17 @@ def test_a_finished_candidate_gives_its_place_to_a_waiting_request():
     second = scheduler.plan()
     assert [work.sequence.group.index for work in second.work] == [0, 1]
     scheduler.check()
+
+
+def test_an_aborted_group_keeps_what_its_candidates_had_and_gives_its_blocks_back():
+    scheduler = Scheduler(BlockPool(30, 2), 100, 10)
+    running, waiting = Group(0, [1, 2, 3], [4, 4]), Group(1, [4, 5], [9] * 9)
+    scheduler.add(running)
+    scheduler.add(waiting)  # nine candidates do not fit beside two
+    plan = scheduler.plan()
+    scheduler.commit(plan, {(0, 0): (7, "stop"), (0, 1): (8, None)})
+    assert scheduler.abort({1, 5}) == [waiting] and scheduler.abort(None) == [running]
+    scheduler.check()
+    assert scheduler.idle and len(scheduler.pool.free) == 29
+    assert [(s.tokens, s.finished) for s in running.sequences] == [([1, 2, 3, 7], "stop"), ([1, 2, 3, 8], "abort")]
+    assert [s.finished for s in waiting.sequences] == ["abort"] * 9
