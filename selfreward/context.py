@@ -53,7 +53,7 @@ class Run:
             return self.dir.file(f"iter_{number - 1}/model")
         if self.recipe.m1 is not None:
             return self.recipe.m1
-        return self.dir.file("m1/model" if self.dir.file("m1/model").is_dir() else "sft/model")
+        return self.dir.file(self.dir.counts("m1/model").get("same_as", "m1/model"))
 
     def llm(self, path: Path) -> LLM:
         """The sampler on a model of the run; the last one stays loaded."""

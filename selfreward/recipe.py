@@ -250,6 +250,8 @@ class Recipe(Group):
             raise InputError(
                 "m1 leaves SFT and EFT out, whose data method 'positives' and dpo.replay_weight need; set model"
             )
+        if self.method == "positives" and self.dpo.replay_weight:
+            raise InputError("method 'positives' does no DPO, so dpo.replay_weight has no effect; set one of them only")
         if self.dpo.replay_weight and self.data.eft is None:
             raise InputError("dpo.replay_weight needs judge data; set data.eft, or the weight to 0")
         if self.judge_model is not None and self.judge.by != "model":

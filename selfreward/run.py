@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from threading import Event
 from typing import Any
 
@@ -32,7 +33,18 @@ from selfreward.state import RunDir, written_manifest
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
 BUILT = ("run",)
-MEMORY_KEYS = "sft.max_pack_tokens or dpo.max_pack_tokens (training), sampler.kv_cache_gb or sampler.max_batch_tokens"
+UNDECIDING = (
+    ("sampler", "kv_cache_gb"),
+    ("sampler", "max_batch_tokens"),
+    ("sampler", "max_sequences"),
+    ("sft", "save_every"),
+    ("dpo", "save_every"),
+    ("eft", "required"),
+)
+MEMORY_KEYS = (
+    "sampler.kv_cache_gb or sampler.max_batch_tokens (sampling; then resume), or sft.max_pack_tokens or "
+    "dpo.max_pack_tokens (training; in a new directory: they decide the last bits)"
+)
 
 
 def loop(run: Run) -> list[Row]:
@@ -136,7 +148,10 @@ def stop_on_signals() -> Iterator[StopEvent]:
 
 
 def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
-    threads = recipe.threads or written_manifest(out).get("training_threads")
+    began_with = written_manifest(out).get("training_threads")
+    if began_with is not None and (type(began_with) is not int or began_with < 1):
+        raise InputError(f"{out}/manifest.json: training_threads is {began_with!r}; restore the file, or start anew")
+    threads = recipe.threads or began_with
     if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
         torch.set_num_threads(threads)
     tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
@@ -147,29 +162,42 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
         try:
             models = loop(Run(recipe, directory, tokenizer, template, report, stop))
         except GateError as error:
-            write_report(directory, [], stopped=str(error))
+            with suppress(InputError, OSError):  # what the gate says matters more than the page
+                write_report(directory, [], stopped=str(error))
             raise
         print_report(write_report(directory, models), report.as_json)
         report.say(f"report: {directory.file('report.html')}")
 
 
 def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
-    """Everything that decides a run's bytes. The gates do not: after one stopped a run, it may be moved."""
-    values = recipe.dump()
-    del values["gates"]
+    """Everything that decides a run's bytes."""
+    judge_files = recipe.judge_model / "tokenizer.model" if recipe.judge_model else None
     return {
-        "recipe": values,
+        "recipe": deciding(recipe),
         "inputs": {key: stages.file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
         "models": {
             key: content_hash(path) for key, path in recipe.paths().items() if key in ("model", "m1", "judge_model")
         },
         "tokenizer": tokenizer.template_hash,
+        "judge_tokenizer": stages.file_hash(judge_files) if judge_files and judge_files.is_file() else None,
         "judge_template": template.hash,
+        "selfreward": metadata.version("selfreward"),
         "torch": torch.__version__,
+        "numpy": metadata.version("numpy"),  # its permutations are the order of the data
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "training_threads": torch.get_num_threads(),
     }
+
+
+def deciding(recipe: Recipe) -> Row:
+    """The keys that decide a run's bytes: the others may be changed before a resume, such as a gate that stopped the run."""
+    values = recipe.dump()
+    for key in ("gates", "threads"):  # the count of threads is pinned as it was, not as it was asked for
+        del values[key]
+    for group, key in UNDECIDING:
+        del values[group][key]
+    return values
 
 
 def _action(words: list[str]) -> tuple[str, list[str]]:

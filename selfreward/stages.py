@@ -80,21 +80,23 @@ def build_eft(run: Run) -> Row:
     run.dir.write_jsonl("eft/train.jsonl", rows)
     run.dir.write_jsonl("eft/dropped.jsonl", dropped)
     run.dir.write_jsonl("eft/heldout.jsonl", heldout)
-    if not rows and recipe.eft.required:
+    if not rows and (recipe.eft.required or recipe.dpo.replay_weight):
         raise GateError(
             f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {recipe.data.eft} "
-            f"({dict(counts)}): raise eft.attempts or data.eft_limit, or set eft.required=false to go without judge data"
+            f"({dict(counts)}): raise eft.attempts or data.eft_limit, "
+            "or set eft.required=false (and dpo.replay_weight=0) to go without judge data"
         )
     return {"groups": len(groups), "train": len(rows), "heldout": len(heldout), **counts}
 
 
 def train_m1(run: Run) -> Row:
     """M1: M0 on instructions and judge data. Without judge data the baseline is M1 and is not trained twice."""
-    judge_rows = _eft_rows(run)
+    judge_rows, too_long = _eft_rows(run, run.recipe.sft.max_pack_tokens)
     if not judge_rows:
-        return {"same_as": "sft/model"}
+        return {"same_as": "sft/model", "eft_too_long": too_long}
     rows, counts = _ift_rows(run)
-    return _train_sft(run, rows + judge_rows, "m1") | counts | {"eft": len(judge_rows)}
+    counts |= {"eft": len(judge_rows), "eft_too_long": too_long}
+    return _train_sft(run, rows + judge_rows, "m1") | counts
 
 
 # ---- one round --------------------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def train_dpo(run: Run, k: int) -> Row:
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
     rows = _with_reference(run, k, model, rows, config)
-    replay = _eft_rows(run) if options.replay_weight else []
+    replay = _eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
     steps = _train(run, model, rows, config, f"iter_{k}", replay)
     return {"pairs": len(pairs), "steps": steps} | ({"replay": len(replay)} if replay else {})
 
@@ -231,9 +233,12 @@ def train_positives(run: Run, k: int) -> Row:
     if not found:
         raise GateError(f"round {k}: no answer has the perfect score; use method=dpo, or a model that judges better")
     rows, counts = _ift_rows(run)
-    rows += _eft_rows(run)
-    rows += [SFTRow(run.tokenizer.chat_prompt(row["prompt"]), row["token_ids"]) for row in found]
-    return _train_sft(run, rows, f"iter_{k}") | counts | {"positives": len(found)}
+    limit = run.recipe.sft.max_pack_tokens
+    rows += _eft_rows(run, limit)[0]
+    positives = [SFTRow(run.tokenizer.chat_prompt(row["prompt"]), row["token_ids"]) for row in found]
+    fitting = [row for row in positives if _tokens(row) <= limit]
+    counts |= {"positives": len(fitting), "positives_too_long": len(positives) - len(fitting)}
+    return _train_sft(run, rows + fitting, f"iter_{k}") | counts
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------------------
@@ -377,12 +382,18 @@ def _by_answer(groups: Sequence[Row], judgements: Sequence[Row]) -> dict[str, li
     return {group["id"]: [drawn[f"{group['id']}-{i}"] for i in range(len(group["answers"]))] for group in groups}
 
 
-def _eft_rows(run: Run) -> list[SFTRow]:
-    """The judge data: judge prompts with the judgement to write."""
-    return [
+def _eft_rows(run: Run, limit: int) -> tuple[list[SFTRow], int]:
+    """The judge data: judge prompts with the judgement to write, and how many are longer than one forward pass takes."""
+    rows = [
         SFTRow(run.template.token_ids(run.tokenizer, row["prompt"], row["answer"]), row["judgement_token_ids"])
         for row in run.rows("eft/train.jsonl")
     ]
+    fitting = [row for row in rows if _tokens(row) <= limit]
+    return fitting, len(rows) - len(fitting)
+
+
+def _tokens(row: SFTRow) -> int:
+    return len(row.prompt) + len(row.completion)
 
 
 def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:

@@ -82,10 +82,13 @@ class RunDir:
         path = self.file(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
             with path.open("ab") as file:
                 file.write("".join(_json(row) + "\n" for row in rows).encode("utf-8"))
                 file.flush()
                 os.fsync(file.fileno())
+            if new:
+                _sync_directory(path.parent)
         except OSError as error:
             raise _write_error(path, error) from None
 

@@ -23,11 +23,15 @@ from typing import Any
 import numpy as np
 
 from engine import InputError
+from selfreward.evaluate import mean_and_error
 from selfreward.formats import read_jsonl
+from selfreward.recipe import Recipe
+from selfreward.run import deciding
 from selfreward.tiny import DATA
 from selfreward.tiny.oracle import checks
 
 Row = dict[str, Any]
+Runs = dict[str, dict[int, Path]]  # variant -> seed -> directory of the finished run
 REPLAY_WEIGHT = 1.0
 RESAMPLES = 10_000
 CHECKS = ("relevant", "substantial", "right size", "clean", "exactly right")
@@ -80,15 +84,37 @@ def run_all(out: Path, seeds: int, more: Sequence[str], workers: int) -> None:
 
 def _run(out: Path, variant: Variant, seed: int, more: Sequence[str]) -> str:
     path = directory(out, variant, seed)
-    if (path / "report.json").is_file():
+    overrides = [f"seed={seed}", "threads=1", *variant.overrides(directory(out, VARIANTS[0], seed)), *more]
+    if finished(path):
+        _check_recipe(path, overrides)
         return f"{path.name}: finished before"
     started = time.perf_counter()
-    overrides = [f"seed={seed}", "threads=1", *variant.overrides(directory(out, VARIANTS[0], seed)), *more]
     command = [sys.executable, "-m", "selfreward.run", "--recipe", "tiny", "--quiet", "--out", str(path), *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{path.name} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
     return f"{path.name}: {time.perf_counter() - started:.0f} s"
+
+
+def finished(path: Path) -> bool:
+    """Whether the run in `path` came to its end: a gate leaves a report too, without models."""
+    return (path / "report.json").is_file() and "M3" in models(path)
+
+
+def _check_recipe(path: Path, overrides: list[str]) -> None:
+    """A finished run is used again only if it is the one that would be made now."""
+    there = json.loads((path / "manifest.json").read_text())["recipe"]
+    here = deciding(Recipe.load("tiny", overrides))
+    for key, value in here.items():
+        if there.get(key) != value and not _same(there.get(key), value):
+            raise InputError(f"{path} holds a run with another {key!r}; give a new --out, or remove it")
+
+
+def _same(there: Any, here: Any) -> bool:
+    """Whether every value here stands there too (there may be more keys)."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return all(key in there and _same(there[key], value) for key, value in here.items())
+    return bool(there == here)
 
 
 def directory(out: Path, variant: Variant, seed: int) -> Path:
@@ -98,10 +124,12 @@ def directory(out: Path, variant: Variant, seed: int) -> Path:
 # ---- figures ----------------------------------------------------------------------------------------------------------
 
 
-def read(out: Path) -> dict[str, list[Path]]:
+def read(out: Path, seeds: int) -> Runs:
     """The finished runs of every variant, by seed."""
-    runs = {v.name: [directory(out, v, seed) for seed in range(v.seeds)] for v in VARIANTS}
-    return {name: [path for path in paths if (path / "report.json").is_file()] for name, paths in runs.items()}
+    return {
+        v.name: {seed: path for seed in range(min(seeds, v.seeds)) if finished(path := directory(out, v, seed))}
+        for v in VARIANTS
+    }
 
 
 def models(path: Path) -> dict[str, Row]:
@@ -130,7 +158,7 @@ def gain(path: Path) -> np.ndarray:
 # ---- tables -----------------------------------------------------------------------------------------------------------
 
 
-def tables(runs: dict[str, list[Path]]) -> str:
+def tables(runs: Runs) -> str:
     """Everything that stands between the two marks of docs/tiny.md."""
     parts = (
         _seed_table(runs["self"]),
@@ -142,9 +170,9 @@ def tables(runs: dict[str, list[Path]]) -> str:
     return "\n\n".join(parts)
 
 
-def _seed_table(paths: Sequence[Path]) -> str:
+def _seed_table(paths: dict[int, Path]) -> str:
     rows = []
-    for seed, path in enumerate(paths):
+    for seed, path in paths.items():
         row, g = models(path), {name: grades(path, name) for name in ("M1", "M2", "M3")}
         error = bootstrap(g["M2"] - g["M1"])[0]
         step = float((g["M2"] - g["M1"]).mean())
@@ -156,16 +184,20 @@ def _seed_table(paths: Sequence[Path]) -> str:
     return _table(heading, rows)
 
 
-def _control_table(runs: dict[str, list[Path]]) -> str:
+def _control_table(runs: Runs) -> str:
+    """The variants, and the recipe once more on the seeds that the controls have: those rows may be compared."""
+    controls = {seed: path for seed, path in runs["self"].items() if seed in runs["random"]}
+    lines = [(v.name, v.meaning, runs[v.name]) for v in VARIANTS]
+    lines.insert(2, ("self", "the recipe on the controls' seeds", controls))
     rows = []
-    for variant in VARIANTS:
-        paths = runs[variant.name]
+    for name, meaning, by_seed in lines:
+        paths = list(by_seed.values())
         if paths:
-            means = [_mean(paths, name, "true_quality") for name in ("M1", "M2", "M3")]
+            means = [_mean(paths, model, "true_quality") for model in ("M1", "M2", "M3")]
             rows.append(
                 [
-                    variant.name,
-                    variant.meaning,
+                    name,
+                    meaning,
                     str(len(paths)),
                     *[f"{m:.2f}" for m in means],
                     f"{means[2] - means[0]:+.2f}",
@@ -174,9 +206,9 @@ def _control_table(runs: dict[str, list[Path]]) -> str:
     return _table(["judge", "what it is", "seeds", "M1", "M2", "M3", "M3 - M1"], rows)
 
 
-def _random_line(runs: dict[str, list[Path]]) -> str:
+def _random_line(runs: Runs) -> str:
     """How much of the gain a judge gets that has read nothing, on the same seeds."""
-    pairs = list(zip(runs["random"], runs["self"], strict=False))
+    pairs = [(path, runs["self"][seed]) for seed, path in runs["random"].items() if seed in runs["self"]]
     if not pairs:
         return ""
     random = np.mean([gain(path) for path, _ in pairs], axis=0)
@@ -188,27 +220,31 @@ def _random_line(runs: dict[str, list[Path]]) -> str:
     )
 
 
-def _judge_table(runs: dict[str, list[Path]]) -> str:
+def _judge_table(runs: Runs) -> str:
+    """Pairwise accuracy by model (ties half in brackets), and the change from M1 to M3 with its error over the seeds."""
     rows = []
-    for name in ("self", "replay", "oracle", "random", "no EFT"):
-        if runs[name]:
-            names = [model for model in ("SFT", "M1", "M2", "M3") if model in models(runs[name][0])]
-            by_model = {model: _mean(runs[name], model, "judge_pairwise") for model in names}
-            half = {model: _mean(runs[name], model, "judge_pairwise_ties_half") for model in names}
-            rows.append(
-                [name, str(len(runs[name]))]
-                + [f"{by_model[m]:.3f} ({half[m]:.3f})" if m in by_model else "" for m in ("SFT", "M1", "M2", "M3")]
-                + [f"{_mean(runs[name], 'M1', 'longer_wins'):.3f}"]
-            )
-    return _table(["judge", "seeds", "SFT", "M1", "M2", "M3", "longer wins"], rows)
+    for variant in VARIANTS:
+        paths = list(runs[variant.name].values())
+        if paths:
+            cells = [
+                f"{_mean(paths, m, 'judge_pairwise'):.3f} ({_mean(paths, m, 'judge_pairwise_ties_half'):.3f})"
+                if m in models(paths[0])
+                else ""
+                for m in ("SFT", "M1", "M2", "M3")
+            ]
+            changes = [models(path)["M3"]["judge_pairwise"] - models(path)["M1"]["judge_pairwise"] for path in paths]
+            change, error = mean_and_error(changes)
+            shown = f"{change:+.3f}" + (f" +- {error:.3f}" if error is not None else "")
+            rows.append([variant.name, str(len(paths)), *cells, shown, f"{_mean(paths, 'M1', 'longer_wins'):.3f}"])
+    return _table(["judge", "seeds", "SFT", "M1", "M2", "M3", "M3 - M1", "longer wins"], rows)
 
 
-def _check_table(runs: dict[str, list[Path]]) -> str:
+def _check_table(runs: Runs) -> str:
     """How often a judge says yes to a check that holds, and to one that does not, averaged over the seeds."""
     rows = []
     for name in ("self", "replay", "oracle", "random"):
         for model in ("SFT", "M1", "M2", "M3"):
-            paths = [path for path in runs[name] if model in models(path)]
+            paths = [path for path in runs[name].values() if model in models(path)]
             if paths and (model != "SFT" or name == "self"):
                 says = np.mean([says_yes(path, model) for path in paths], axis=0)  # [2, checks]
                 rows.append([name, model, *(f"{yes:.2f} / {no:.2f}" for yes, no in zip(says[1], says[0], strict=True))])
@@ -243,7 +279,7 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(heading), line(["---"] * len(heading)), *map(line, rows)])
 
 
-def plot(runs: dict[str, list[Path]]) -> bytes:
+def plot(runs: Runs) -> bytes:
     """True quality and judge accuracy over the models, a line per variant, as a PNG that is the same in equal studies."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -252,7 +288,7 @@ def plot(runs: dict[str, list[Path]]) -> bytes:
     names = ["M1", "M2", "M3"]
     for axes, (key, label) in zip(figure.subplots(1, 2), FIGURES.items(), strict=True):
         for number, variant in enumerate(VARIANTS):
-            paths = runs[variant.name]
+            paths = list(runs[variant.name].values())
             if paths:
                 values = [_mean(paths, name, key) for name in names]
                 axes.plot(names, values, marker="o", markersize=4, color=f"C{number}", label=variant.name)
@@ -285,15 +321,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         run_all(options.out, options.seeds, options.overrides, options.workers)
-        text = tables(read(options.out))
+        runs = read(options.out, options.seeds)
+        text = tables(runs)
         print(text)
         if options.write:
-            runs = read(options.out)
             options.write.write_text(insert(options.write.read_text(encoding="utf-8"), text), encoding="utf-8")
             options.write.with_suffix(".png").write_bytes(plot(runs))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the running children have it too, and end after their group
+        print("stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selfreward.recipe import PACKAGE, Recipe
+from selfreward.recipe import PACKAGE
 from selfreward.run import main
 
 RECIPE = """model: m0
@@ -202,5 +202,8 @@ def test_at_least_forty_kinds_of_damage_are_known():
     assert len(DAMAGES) >= 40
 
 
-def test_the_undamaged_world_is_accepted(world):
-    Recipe.load(world / "recipe.yaml")
+def test_the_undamaged_world_goes_through_to_a_gate(world, capsys):
+    """What the damaged ones are compared with: all files are read, SFT runs, and the first gate is reached."""
+    (world / "recipe.yaml").write_text(RECIPE + "sft: {max_steps: 1}\neft: {attempts: 1, max_tokens: 2}\n")
+    code, said = run(world, capsys)
+    assert code == 3 and said.startswith("stopped: no judgement of the SFT baseline agrees")

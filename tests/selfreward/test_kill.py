@@ -114,6 +114,22 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(unbroken, half,
     assert_same(artefacts(tmp_path / "run"), expected)
 
 
+@pytest.mark.parametrize("variant", [["dpo.replay_weight=1"], ["method=positives"]], ids=["replay", "positives"])
+def test_a_variants_training_that_is_killed_ends_with_the_same_bytes(variant, tmp_path):
+    words = ["rounds=1", "evaluation.prompts=20", *variant]
+    code, said = Process(command(tmp_path / "unbroken", 64, *words)).end()
+    assert code == 0, said
+    for delay in (0.2, 0.5):
+        running = Process(command(tmp_path / "killed", 64, *words))
+        running.wait_for("iter_1/model")
+        time.sleep(delay)
+        running.process.send_signal(signal.SIGKILL)
+        assert running.end()[0] == -signal.SIGKILL
+    code, said = Process(command(tmp_path / "killed", 64, *words)).end()
+    assert code == 0, said
+    assert_same(artefacts(tmp_path / "killed"), artefacts(tmp_path / "unbroken"))
+
+
 def test_a_run_that_is_stopped_says_how_to_go_on_and_ends_with_the_same_bytes(unbroken, tmp_path):
     block_size, expected, seconds = unbroken
     rng = random.Random(2)

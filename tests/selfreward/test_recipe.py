@@ -225,6 +225,7 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
         (["model=null", "m1=x", "method=positives"], "m1 leaves SFT and EFT out"),
         (["model=null", "m1=x", "dpo.replay_weight=1"], "m1 leaves SFT and EFT out"),
         (["dpo.replay_weight=1"], "dpo.replay_weight needs judge data"),
+        (["method=positives", "dpo.replay_weight=1"], "method 'positives' does no DPO"),
         (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
         (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),

@@ -178,6 +178,53 @@ def test_a_changed_recipe_is_refused_with_the_difference(finished, capsys):
     assert "recipe.dpo.beta is 0.1 there, 0.2 here" in capsys.readouterr().err
 
 
+def test_a_model_that_is_gone_is_named_and_not_replaced_by_another(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "m1/model")
+    stages = json.loads((out / "stages.json").read_text())
+    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != "evaluation/M1"}))
+    assert command(out) == 2
+    assert "m1/model" in capsys.readouterr().err
+
+
+def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_path):
+    out = tmp_path / "run"
+    assert command(out, "gates.min_pairs=1000") == 3
+    changed = [
+        "sampler.max_batch_tokens=200",
+        "sampler.kv_cache_gb=0.05",
+        "sampler.max_sequences=60",
+        "dpo.save_every=3",
+    ]
+    assert command(out, *changed, f"threads={torch.get_num_threads()}") == 0
+    assert untimed_report(out) == untimed_report(finished)
+
+
+@pytest.mark.parametrize("threads", ["one", 0, True])
+def test_a_damaged_count_of_threads_is_named(threads, tmp_path, capsys):
+    assert command(tmp_path / "run", "gates.min_pairs=1000") == 3
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest | {"training_threads": threads}))
+    capsys.readouterr()
+    assert command(tmp_path / "run") == 2
+    assert f"training_threads is {threads!r}" in capsys.readouterr().err
+
+
+def test_replay_without_judge_data_is_a_gate(tmp_path, capsys):
+    few = ["data.eft_limit=1", "eft.attempts=1", "dpo.replay_weight=1"]
+    assert command(tmp_path / "run", *few) == 3
+    assert "dpo.replay_weight=0" in capsys.readouterr().err
+
+
+def test_judge_data_that_no_forward_pass_takes_is_left_out_and_counted(tmp_path, capsys):
+    long = ["sft.max_pack_tokens=18", "data.max_tokens=18", "gates.min_pairs=1000"]
+    assert command(tmp_path / "run", *long) == 3
+    counts = json.loads((tmp_path / "run/stages.json").read_text())
+    assert counts["m1/model"]["eft_too_long"] > 0
+    assert counts["m1/model"].get("eft", 0) + counts["m1/model"]["eft_too_long"] == counts["eft"]["train"]
+
+
 def test_changed_weights_data_and_threads_are_refused_with_the_difference(tmp_path, capsys):
     package, out = Path(run_module.__file__).parent, tmp_path / "out"
     shutil.copytree(package / "tiny/m0", tmp_path / "m0")
@@ -190,9 +237,17 @@ def test_changed_weights_data_and_threads_are_refused_with_the_difference(tmp_pa
     with (tmp_path / "ift.jsonl").open("a") as file:
         file.write('{"prompt": "copy a", "response": "a"}\n')
     capsys.readouterr()
-    assert command(out, *given, "threads=1") == 2
+    other = torch.get_num_threads() + 1
+    try:
+        assert command(out, *given, f"threads={other}") == 2
+    finally:
+        torch.set_num_threads(other - 1)
     said = capsys.readouterr().err
-    for difference in ("models.model is ", "inputs.data.ift is ", "recipe.threads is null there, 1 here"):
+    for difference in (
+        "models.model is ",
+        "inputs.data.ift is ",
+        f"training_threads is {other - 1} there, {other} here",
+    ):
         assert difference in said
 
 

@@ -8,6 +8,7 @@ import pytest
 from engine import InputError
 from selfreward.formats import read_jsonl
 from selfreward.recipe import Recipe
+from selfreward.run import deciding
 from selfreward.tiny import DATA, study
 from selfreward.tiny.oracle import checks
 from selfreward.tiny.study import BEGIN, END, VARIANTS, bootstrap, directory, insert, read, tables
@@ -59,7 +60,7 @@ def test_a_constant_gain_has_no_error():
 
 
 def test_the_tables_hold_the_runs_figures(studied):
-    text = tables(read(studied))
+    text = tables(read(studied, 10))
     m1, m2 = (study.grades(directory(studied, VARIANTS[0], 1), name) for name in ("M1", "M2"))
     assert f"| 1 | 0.00 | 0.00 | {m1.mean():.2f} | {m2.mean():.2f} |" in text
     error = np.std(m2 - m1, ddof=1) / 200**0.5
@@ -82,13 +83,28 @@ def test_the_share_of_yes_is_told_apart_by_whether_the_check_holds(studied):
 
 
 def test_the_plot_is_a_png_that_does_not_change(studied):
-    runs = read(studied)
+    runs = read(studied, 10)
     assert study.plot(runs) == study.plot(runs) and study.plot(runs).startswith(b"\x89PNG")
 
 
 def test_a_run_without_a_report_is_not_counted(studied):
-    (directory(studied, VARIANTS[0], 1) / "report.json").unlink()
-    assert len(read(studied)["self"]) == 1
+    (directory(studied, VARIANTS[0], 0) / "report.json").unlink()
+    assert list(read(studied, 10)["self"]) == [1] and list(read(studied, 1)["self"]) == []
+
+
+def test_a_run_that_a_gate_stopped_is_not_finished(studied):
+    path = directory(studied, VARIANTS[0], 1)
+    (path / "report.json").write_text(json.dumps({"models": [], "stopped": "too few pairs"}))
+    assert not study.finished(path) and list(read(studied, 10)["self"]) == [0]
+
+
+def test_a_finished_run_of_another_recipe_is_refused(studied):
+    path, overrides = directory(studied, VARIANTS[0], 0), ["seed=0", "threads=1"]
+    manifest = {"recipe": deciding(Recipe.load("tiny", overrides))}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert study._run(studied, VARIANTS[0], 0, []) == "self-0: finished before"
+    with pytest.raises(InputError, match="another 'dpo'"):
+        study._run(studied, VARIANTS[0], 0, ["dpo.beta=0.2"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
