@@ -11,15 +11,15 @@ constexpr int columns() {
 }
 
 // R rows x C vectors over `depth` (at most kBlock) steps: one FMA chain from zero for each element, then its sum into
-// the totals. kAhead: also fetch the panel's next block, at the same pace.
-template <int R, int C, bool kAhead>
-ALWAYS_INLINE void tile(const float* x, int64_t stride, const float* w, int64_t depth, bool first, float* total) {
+// the totals. kAhead: cache lines to fetch from `ahead` in each step.
+template <int R, int C, int kAhead>
+ALWAYS_INLINE void tile(const float* x, int64_t stride, const float* w, int64_t depth, bool first, const float* ahead,
+                        float* total) {
   Vec sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = Vec::zero();
-  for (int64_t k = 0; k < depth; ++k, w += kPanel) {
-    if (kAhead)
-      for (int c = 0; c < C * kLanes; c += kLine) PREFETCH(w + kBlock * kPanel + c);
+  for (int64_t k = 0; k < depth; ++k, w += kPanel, ahead += kAhead * kLine) {
+    for (int line = 0; line < kAhead; ++line) PREFETCH(ahead + line * kLine);
     Vec weight[C];
     for (int c = 0; c < C; ++c) weight[c] = Vec::load(w + c * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -34,15 +34,25 @@ ALWAYS_INLINE void tile(const float* x, int64_t stride, const float* w, int64_t 
     }
 }
 
+// A group of R rows, the `group`-th of `groups`, over one block of a panel. The block behind it in memory is fetched by
+// the tiles of all groups, each its share, so that the stream of weights does not stop while they compute.
 template <int R>
-ALWAYS_INLINE void rows_of_panel(const float* x, int64_t stride, const float* w, int64_t depth, bool first, bool ahead,
-                                 float* total) {
-  constexpr int C = columns<R>();
-  for (int64_t o = 0; o < kPanel; o += C * kLanes)
-    if (ahead)
-      tile<R, C, true>(x, stride, w + o, depth, first, total + o);
+ALWAYS_INLINE void rows_of_block(const float* x, int64_t stride, const float* w, int64_t depth, bool first,
+                                 int64_t group, int64_t groups, float* total) {
+  constexpr int C = columns<R>(), kTiles = kPanel / (C * kLanes), kLines = kPanel / kLine;
+  const int64_t share = groups * kTiles >= kLines ? 1 : groups * kTiles * 2 >= kLines ? 2 : kLines;
+  for (int i = 0; i < kTiles; ++i) {
+    const int64_t done = (group * kTiles + i) * share, o = i * C * kLanes;
+    const float* ahead = w + (depth * kLines + depth * done) * kLine;
+    if (done >= kLines)
+      tile<R, C, 0>(x, stride, w + o, depth, first, w, total + o);
+    else if (share == 1)
+      tile<R, C, 1>(x, stride, w + o, depth, first, ahead, total + o);
+    else if (share == 2)
+      tile<R, C, 2>(x, stride, w + o, depth, first, ahead, total + o);
     else
-      tile<R, C, false>(x, stride, w + o, depth, first, total + o);
+      tile<R, C, kLines>(x, stride, w + o, depth, first, ahead, total + o);
+  }
 }
 
 // Groups of at most kGroup rows, sizes as equal as can be.
@@ -59,25 +69,24 @@ void panels(const LinearArguments& a, int64_t first_panel, int64_t last_panel) {
           const int64_t row = rows * group / groups, size = rows * (group + 1) / groups - row;
           const float* x = a.x + (start + row) * a.depth + k;
           float* total = totals + row * kPanel;
-          const bool ahead = group == 0;
           switch (size) {
             case 1:
-              rows_of_panel<1>(x, a.depth, w, depth, k == 0, ahead, total);
+              rows_of_block<1>(x, a.depth, w, depth, k == 0, group, groups, total);
               break;
             case 2:
-              rows_of_panel<2>(x, a.depth, w, depth, k == 0, ahead, total);
+              rows_of_block<2>(x, a.depth, w, depth, k == 0, group, groups, total);
               break;
             case 3:
-              rows_of_panel<3>(x, a.depth, w, depth, k == 0, ahead, total);
+              rows_of_block<3>(x, a.depth, w, depth, k == 0, group, groups, total);
               break;
             case 4:
-              rows_of_panel<4>(x, a.depth, w, depth, k == 0, ahead, total);
+              rows_of_block<4>(x, a.depth, w, depth, k == 0, group, groups, total);
               break;
             case 5:
-              rows_of_panel<5>(x, a.depth, w, depth, k == 0, ahead, total);
+              rows_of_block<5>(x, a.depth, w, depth, k == 0, group, groups, total);
               break;
             default:
-              rows_of_panel<6>(x, a.depth, w, depth, k == 0, ahead, total);
+              rows_of_block<6>(x, a.depth, w, depth, k == 0, group, groups, total);
           }
         }
       }
