@@ -17,7 +17,8 @@ setup(
             sources,
             depends=headers,
             cxx_std=17,
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
+            extra_link_args=["-pthread"],
         )
     ],
     # engine/kernels is a link to kernels/, so that the device code installs inside the engine.

@@ -1,0 +1,107 @@
+// A job is a counter that every thread takes indices from, so a thread that is late or slow costs nothing: the caller
+// works too, and waits only for those that have begun.
+
+#include "threads.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#ifdef __unix__
+#include <pthread.h>
+#endif
+
+namespace selfreward {
+namespace {
+
+struct Job {
+  const std::function<void(int64_t)>& work;
+  const int64_t count;
+  int seats;       // threads that may still join
+  int active = 0;  // threads that joined and have not left
+  std::atomic<int64_t> next{0};
+
+  void run() {
+    for (int64_t i = next++; i < count; i = next++) work(i);
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    std::unique_lock<std::mutex> alone(caller_, std::try_to_lock);
+    if (alone) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (threads_ < job.seats && start()) {
+      }
+      job_ = &job;
+      wake_.notify_all();
+    }
+    job.run();
+    if (alone) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      job_ = nullptr;
+      left_.wait(lock, [&] { return job.active == 0; });
+    }
+  }
+
+ private:
+  bool start() {
+    try {
+      std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      return false;  // the system allows no more threads: go on with those that there are
+    }
+    ++threads_;
+    return true;
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return job_ && job_->seats > 0; });
+      Job& job = *job_;
+      --job.seats;
+      ++job.active;
+      lock.unlock();
+      job.run();
+      lock.lock();
+      if (--job.active == 0) left_.notify_all();
+    }
+  }
+
+  std::mutex caller_;  // held during a job
+  std::mutex mutex_;   // guards all below, and a job's seats and active
+  std::condition_variable wake_, left_;
+  Job* job_ = nullptr;
+  int threads_ = 0;
+};
+
+Pool* pool;  // never destroyed: its threads wait in it until the process ends
+
+Pool& the_pool() {
+  static const bool made = [] {
+    pool = new Pool;
+#ifdef __unix__
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // a forked child has none of its parent's threads
+#endif
+    return true;
+  }();
+  (void)made;
+  return *pool;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work) {
+  const int64_t others = (threads < count ? threads : count) - 1;
+  Job job{work, count, int(others > 0 ? others : 0)};
+  if (others > 0)
+    the_pool().run(job);
+  else
+    job.run();
+}
+
+}  // namespace selfreward
