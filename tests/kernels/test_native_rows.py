@@ -174,6 +174,7 @@ def exact(queries, keys, values, tables, positions, dtype=torch.float64):
 SHAPES = [  # rows, heads, groups, dim, size, chunks
     (9, 2, 2, 2, 8, 4), (5, 4, 2, 6, 65, 3), (7, 3, 1, 32, 64, 3), (6, 8, 1, 80, 8, 5), (4, 12, 12, 64, 64, 2),
     (5, 16, 2, 128, 65, 2), (3, 7, 1, 128, 128, 2), (9, 5, 1, 18, 1, 9), (3, 4, 2, 16, 33, 2), (129, 2, 1, 6, 8, 2),
+    (64, 4, 2, 64, 64, 4),  # enough work for several threads
 ]  # fmt: skip
 
 
