@@ -8,10 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "chunk_attention.h"
 #include "dropout.h"
 #include "gumbel.h"
 #include "linear.h"
 #include "philox.h"
+#include "rms_norm.h"
+#include "swiglu.h"
 
 namespace py = pybind11;
 
@@ -143,6 +146,105 @@ void linear(const py::array& x, const py::array& packed, py::array& out, int thr
   selfreward::linear(arguments, threads, panels);
 }
 
+void check_threads(int threads) {
+  if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + "; expected at least 1");
+}
+
+void rms_norm(const py::array& x, const py::array& weight, float eps, py::array& out, int threads,
+              const std::string& level) {
+  check<float>("x", x, {-1, -1});
+  const py::ssize_t rows = x.shape(0), dim = x.shape(1);
+  check<float>("weight", weight, {dim});
+  check<float>("out", out, {rows, dim});
+  check_written("out", out);
+  check_apart("x", x, "out", out);
+  check_apart("weight", weight, "out", out);
+  check_threads(threads);
+  const selfreward::RmsNormRows run = find_level(selfreward::rms_norm_level, level).run;
+  const selfreward::RmsNormArguments arguments{static_cast<const float*>(x.data()),
+                                               static_cast<const float*>(weight.data()),
+                                               static_cast<float*>(out.mutable_data()),
+                                               rows,
+                                               dim,
+                                               eps};
+  py::gil_scoped_release release;
+  selfreward::rms_norm(arguments, threads, run);
+}
+
+void swiglu(const py::array& gate_up, py::array& out, int threads, const std::string& level) {
+  check<float>("out", out, {-1, -1});
+  const py::ssize_t rows = out.shape(0), ffn = out.shape(1);
+  check<float>("gate_up", gate_up, {rows, 2 * ffn});
+  check_written("out", out);
+  check_apart("gate_up", gate_up, "out", out);
+  check_threads(threads);
+  const selfreward::SwigluRows run = find_level(selfreward::swiglu_level, level).run;
+  const selfreward::SwigluArguments arguments{static_cast<const float*>(gate_up.data()),
+                                              static_cast<float*>(out.mutable_data()), rows, ffn};
+  py::gil_scoped_release release;
+  selfreward::swiglu(arguments, threads, run);
+}
+
+// Every position lies within its table, and every entry that a row needs is a page.
+void check_tables(const selfreward::ChunkAttentionArguments& a, int64_t blocks) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t position = a.positions[row], limit = a.chunks * a.size;
+    if (position < 0 || position >= limit)
+      throw py::value_error("positions[" + std::to_string(row) + "] is " + std::to_string(position) +
+                            "; expected 0 or more and below " + std::to_string(limit) + ", the " +
+                            std::to_string(a.chunks) + " chunks of " + std::to_string(a.size) + " of tables");
+    for (int64_t chunk = 0; chunk * a.size <= position; ++chunk) {
+      const int64_t page = a.tables[row * a.chunks + chunk];
+      if (page < 0 || page >= blocks)
+        throw py::value_error("tables[" + std::to_string(row) + ", " + std::to_string(chunk) + "] is " +
+                              std::to_string(page) + "; expected 0 or more and below " + std::to_string(blocks) +
+                              ", the blocks of key_pages");
+    }
+  }
+}
+
+void chunk_attention(const py::array& q, const py::array& key_pages, const py::array& value_pages,
+                     const py::array& tables, const py::array& positions, py::array& out, int threads,
+                     const std::string& level) {
+  check<float>("q", q, {-1, -1, -1});
+  const py::ssize_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2);
+  check<float>("key_pages", key_pages, {-1, -1, dim, -1});
+  const py::ssize_t blocks = key_pages.shape(0), groups = key_pages.shape(1), size = key_pages.shape(3);
+  check<float>("value_pages", value_pages, {blocks, groups, size, dim});
+  check<int64_t>("tables", tables, {rows, -1});
+  check<int64_t>("positions", positions, {rows});
+  check<float>("out", out, {rows, heads, dim});
+  check_written("out", out);
+  if (dim < 1 || size < 1)
+    throw py::value_error("key_pages has shape " + shape_text({blocks, groups, dim, size}) +
+                          "; expected at least one feature and one slot");
+  if (groups < 1 || heads < 1 || heads % groups)
+    throw py::value_error("q has " + std::to_string(heads) + " heads; expected a multiple of key_pages' " +
+                          std::to_string(groups) + " groups");
+  check_apart("q", q, "out", out);
+  check_apart("key_pages", key_pages, "out", out);
+  check_apart("value_pages", value_pages, "out", out);
+  check_apart("tables", tables, "out", out);
+  check_apart("positions", positions, "out", out);
+  check_threads(threads);
+  const selfreward::ChunkAttentionItems run = find_level(selfreward::chunk_attention_level, level).run;
+  const selfreward::ChunkAttentionArguments arguments{static_cast<const float*>(q.data()),
+                                                      static_cast<const float*>(key_pages.data()),
+                                                      static_cast<const float*>(value_pages.data()),
+                                                      static_cast<const int64_t*>(tables.data()),
+                                                      static_cast<const int64_t*>(positions.data()),
+                                                      static_cast<float*>(out.mutable_data()),
+                                                      rows,
+                                                      heads,
+                                                      groups,
+                                                      dim,
+                                                      size,
+                                                      tables.shape(1)};
+  check_tables(arguments, blocks);
+  py::gil_scoped_release release;
+  selfreward::chunk_attention(arguments, threads, run);
+}
+
 py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   const selfreward::Words words = selfreward::philox({{c0, c1, c2, c3}}, uint32_t(key), uint32_t(key >> 32));
   return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
@@ -166,6 +268,18 @@ PYBIND11_MODULE(_C, m) {
       "linear", &linear, py::arg("x"), py::arg("packed"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
       "Fill out [rows, outputs] fp32 with x [rows, depth] times the packed weight; kernels/linear.py has the order of\n"
       "the sums. level as in gumbel_noise; neither it nor threads nor the other rows change a row's bits.");
+  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"), py::arg("threads"),
+        py::arg("level") = "",
+        "Fill out [rows, dim] fp32 from x [rows, dim] and weight [dim]. level as in gumbel_noise; neither it nor\n"
+        "threads nor the other rows change a row's bits.");
+  m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
+        "Fill out [rows, ffn] fp32 from gate_up [rows, 2 * ffn], gate first. level, threads as in rms_norm.");
+  m.def(
+      "chunk_attention", &chunk_attention, py::arg("q"), py::arg("key_pages"), py::arg("value_pages"),
+      py::arg("tables"), py::arg("positions"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
+      "Fill out [rows, heads, dim] fp32 from q [rows, heads, dim], key_pages [blocks, groups, dim, size], value_pages\n"
+      "[blocks, groups, size, dim], tables int64 [rows, chunks], positions int64 [rows]: a row at position p sees the\n"
+      "slots 0 .. p of its table's pages and reads no others. level, threads as in rms_norm.");
   m.def("philox", &philox, py::arg("key"), py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"),
         "The four 32-bit words of Philox-4x32-10.");
 }

@@ -18,6 +18,25 @@ def dropout_mask(
     threshold: int,
     out: NDArray[np.bool_],
 ) -> None: ...
+def rms_norm(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    eps: float,
+    out: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
+def swiglu(gate_up: NDArray[np.float32], out: NDArray[np.float32], threads: int, level: str = "") -> None: ...
+def chunk_attention(
+    q: NDArray[np.float32],
+    key_pages: NDArray[np.float32],
+    value_pages: NDArray[np.float32],
+    tables: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    out: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
 def philox(key: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...
 def linear_pack(weight: NDArray[np.float32], packed: NDArray[np.float32]) -> None: ...
 def linear(

@@ -1,7 +1,11 @@
 """The op table: for every operation its backends in order of preference, and why one does not apply.
 
-A backend is `(name, why_not, fn)`; `why_not(device)` returns None or one sentence. `SELFREWARD_BACKEND=torch` forces the
+A backend is `(name, why_not, fn)`; `why_not(case)` returns None or one sentence. `SELFREWARD_BACKEND=torch` forces the
 references. `backends()` tells which one each op uses, so that a fallback can be seen and tested.
+
+RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same torch function
+with and without gradients, so that reference log-probs and the policy's are the same numbers. `rms_norm_rows` and
+`swiglu_rows` are the sampler's: like `chunk_attention`, a row's bits are the same for any number of rows.
 """
 
 from __future__ import annotations
@@ -25,18 +29,34 @@ from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
 
 
+class Case(NamedTuple):
+    """What a choice may depend on: where the tensors are, their dtype, and whether a gradient will be asked for."""
+
+    device: str
+    dtype: torch.dtype
+    gradients: bool
+
+
 class Backend(NamedTuple):
     name: str
-    why_not: Callable[[str], str | None]
+    why_not: Callable[[Case], str | None]
     fn: Callable[..., Any]
 
 
-def _always(device: str) -> str | None:
+def _always(case: Case) -> str | None:
     return None
 
 
-def _native(device: str) -> str | None:
-    return None if device == "cpu" else f"the native kernels run on the CPU, the tensors are on {device}"
+def _native(case: Case) -> str | None:
+    return None if case.device == "cpu" else f"the native kernels run on the CPU, the tensors are on {case.device}"
+
+
+def _native_fp32(case: Case) -> str | None:
+    if case.dtype != torch.float32:
+        return f"the native kernel computes in torch.float32, the tensors are {case.dtype}"
+    if case.gradients:
+        return "needs gradients, which the native kernel does not have"
+    return _native(case)
 
 
 def _native_gumbel_noise(
@@ -68,12 +88,59 @@ def _native_dropout_mask(
     return out
 
 
+def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32)
+    _C.rms_norm(_array(x), _array(weight), eps, out.numpy(), threads)
+    return out
+
+
+def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
+    rows, width = gate_up.shape
+    out = torch.empty(rows, width // 2, dtype=torch.float32)
+    _C.swiglu(_array(gate_up), out.numpy(), threads)
+    return out
+
+
+def _native_chunk_attention(
+    q: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    threads: int,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=torch.float32)
+    pages = key_pages.detach().numpy(), value_pages.detach().numpy()  # never copied: not contiguous is an error
+    _C.chunk_attention(_array(q), *pages, _array(tables), _array(positions), out.numpy(), threads)
+    return out
+
+
+def _array(x: torch.Tensor) -> Any:
+    return x.detach().contiguous().numpy()
+
+
+def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch reference in the place of a kernel whose last argument is `threads`: torch has a setting of its own."""
+    return lambda *given: fn(*given[:-1])
+
+
 OPS: dict[str, tuple[Backend, ...]] = {
     "rms_norm": (Backend("torch", _always, _rms_norm.rms_norm_reference),),
     "rope": (Backend("torch", _always, _rope.rope_reference),),
     "swiglu": (Backend("torch", _always, _swiglu.swiglu_reference),),
     "tree_attention": (Backend("torch", _always, _tree.tree_attention_windows),),
-    "chunk_attention": (Backend("torch", _always, _chunk.chunk_attention_reference),),
+    "rms_norm_rows": (
+        Backend("native", _native_fp32, _native_rms_norm),
+        Backend("torch", _always, _without_threads(_rms_norm.rms_norm_reference)),
+    ),
+    "swiglu_rows": (
+        Backend("native", _native_fp32, _native_swiglu),
+        Backend("torch", _always, _without_threads(_swiglu.swiglu_reference)),
+    ),
+    "chunk_attention": (
+        Backend("native", _native_fp32, _native_chunk_attention),
+        Backend("torch", _always, _without_threads(_chunk.chunk_attention_reference)),
+    ),
     "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
     "gumbel_noise": (
         Backend("native", _native, _native_gumbel_noise),
@@ -87,18 +154,28 @@ OPS: dict[str, tuple[Backend, ...]] = {
 
 
 @cache
-def choose(op: str, device: str) -> Backend:
-    """The first backend of `op` that applies on `device` ("cpu", "cuda"); an error with all the reasons if none does."""
+def choose(op: str, device: str, dtype: torch.dtype = torch.float32, gradients: bool = False) -> Backend:
+    """The first backend of `op` that applies on `device` ("cpu", "cuda"); an error with all the reasons if none does.
+
+    Ops whose backends depend on dtype and gradients pass them; for the others the defaults stand. Remembered per case.
+    """
+    case = Case(device, dtype, gradients)
     forced = os.environ.get("SELFREWARD_BACKEND")
     reasons = []
     for backend in OPS[op]:
-        reason = backend.why_not(device)
+        reason = backend.why_not(case)
         if forced and backend.name != forced:
             reason = f"SELFREWARD_BACKEND={forced}"
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise InputError(f"no backend of {op} runs on {device} ({'; '.join(reasons)})")
+
+
+def _for_rows(op: str, *tensors: torch.Tensor) -> Backend:
+    """`choose` for an op of the sampler, from its floating-point arguments; the first one's dtype and device count."""
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return choose(op, tensors[0].device.type, tensors[0].dtype, gradients)
 
 
 def backends(device: str = "cpu") -> dict[str, str]:
@@ -121,6 +198,17 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return choose("swiglu", gate_up.device.type).fn(gate_up)
 
 
+def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int = 1) -> torch.Tensor:
+    """x [N, dim], weight [dim] -> [N, dim] for sampling. Native: a row's bits depend on the row alone, on no neighbour
+    and not on `threads`; the torch backend keeps that only in tiles of one shape under one torch thread."""
+    return _for_rows("rms_norm_rows", x, weight).fn(x, weight, eps, threads)
+
+
+def swiglu_rows(gate_up: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    """gate_up [N, 2 * ffn], gate first -> [N, ffn] for sampling, with the promise of `rms_norm_rows`."""
+    return _for_rows("swiglu_rows", gate_up).fn(gate_up, threads)
+
+
 def tree_windows(end: torch.Tensor) -> _tree.TreeWindows:
     """What `tree_attention` needs to know of a pack, computed once for all layers. end [N] int64."""
     return _tree.tree_windows(end)
@@ -132,13 +220,21 @@ def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: _
 
 
 def chunk_attention(
-    q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor
+    q: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    threads: int = 1,
 ) -> torch.Tensor:
     """q [R, H, D] over the pages of each row's context, folded in ascending order -> [R, H, D].
 
     key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], tables [R, chunks] int64, positions [R] int64.
+    The promise of `rms_norm_rows`. The native backend reads no slot behind a row's position, so whatever stale pages
+    hold does no harm; the torch backend wants finite values there.
     """
-    return choose("chunk_attention", q.device.type).fn(q, key_pages, value_pages, tables, positions)
+    backend = _for_rows("chunk_attention", q, key_pages, value_pages)
+    return backend.fn(q, key_pages, value_pages, tables, positions, threads)
 
 
 def token_logprobs(
