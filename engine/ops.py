@@ -18,6 +18,7 @@ from engine.errors import InputError, NotBuiltError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
 from engine.kernels import gumbel as _gumbel
+from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
@@ -68,6 +69,24 @@ def _native_dropout_mask(
     return out
 
 
+class PackedWeight(NamedTuple):
+    """A linear's weight as `linear` wants it: panels of 64 outputs for the native backend, itself for the other."""
+
+    weight: torch.Tensor  # [outputs, depth]
+    panels: torch.Tensor | None  # [ceil(outputs / 64), depth, 64]
+
+
+def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    assert packed.panels is not None
+    out = torch.empty(len(x), len(packed.weight), dtype=torch.float32)
+    _C.linear(x.contiguous().numpy(), packed.panels.numpy(), out.numpy(), threads)
+    return out
+
+
+def _tiles_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    return _linear.linear_tiles(x, packed.weight)
+
+
 OPS: dict[str, tuple[Backend, ...]] = {
     "rms_norm": (Backend("torch", _always, _rms_norm.rms_norm_reference),),
     "rope": (Backend("torch", _always, _rope.rope_reference),),
@@ -75,6 +94,10 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "tree_attention": (Backend("torch", _always, _tree.tree_attention_windows),),
     "chunk_attention": (Backend("torch", _always, _chunk.chunk_attention_reference),),
     "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
+    "linear": (
+        Backend("native", _native, _native_linear),
+        Backend("torch", _always, _tiles_linear),
+    ),
     "gumbel_noise": (
         Backend("native", _native, _native_gumbel_noise),
         Backend("torch", _always, _gumbel.gumbel_noise_reference),
@@ -150,6 +173,27 @@ def token_logprobs(
     Differentiable in hidden and weight, through both outputs. Pass `hidden[edges.row]` for the edges of a pack.
     """
     return choose("linear_logprob", hidden.device.type).fn(hidden, weight, targets)
+
+
+def pack_linear(weight: torch.Tensor) -> PackedWeight:
+    """weight [outputs, depth] fp32, packed for `linear`: a copy of its own size where the backend is native."""
+    weight = weight.detach()
+    if weight.dtype != torch.float32:
+        raise InputError(f"the weight of a sampler's linear is {weight.dtype}; expected torch.float32")
+    if choose("linear", weight.device.type).name != "native":
+        return PackedWeight(weight, None)
+    outputs, depth = weight.shape
+    panels = torch.empty(-(-outputs // _linear.PANEL), depth, _linear.PANEL)
+    _C.linear_pack(weight.contiguous().numpy(), panels.numpy())
+    return PackedWeight(weight, panels)
+
+
+def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Tensor:
+    """x [N, depth] fp32 times the weight -> [N, outputs]. A row's bits depend neither on the other rows nor on `threads`.
+
+    Not differentiable: for sampling. The torch backend keeps the promise under one torch thread, with bits of its own.
+    """
+    return choose("linear", x.device.type).fn(x, packed, threads)
 
 
 def logprob_loss(hidden: torch.Tensor, weight: torch.Tensor, edges: Any, loss: Any) -> Any:
