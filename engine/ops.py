@@ -5,7 +5,8 @@ references. `backends()` tells which one each op uses, so that a fallback can be
 
 RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same torch function
 with and without gradients, so that reference log-probs and the policy's are the same numbers. `rms_norm_rows` and
-`swiglu_rows` are the sampler's: like `chunk_attention`, a row's bits are the same for any number of rows.
+`swiglu_rows` are the sampler's: like `chunk_attention`, a row's bits are the same for any number of rows. With `linear`
+they are built and tested, but nothing calls them yet: the sampler still runs torch on tiles of 64 rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine.errors import InputError, NotBuiltError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
 from engine.kernels import gumbel as _gumbel
+from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
@@ -124,6 +126,24 @@ def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *given: fn(*given[:-1])
 
 
+class PackedWeight(NamedTuple):
+    """A linear's weight as `linear` wants it: panels of 64 outputs for the native backend, itself for the other."""
+
+    weight: torch.Tensor  # [outputs, depth]
+    panels: torch.Tensor | None  # [ceil(outputs / 64), depth, 64]
+
+
+def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    assert packed.panels is not None
+    out = torch.empty(len(x), len(packed.weight), dtype=torch.float32)
+    _C.linear(x.contiguous().numpy(), packed.panels.numpy(), out.numpy(), threads)
+    return out
+
+
+def _tiles_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    return _linear.linear_tiles(x, packed.weight)
+
+
 OPS: dict[str, tuple[Backend, ...]] = {
     "rms_norm": (Backend("torch", _always, _rms_norm.rms_norm_reference),),
     "rope": (Backend("torch", _always, _rope.rope_reference),),
@@ -137,11 +157,15 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_fp32, _native_swiglu),
         Backend("torch", _always, _without_threads(_swiglu.swiglu_reference)),
     ),
-    "chunk_attention": (
-        Backend("native", _native_fp32, _native_chunk_attention),
+    "chunk_attention": (  # torch first until the sampler's whole step is native: each of the two has other last bits
         Backend("torch", _always, _without_threads(_chunk.chunk_attention_reference)),
+        Backend("native", _native_fp32, _native_chunk_attention),
     ),
     "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
+    "linear": (
+        Backend("native", _native, _native_linear),
+        Backend("torch", _always, _tiles_linear),
+    ),
     "gumbel_noise": (
         Backend("native", _native, _native_gumbel_noise),
         Backend("torch", _always, _gumbel.gumbel_noise_reference),
@@ -151,6 +175,9 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _always, _dropout.dropout_mask_reference),
     ),
 }
+
+
+UNUSED = ("linear", "rms_norm_rows", "swiglu_rows")
 
 
 @cache
@@ -180,7 +207,7 @@ def _for_rows(op: str, *tensors: torch.Tensor) -> Backend:
 
 def backends(device: str = "cpu") -> dict[str, str]:
     """Which backend every op uses on this device."""
-    return {op: choose(op, device).name for op in OPS}
+    return {op: choose(op, device).name for op in OPS if op not in UNUSED}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -246,6 +273,27 @@ def token_logprobs(
     Differentiable in hidden and weight, through both outputs. Pass `hidden[edges.row]` for the edges of a pack.
     """
     return choose("linear_logprob", hidden.device.type).fn(hidden, weight, targets)
+
+
+def pack_linear(weight: torch.Tensor) -> PackedWeight:
+    """weight [outputs, depth] fp32, packed for `linear`: a copy of its own size where the backend is native."""
+    weight = weight.detach()
+    if weight.dtype != torch.float32:
+        raise InputError(f"the weight of a sampler's linear is {weight.dtype}; expected torch.float32")
+    if choose("linear", weight.device.type).name != "native":
+        return PackedWeight(weight, None)
+    outputs, depth = weight.shape
+    panels = torch.empty(-(-outputs // _linear.PANEL), depth, _linear.PANEL)
+    _C.linear_pack(weight.contiguous().numpy(), panels.numpy())
+    return PackedWeight(weight, panels)
+
+
+def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Tensor:
+    """x [N, depth] fp32 times the weight -> [N, outputs]. A row's bits depend neither on the other rows nor on `threads`.
+
+    Not differentiable: for sampling. The torch backend keeps the promise under one torch thread, with bits of its own.
+    """
+    return choose("linear", x.device.type).fn(x, packed, threads)
 
 
 def logprob_loss(hidden: torch.Tensor, weight: torch.Tensor, edges: Any, loss: Any) -> Any:
