@@ -223,7 +223,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _short(counts: Row) -> str:
     return "  ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in counts.items()
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in counts.items()
+        if value is not None
     )
 
 
