@@ -6,8 +6,20 @@
 // Loop order: rows in sections of kRows, then panels (shared out to the threads), then blocks of 256 along the depth,
 // then groups of up to 6 rows: a block of a panel is 64 KB, so it stays in the second-level cache while all groups
 // pass, and is read from memory once per section. A group keeps 6 rows x 64 outputs in registers (AVX-512: 24 of 32);
-// its totals wait in a buffer of the panel between blocks. With few rows the weights' stream bounds the time: the first
-// group fetches the next block while it computes.
+// its totals wait in a buffer of the panel between blocks. With few rows the weights' stream bounds the time: every
+// group fetches its share of the next block while it computes.
+//
+// AMD EPYC (Zen 5: family 26, model 2; virtual, 2 cores), depth 768, 32,000 outputs, weights not in cache, one thread;
+// torch 2.13's F.linear beside it; FMA peak of one core in the same minute 287 GFLOP/s:
+//
+//   rows                         1     4    32   128   512
+//   AVX-512, GFLOP/s            23    81   265   263   255     1 and 4 rows: 46 and 41 GB/s of weights
+//     share of the FMA peak      -   .28   .92   .92   .89
+//   AVX2, GFLOP/s               22     -   106   123     -
+//   torch, GFLOP/s               9    26    81   106   103
+//
+// Portable code runs at 1.5. Two threads, both cores idle, 128 rows: 525 (one: 268). Slower variants: only the first
+// group fetches (32 rows: 202), fetching into the second-level cache only (12 rows: 151, not 195).
 
 #include "linear.h"
 

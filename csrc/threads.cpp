@@ -31,20 +31,16 @@ struct Job {
 class Pool {
  public:
   void run(Job& job) {
-    std::unique_lock<std::mutex> alone(caller_, std::try_to_lock);
-    if (alone) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      while (threads_ < job.seats && start()) {
-      }
-      job_ = &job;
-      wake_.notify_all();
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (threads_ < job.seats && start()) {
     }
+    job_ = &job;
+    wake_.notify_all();
+    lock.unlock();
     job.run();
-    if (alone) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      job_ = nullptr;
-      left_.wait(lock, [&] { return job.active == 0; });
-    }
+    lock.lock();
+    if (job_ == &job) job_ = nullptr;
+    left_.wait(lock, [&] { return job.active == 0; });
   }
 
  private:
@@ -72,10 +68,9 @@ class Pool {
     }
   }
 
-  std::mutex caller_;  // held during a job
-  std::mutex mutex_;   // guards all below, and a job's seats and active
+  std::mutex mutex_;  // guards all below, and a job's seats and active
   std::condition_variable wake_, left_;
-  Job* job_ = nullptr;
+  Job* job_ = nullptr;  // the latest call's: of calls at the same time the others go on with the threads that they have
   int threads_ = 0;
 };
 

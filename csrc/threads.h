@@ -8,7 +8,7 @@ namespace selfreward {
 
 // Calls work(i) once for every i in [0, count), on the calling thread and at most `threads` - 1 others; which thread
 // takes which i is not defined, so a result must not depend on it. `work` must not throw. Returns when all is done.
-// While another call is using the threads, this one runs on the calling thread alone.
+// Calls at the same time share the threads.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work);
 
 }  // namespace selfreward

@@ -1,5 +1,6 @@
 """The sampler's linear: the contract's bits at every level, a row independent of its batch, nothing written outside."""
 
+import os
 import threading
 from fractions import Fraction
 
@@ -195,6 +196,17 @@ def test_calls_from_several_threads_at_once_give_the_same_bits():
     for mine in results:
         for result in mine:
             assert_same_bits(result, expected)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="only Linux shows a process's threads")
+def test_a_forked_child_has_threads_of_its_own():
+    x, weight = normal(8, 512), normal(4096, 512, seed=1)
+    expected = native(x, weight, threads=3)
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(native(x, weight, threads=3), expected)
+        os._exit(0 if same and len(os.listdir("/proc/self/task")) == 3 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def arguments(**changes):
