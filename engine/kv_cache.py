@@ -1,54 +1,80 @@
-"""The block pool: which KV blocks exist, who holds them, and which of them can be found again by content.
+"""The block pool: which KV blocks exist, who holds them, and which of them can be found by what they hold.
 
-Pure Python over integers. A block holds `block_size` tokens. A *full* block whose keys and values are computed carries a
-hash chained over (parent, its tokens, weight epoch), so that a later request with the same beginning finds it. Blocks
-that nobody holds stay findable until they are needed: the least recently released goes first.
+Pure Python over integers. A block holds the keys and values of `block_size` tokens. It is listed when it is handed out
+for tokens that are known, before they are computed, so that whoever needs the same tokens shares it at once:
+    by its hash    chained over (parent, its tokens, weight epoch): the whole block is shared
+    by its head    (parent's hash, its first k tokens): the common beginning is copied
+`filled` marks how much of it is computed. Nobody owns a listed block: whoever holds it and comes first in a step computes
+what is missing, so nothing is lost when the one that asked for it is aborted or preempted.
+Blocks that nobody holds stay listed until they are needed: the least recently released goes first.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+HEAD = 8  # heads are listed at multiples of this many tokens, and at the block's known length
 
 
 @dataclass
 class Block:
     references: int = 0
-    hash: bytes | None = None  # set while the block is computed, full and findable
-    tokens: tuple[int, ...] = ()
+    filled: int = 0  # leading slots that are computed, or will be when the planned step has run
+    tokens: tuple[int, ...] = ()  # what the leading slots hold once they are filled; empty: the block is not listed
+    parent: bytes = b""  # hash of the block before it
+    hash: bytes | None = None  # of a block whose tokens are all known
 
 
 @dataclass
 class BlockPool:
-    """`num_blocks` blocks; block 0 is scratch (padding rows write there) and is never handed out."""
+    """`num_blocks` blocks; block 0 is scratch (rows without a place of their own write there) and never handed out."""
 
     num_blocks: int
     block_size: int
     blocks: list[Block] = field(init=False)
     by_hash: dict[bytes, int] = field(init=False, default_factory=dict)
+    by_head: dict[tuple[bytes, tuple[int, ...]], int] = field(init=False, default_factory=dict)
     free: OrderedDict[int, None] = field(init=False)  # unreferenced blocks, the next to be reused first
 
     def __post_init__(self) -> None:
         self.blocks = [Block() for _ in range(self.num_blocks)]
         self.free = OrderedDict.fromkeys(range(1, self.num_blocks))
 
+    # ---- names of contents ------------------------------------------------------------------------------------------
+
     def block_hash(self, parent: bytes, tokens: Sequence[int], epoch: int) -> bytes:
         """128-bit hash of a full block: the whole prefix through its parent, the weights through their epoch."""
-        text = b"%d:" % epoch + parent + b",".join(b"%d" % token for token in tokens)
+        text = b"%d:" % epoch + parent + b",".join([b"%d" % token for token in tokens])
         return hashlib.blake2b(text, digest_size=16).digest()
 
-    def hash_chain(self, tokens: Sequence[int], epoch: int) -> list[bytes]:
-        """Hashes of all full blocks of a token list."""
-        chain: list[bytes] = []
-        for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
+    def extend_chain(self, chain: list[bytes], tokens: Sequence[int], epoch: int) -> None:
+        """Append the hashes of the full blocks of `tokens` that the chain does not have yet."""
+        size = self.block_size
+        for start in range(len(chain) * size, len(tokens) - size + 1, size):
             parent = chain[-1] if chain else b""
-            chain.append(self.block_hash(parent, tokens[start : start + self.block_size], epoch))
-        return chain
+            chain.append(self.block_hash(parent, tokens[start : start + size], epoch))
+
+    def list_block(self, block: int, parent: bytes, tokens: Sequence[int], key: bytes | None) -> None:
+        """From now on the block is found as the one that holds, or will hold, these tokens (key: its hash if full).
+
+        A hash that another block has already keeps that block; a head names the block that was listed last.
+        """
+        entry = self.blocks[block]
+        self._unlist_heads(block)
+        entry.parent, entry.tokens = parent, tuple(tokens)
+        if key is not None and key not in self.by_hash:
+            self.by_hash[key] = block
+            entry.hash = key
+        for head in _heads(entry):
+            self.by_head[head] = block
+
+    # ---- finding ----------------------------------------------------------------------------------------------------
 
     def find(self, chain: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
-        """Computed blocks that hold the beginning of `tokens`, longest run first to last; takes no reference."""
+        """Listed blocks that hold the beginning of `tokens`, first to last; takes no reference."""
         found = []
         for number, key in enumerate(chain):
             block = self.by_hash.get(key)
@@ -58,9 +84,25 @@ class BlockPool:
             found.append(block)
         return found
 
-    def available(self, shared: Iterable[int] = ()) -> int:
-        """Blocks that `allocate` could hand out after the blocks in `shared` have been held."""
-        return len(self.free) - sum(1 for block in set(shared) if block in self.free)
+    def find_head(self, parent: bytes, tokens: Sequence[int]) -> tuple[int, int]:
+        """(block, count): the filled block behind `parent` with the longest common beginning; (0, 0) if there is none."""
+        best = (0, 0)
+        known = tuple(tokens[: self.block_size])
+        lengths = {len(known), len(known) - 1, *range(HEAD, len(known), HEAD)}
+        for length in sorted(lengths, reverse=True):
+            if length <= best[1]:
+                break
+            block = self.by_head.get((parent, known[:length]))
+            if block is None:
+                continue
+            entry = self.blocks[block]
+            common = length
+            while common < min(entry.filled, len(known), len(entry.tokens)) and entry.tokens[common] == known[common]:
+                common += 1
+            best = max(best, (block, min(common, entry.filled)), key=lambda found: found[1])
+        return best
+
+    # ---- holding ----------------------------------------------------------------------------------------------------
 
     def hold(self, blocks: Iterable[int]) -> None:
         """One more reference to each of these blocks."""
@@ -87,19 +129,17 @@ class BlockPool:
             entry.references -= 1
             if entry.references == 0:
                 self.free[block] = None
-                if entry.hash is None:  # nobody can find it: reuse it before anything findable
+                if (
+                    not entry.filled or not entry.tokens
+                ):  # nobody can use it: reuse it before anything that can be found
                     self.free.move_to_end(block, last=False)
-
-    def mark_computed(self, block: int, key: bytes, tokens: Sequence[int]) -> None:
-        """The block is full and computed: from now on it can be found (unless another block already holds the same)."""
-        if key not in self.by_hash:
-            self.by_hash[key] = block
-            self.blocks[block].hash, self.blocks[block].tokens = key, tuple(tokens)
 
     def reset(self) -> None:
         """Forget all content (blocks that are held stay held)."""
-        for block in list(self.by_hash.values()):
+        for block in range(1, self.num_blocks):
             self._forget(block)
+
+    # ---- checking ---------------------------------------------------------------------------------------------------
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Recompute references, free list and index from who holds what; raise AssertionError at the first difference."""
@@ -116,15 +156,34 @@ class BlockPool:
             if block.hash is not None and self.by_hash.get(block.hash) != number:
                 raise AssertionError(f"block {number} is not found under its own hash")
             if block.hash is not None and len(block.tokens) != self.block_size:
-                raise AssertionError(f"block {number} is findable with {len(block.tokens)} tokens")
-        if 0 in self.free or counts[0]:
+                raise AssertionError(f"block {number} is listed by its hash with {len(block.tokens)} tokens")
+            if not 0 <= block.filled <= self.block_size:
+                raise AssertionError(f"block {number} is filled up to slot {block.filled} of {self.block_size}")
+        if 0 in self.free or counts[0] or self.blocks[0].tokens:
             raise AssertionError("the scratch block 0 was handed out")
         stale = [block for key, block in self.by_hash.items() if self.blocks[block].hash != key]
         if stale:
             raise AssertionError(f"the index points to block {stale[0]}, which has another hash")
+        for (parent, tokens), number in self.by_head.items():
+            block = self.blocks[number]
+            if (parent, tokens) != (block.parent, block.tokens[: len(tokens)]):
+                raise AssertionError(f"the index points to block {number}, which begins with other tokens")
 
     def _forget(self, block: int) -> None:
         entry = self.blocks[block]
         if entry.hash is not None:
             del self.by_hash[entry.hash]
-        entry.hash, entry.tokens = None, ()
+        self._unlist_heads(block)
+        entry.hash, entry.tokens, entry.parent, entry.filled = None, (), b"", 0
+
+    def _unlist_heads(self, block: int) -> None:
+        for head in _heads(self.blocks[block]):
+            if self.by_head.get(head) == block:
+                del self.by_head[head]
+
+
+def _heads(block: Block) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+    """The keys under which a listed block's head is found."""
+    known = len(block.tokens)
+    for length in {known, *range(HEAD, known, HEAD)} - {0}:
+        yield block.parent, block.tokens[:length]

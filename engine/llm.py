@@ -1,47 +1,43 @@
 """`LLM`: batched sampling and scoring on paged keys and values.
 
-A step: the scheduler plans rows (integers only), rows are laid out in tiles of exactly 64, the whole model runs on each
-tile under one torch thread, tokens are drawn, the scheduler commits. Fixed shapes are what makes a request's bits
-independent of its batch: torch's CPU operations give a row other bits in other shapes, and a row's place in a tile of
-one shape does not matter. Native kernels with that property for any number of rows will replace the tiles.
+A step: the scheduler plans rows (integers only), `make_batch` turns them into tensors, the model runs on all of them at
+once, tokens are drawn, the scheduler commits. Every operation gives a row the same bits for any number of rows
+(kernels/linear.py, rms_norm, swiglu, chunk_attention, sample), so a request's bits do not depend on its company.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from engine import ops
+from engine.batch import Batch, make_batch
 from engine.checkpoint import load_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
 from engine.kv_cache import BlockPool
 from engine.model import Attend, Llama
-from engine.requests import Prompt, Reader, Request, RequestOutput, stop_ids
-from engine.sampling import RowParams, SamplingParams, sample
-from engine.scheduler import Copy, Drawn, Group, Plan, Scheduler, Work
+from engine.packed import PackedWeights
+from engine.requests import Prompt, Reader, Request, RequestOutput
+from engine.sampling import Query, SamplingParams, draw_rules
+from engine.scheduler import Drawn, Group, Plan, Scheduler
 from engine.tokenizer import Tokenizer
 
-TILE = 64
-# Two tiles on two threads pay from about this width on; below it Python's share of a tile is too large.
-PARALLEL_DIM = 512
+HEAD_ROWS = 256  # rows of logits at a time: at 32,000 tokens 33 MB
 
 
 class LLM:
     """An offline engine for many candidates per prompt and many prompts with a common beginning.
 
-    model: a directory in HF layout, or a live Llama, whose parameters are used in place, never copied.
-    kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free memory.
-    max_batch_tokens: rows computed in one step; max_sequences: candidates in flight.
+    model: a directory in HF layout, or a live Llama, whose parameters are used in place; the sampler packs a copy of
+    them for its products. kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free
+    memory. max_batch_tokens: rows computed in one step; max_sequences: candidates in flight.
     """
 
     def __init__(
@@ -60,6 +56,8 @@ class LLM:
         block_size: int = 64,
     ) -> None:
         _check_options(device, dtype, quantization, deterministic, block_size)
+        if not isinstance(model, (str, Path, Llama)):
+            raise InputError(f"model is a {type(model).__name__}; expected a model directory or a Llama")
         self.model = model if isinstance(model, Llama) else load_checkpoint(model)
         if self.model.embed.dtype != torch.float32:
             raise NotBuiltError(f"the model is {self.model.embed.dtype}; sampling runs in fp32 so far: load it as fp32")
@@ -74,12 +72,12 @@ class LLM:
         self.max_sequences = _limit("max_sequences", max_sequences, 256)
         self.block_size = block_size
         self._reader = Reader(self.tokenizer, config.vocab_size, self.max_model_len, seed)
-        self._stats = {"requests": 0, "prompt_tokens": 0, "new_tokens": 0, "computed_rows": 0, "steps": 0}
-        self._seconds = 0.0
-        self._pool_of_threads: tuple[int, ThreadPoolExecutor] | None = None
+        self._packed = PackedWeights(self.model)
+        self._stats: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
         blocks = self._block_count(kv_cache_gb)
         self._pool = BlockPool(blocks, block_size)
         self._scheduler = Scheduler(self._pool, self.max_batch_tokens, self.max_sequences)
+        self._grouped = True  # read a shared chunk once for all its rows; off only to measure what that saves
         self._allocate_pages()
         self._asleep: str | None = None
         self._source = None if isinstance(model, Llama) else Path(model)
@@ -126,15 +124,23 @@ class LLM:
         return results[0] if single else results
 
     def stats(self) -> dict[str, Any]:
-        """Counters since construction, tokens per second of time spent inside, and the backend of every op."""
-        rate = self._stats["new_tokens"] / self._seconds if self._seconds else 0.0
+        """Counters since construction, and the backend of every op.
+
+        computed_rows: tokens that went through the model, recomputed_tokens among them; prefix_tokens_saved: prompt tokens
+        that other requests had computed, fork_tokens_saved: that a request's first candidate had computed for the others.
+        seconds: time spent in steps, scheduler_seconds: of it in planning, laying out and committing.
+        kv_bytes_read: keys and values read by attention, kv_bytes_ungrouped: what every row reading alone would read.
+        """
+        scheduler, stats = self._scheduler, self._stats
         return {
-            **self._stats,
-            "prefix_tokens_saved": self._scheduler.prefix_tokens_saved,
-            "preemptions": 0,  # admission reserves the worst case
-            "seconds": self._seconds,
-            "tokens_per_second": rate,
+            **stats,
+            "prefix_tokens_saved": scheduler.prefix_tokens_saved,
+            "fork_tokens_saved": scheduler.fork_tokens_saved,
+            "preemptions": scheduler.preemptions,
+            "recomputed_tokens": scheduler.recomputed_tokens,
+            "tokens_per_second": stats["new_tokens"] / stats["seconds"] if stats["seconds"] else 0.0,
             "blocks": self._pool.num_blocks - 1,
+            "packed_bytes": self._packed.bytes(),
             "backends": ops.backends("cpu"),
         }
 
@@ -159,13 +165,17 @@ class LLM:
         update_tensors(self.model, dict(named_tensors))
 
     def sleep(self, weights: bool = False) -> None:
-        """Free the KV cache until `wake()`. weights=True: also the weights, if this LLM loaded them and they are unchanged."""
+        """Free the KV cache and the packed weights until `wake()`.
+
+        weights=True: also the weights themselves, if this LLM loaded them and they are unchanged.
+        """
         if not self._scheduler.idle:
             raise InputError("a stream is running; finish, close or abort it before sleep()")
         if weights and (self._source is None or self.model.weight_epoch != self._loaded_epoch):
             whose = "belong to the caller" if self._source is None else "were updated since they were loaded"
             raise InputError(f"the weights {whose}, so wake() could not load them again; call sleep() without weights")
         self._pool.reset()
+        self._packed.clear()
         self._keys = self._values = torch.empty(0)
         if weights:
             for parameter in self.model.parameters():
@@ -208,20 +218,21 @@ class LLM:
                 f"prompt {group.index} needs {tokens} tokens ({group.prompt_len} of the prompt); the context holds "
                 f"{self.max_model_len}: shorten it"
             )
-        if len(group.limits) > self.max_sequences:
-            raise InputError(
-                f"prompt {group.index} asks for {len(group.limits)} candidates; max_sequences is {self.max_sequences}"
-            )
         needed, there = self._scheduler.worst_case(group), self._pool.num_blocks - 1
         if needed > there:
             raise InputError(
                 f"prompt {group.index} may need {needed} KV blocks of {self.block_size} tokens; there are {there}: "
-                "raise kv_cache_gb, or lower max_tokens or n"
+                "raise kv_cache_gb, or lower max_tokens"
             )
 
-    def _block_count(self, kv_cache_gb: float | None) -> int:
+    @property
+    def _slot_bytes(self) -> int:
+        """Of a token's keys and values, all layers."""
         config = self.model.config
-        block_bytes = 2 * 4 * config.n_layers * config.n_kv_heads * config.head_dim * self.block_size
+        return 2 * 4 * config.n_layers * config.n_kv_heads * config.head_dim
+
+    def _block_count(self, kv_cache_gb: float | None) -> int:
+        block_bytes = self._slot_bytes * self.block_size
         full = self.max_sequences * -(-self.max_model_len // self.block_size)
         if kv_cache_gb is None:
             blocks = min(full, available_memory() // 4 // block_bytes)
@@ -236,8 +247,8 @@ class LLM:
     def _allocate_pages(self) -> None:
         config, size = self.model.config, self.block_size
         pages = (config.n_layers, self._pool.num_blocks, config.n_kv_heads)
-        self._keys = torch.zeros(*pages, config.head_dim, size)
-        self._values = torch.zeros(*pages, size, config.head_dim)
+        self._keys = torch.zeros(*pages, config.head_dim, size)  # [layers, blocks, G, D, B]
+        self._values = torch.zeros(*pages, size, config.head_dim)  # [layers, blocks, G, B, D]
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -258,10 +269,9 @@ class LLM:
         if self._scheduler.epoch != self.model.weight_epoch:
             self._pool.reset()  # old blocks could not be found any more; make room for new ones
             self._scheduler.epoch = self.model.weight_epoch
-        for group in groups:
-            self._scheduler.add(group)
-            self._stats["requests"] += 1
-            self._stats["prompt_tokens"] += group.prompt_len
+        self._scheduler.add(groups)
+        self._stats["requests"] += len(groups)
+        self._stats["prompt_tokens"] += sum(group.prompt_len for group in groups)
         self._to_abort = set()  # what an earlier call was asked to end is over
         try:
             while not self._scheduler.idle:
@@ -269,10 +279,7 @@ class LLM:
                 if self._scheduler.idle:
                     break
                 self._check_epoch()
-                started = time.perf_counter()
-                running = self._step(requests, scores)
-                self._seconds += time.perf_counter() - started
-                yield from (group for group in running if all(s.finished for s in group.sequences) and group.forked)
+                yield from self._step(requests, scores)
         finally:
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
 
@@ -293,162 +300,128 @@ class LLM:
             )
 
     def _step(self, requests: dict[int, Request], scores: dict[int, list[list[float]]]) -> list[Group]:
+        started = time.perf_counter()
         plan = self._scheduler.plan()
-        running = list(self._scheduler.running)
-        assert plan.rows, "the scheduler planned nothing although requests are waiting"
-        self._values[:, self._scheduler.fresh] = 0.0  # stale NaN times a zero weight would be NaN
-        self._scheduler.fresh.clear()
-        with one_thread() as threads, torch.no_grad():
-            hidden = self._forward(plan, threads)
+        assert plan.work, "the scheduler planned nothing although requests are waiting"
+        batch = make_batch(plan, self.block_size, self._grouped)
+        planned = time.perf_counter()
+        with torch.no_grad():
+            hidden = self._forward(batch)
             if requests:
                 drawn = self._draw(plan, hidden, requests)
             else:
                 drawn = {}
                 self._score(plan, hidden, scores)
-        for copy in self._scheduler.commit(plan, drawn):
-            self._copy(copy)
-        self._stats["steps"] += 1
-        self._stats["computed_rows"] += plan.rows
-        self._stats["new_tokens"] += len(drawn)
-        return running
-
-    def _copy(self, copy: Copy) -> None:
-        self._keys[:, copy.target, :, :, : copy.tokens] = self._keys[:, copy.source, :, :, : copy.tokens]
-        self._values[:, copy.target, :, : copy.tokens] = self._values[:, copy.source, :, : copy.tokens]
-
-    def _forward(self, plan: Plan, threads: int) -> torch.Tensor:
-        """Hidden states of all rows of the plan, in order [rows, dim]."""
-        rows = [(work, position) for work in plan.work for position in range(work.start, work.stop)]
-        tiles = [rows[start : start + TILE] for start in range(0, len(rows), TILE)]
-        out = torch.empty(len(tiles) * TILE, self.model.config.dim)
-
-        def run(strand: list[int]) -> None:
-            with torch.no_grad():  # the setting is per thread
-                for tile in strand:
-                    out[tile * TILE : (tile + 1) * TILE] = self._tile(tiles[tile])
-
-        strands = _strands(tiles)
-        if threads > 1 and len(strands) > 1 and self.model.config.dim >= PARALLEL_DIM:
-            list(self._workers(threads).map(run, strands))
-        else:
-            for strand in strands:
-                run(strand)
-        return out[: len(rows)]
-
-    def _workers(self, threads: int) -> ThreadPoolExecutor:
-        """Kept between steps: each of its threads owns the buffers into which it gathers pages."""
-        if self._pool_of_threads is None or self._pool_of_threads[0] != threads:
-            executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-            self._pool_of_threads = (threads, executor)
-        return self._pool_of_threads[1]
-
-    def _tile(self, rows: list[tuple[Work, int]]) -> torch.Tensor:
-        """The whole model on 64 rows, padded with token 0 at position 0 of the scratch block."""
-        size = self.block_size
-        pad = TILE - len(rows)
-        tokens = torch.tensor([work.sequence.tokens[position] for work, position in rows] + [0] * pad)
-        positions = torch.tensor([position for _, position in rows] + [0] * pad)
-        blocks = torch.tensor([work.sequence.blocks[position // size] for work, position in rows] + [0] * pad)
-        chunks = max(position // size for _, position in rows) + 1
-        tables = torch.tensor(
-            [(work.sequence.blocks[: position // size + 1] + [0] * chunks)[:chunks] for work, position in rows]
-            + [[0] * chunks] * pad
+        computed = time.perf_counter()
+        done = self._scheduler.commit(plan, drawn)
+        ended = time.perf_counter()
+        self._count(
+            steps=1,
+            computed_rows=plan.rows,
+            new_tokens=len(drawn),
+            kv_bytes_read=batch.slots_read * self._slot_bytes,
+            kv_bytes_ungrouped=batch.slots_seen * self._slot_bytes,
+            seconds=ended - started,
+            scheduler_seconds=planned - started + ended - computed,
         )
-        return self.model(tokens, positions, self._attend(blocks, positions, tables), F.linear)
+        return done
 
-    def _attend(self, blocks: torch.Tensor, positions: torch.Tensor, tables: torch.Tensor) -> Attend:
-        slots = positions % self.block_size
+    def _count(self, **counts: float) -> None:
+        for name, count in counts.items():
+            self._stats[name] += count
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = self._keys[layer], self._values[layer]
-            keys[blocks, :, :, slots] = k
-            values[blocks, :, slots] = v
-            return ops.chunk_attention(q, keys, values, tables, positions)
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of all rows of the plan, in order [rows, dim]."""
+        threads = torch.get_num_threads()
+        return self.model(batch.tokens, batch.positions, self._attend(batch, threads), self._packed.kernels(threads))
+
+    def _attend(self, batch: Batch, threads: int) -> Attend:
+        def attend(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        ) -> torch.Tensor:
+            pages = self._keys[layer], self._values[layer]
+            q = ops.rope_write(q, k, v, cos, sin, *pages, batch.slots, batch.copies, threads)
+            return ops.chunk_attention(q, *pages, batch.items, batch.positions, threads)
 
         return attend
 
     def _draw(self, plan: Plan, hidden: torch.Tensor, requests: dict[int, Request]) -> Drawn:
-        """Sample for every (last row, candidate) of the plan, in tiles of 64."""
+        """Sample for every (last row, candidate) of the plan."""
+        owners, queries = [], []
+        row = -1
+        for work in plan.work:
+            row += work.stop - work.start
+            request = requests[work.sequence.group.index]
+            for candidate in work.draws:
+                owners.append((request, work.sequence.tokens, candidate))
+                queries.append(request.query(row, candidate, len(work.sequence.tokens)))
         drawn: Drawn = {}
-        queries = [(row, work, candidate) for row, work in _last_rows(plan) for candidate in work.draws]
-        for start in range(0, len(queries), TILE):
-            tile = queries[start : start + TILE]
-            logits = self._logits(hidden, [row for row, _, _ in tile])
-            owners = [requests[work.sequence.group.index] for _, work, _ in tile]
-            params = RowParams.of([owner.params for owner in owners] + [SamplingParams()] * (TILE - len(tile)))
-            noise = torch.zeros_like(logits)
-            noise[: len(tile)] = ops.gumbel_noise(
-                torch.tensor([_signed(owner.seed) for owner in owners]),
-                torch.tensor([len(work.sequence.tokens) for _, work, _ in tile]),
-                torch.tensor([candidate for _, _, candidate in tile]),
-                0,
-                logits.shape[1],
-            )
-            stops = [
-                stop_ids(owner.params, self.tokenizer)
-                if len(work.sequence.tokens) - owner.group.prompt_len < owner.params.min_tokens
-                else ()
-                for owner, (_, work, _) in zip(owners, tile, strict=True)
-            ]
-            if self.tokenizer:  # rows of the head beyond the vocabulary are padding: they are no tokens
-                logits[:, self.tokenizer.vocab_size :] = -math.inf
-            ids, raw, sampled = (x[: len(tile)].tolist() for x in sample(logits, params, noise, stops))
-            labelled = any(owner.params.label_token_ids for owner in owners)
-            everything = torch.log_softmax(logits, dim=-1) if labelled else logits
-            for number, ((_, work, candidate), owner) in enumerate(zip(tile, owners, strict=True)):
-                if owner.params.label_token_ids:
-                    owner.labels[candidate].append(everything[number, list(owner.params.label_token_ids)].tolist())
-                self._refuse_nan(raw[number], owner.group.index)
-                owner.raw[candidate].append(raw[number])
-                owner.sampled[candidate].append(sampled[number])
-                token = ids[number]
-                before = work.sequence.tokens[owner.group.prompt_len :]
-                drawn[owner.group.index, candidate] = (token, owner.finish(candidate, [*before, token], self.tokenizer))
+        for draws, part in self._draws(hidden, queries):
+            labels = iter(draws.labels.tolist())
+            rows = zip(owners[part], draws.ids.tolist(), draws.raw.tolist(), draws.sampled.tolist(), strict=True)
+            for (request, tokens, candidate), token, raw, sampled in rows:
+                self._refuse_nan(raw, request.group.index)
+                drawn[request.group.index, candidate] = (
+                    token,
+                    request.take(candidate, tokens, token, raw, sampled, labels, self.tokenizer),
+                )
         return drawn
 
     def _score(self, plan: Plan, hidden: torch.Tensor, scores: dict[int, list[list[float]]]) -> None:
         """Log-probs of the given next tokens of every computed row that has one."""
-        queries: list[tuple[int, int, int, int, int]] = []  # row, group, candidate, place in the completion, token
+        queries, places = [], []  # one place per label: group, candidate, place in the completion
         row = 0
         for work in plan.work:
-            group = work.sequence.group
+            group, tokens = work.sequence.group, work.sequence.tokens
             assert group.forced is not None
             if group.forked:
-                for position in range(work.start, work.stop):
-                    place = position + 1 - group.prompt_len
-                    token = work.sequence.tokens[position + 1]
-                    queries.append((row + position - work.start, group.index, work.sequence.candidate, place, token))
-            else:
-                last = row + work.stop - work.start - 1
-                queries += [(last, group.index, c, 0, group.forced[c][0]) for c in work.draws]
+                first = max(work.start, group.prompt_len - 1)  # a sequence that was preempted computes its prompt again
+                for position in range(first, work.stop):
+                    queries.append(Query(row + position - work.start, labels=(tokens[position + 1],)))
+                    places.append((group.index, work.sequence.candidate, position + 1 - group.prompt_len))
+            elif work.draws:
+                firsts = tuple(group.forced[candidate][0] for candidate in work.draws)
+                queries.append(Query(row + work.stop - work.start - 1, labels=firsts))
+                places += [(group.index, candidate, 0) for candidate in work.draws]
             row += work.stop - work.start
-        for start in range(0, len(queries), TILE):
-            tile = queries[start : start + TILE]
-            logp = torch.log_softmax(self._logits(hidden, [query[0] for query in tile]), dim=-1)
-            for number, (_, group_index, candidate, place, token) in enumerate(tile):
-                value = logp[number, token].item()
+        at = 0
+        for draws, _ in self._draws(hidden, queries):
+            for value in draws.labels.tolist():
+                group_index, candidate, place = places[at]
                 self._refuse_nan(value, group_index)
                 scores[group_index][candidate][place] = value
+                at += 1
+
+    def _draws(self, hidden: torch.Tensor, queries: list[Query]) -> Iterator[tuple[ops.Draws, slice]]:
+        """What the queries ask of the logits of their rows, some rows at a time, each with the part of the queries."""
+        threads = torch.get_num_threads()
+        config = self.model.config
+        vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
+        for start in range(0, len(queries), HEAD_ROWS):
+            part = queries[start : start + HEAD_ROWS]
+            rows = sorted({query.row for query in part})
+            place = {row: number for number, row in enumerate(rows)}
+            logits = self._packed(hidden[torch.tensor(rows)], self.model.head, threads)
+            if len(rows) < len(part):  # the candidates of a prompt draw from one row
+                logits = logits[torch.tensor([place[query.row] for query in part])]
+            yield ops.sample_rows(logits, draw_rules(part, vocab), threads), slice(start, start + len(part))
 
     def _refuse_nan(self, logp: float, index: int) -> None:
         if logp != logp:
             raise FloatingPointError(f"prompt {index}: the model's logits are NaN; are its weights?")
 
-    def _logits(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """fp32 logits [64, vocab] of these rows, padded with repetitions of the first."""
-        tile = hidden[torch.tensor(rows + rows[:1] * (TILE - len(rows)))]
-        return F.linear(tile, self.model.head)
 
-
-@contextmanager
-def one_thread() -> Iterator[int]:
-    """Run torch's operations on one thread, so that sums are split the same way whatever the user's setting (yielded)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)
+_COUNTERS = (
+    "requests",
+    "prompt_tokens",
+    "new_tokens",
+    "computed_rows",
+    "steps",
+    "kv_bytes_read",
+    "kv_bytes_ungrouped",
+    "seconds",
+    "scheduler_seconds",
+)
 
 
 def available_memory() -> int:
@@ -458,29 +431,6 @@ def available_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _strands(tiles: list[list[tuple[Work, int]]]) -> list[list[int]]:
-    """Runs of neighbouring tiles that share a sequence (they must run in order); different strands are independent."""
-    strands: list[list[int]] = []
-    for number, tile in enumerate(tiles):
-        if number and tiles[number - 1][-1][0] is tile[0][0]:
-            strands[-1].append(number)
-        else:
-            strands.append([number])
-    return strands
-
-
-def _last_rows(plan: Plan) -> Iterator[tuple[int, Work]]:
-    row = 0
-    for work in plan.work:
-        row += work.stop - work.start
-        yield row - 1, work
-
-
-def _signed(seed: int) -> int:
-    """The same 64 bits as a signed integer, which is what an int64 tensor holds."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def _limit(name: str, value: int | None, default: int, most: int | None = None) -> int:

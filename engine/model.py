@@ -2,15 +2,19 @@
 
 Shapes: N = rows (tokens, packed without padding), H = query heads, G = key/value heads, D = head dim.
 What differs between training and sampling comes in as arguments of `Llama.forward`:
-  attend(layer, q [N, H, D], k [N, G, D], v [N, G, D]) -> [N, H, D]   tree attention, or write-pages-and-fold-chunks
-  linear(x [N, in], weight [out, in]) -> [N, out]                     torch's matmul, or a batch-invariant one
-  dropout(site, x [N, dim]) -> [N, dim]                               nothing but in training; site 0 is the embedding,
-      2 * layer + 1 and 2 * layer + 2 what attention and MLP add to the residual stream
+  attend(layer, q [N, H, D], k [N, G, D], v [N, G, D], cos, sin [N, D/2]) -> [N, H, D]
+      turns q and k by their positions, then tree attention, or write-pages-and-fold-chunks
+  kernels: linear(x [N, in], weight [out, in]) -> [N, out], rms_norm, swiglu
+      differentiable ones, or ones that give a row the same bits for any number of rows
+  dropout(site, x [N, dim]) -> [N, dim]
+      nothing but in training; site 0 is the embedding, 2 * layer + 1 and 2 * layer + 2 what attention and MLP add to the
+      residual stream
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +24,19 @@ from engine import ops
 from engine.config import LlamaConfig
 from engine.errors import InputError
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Dropout = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+class Kernels(NamedTuple):
+    """The operations of a forward that the sampler has versions of its own of."""
+
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # x, weight, eps
+    swiglu: Callable[[torch.Tensor], torch.Tensor]  # [N, 2 * ffn], gate first
+
+
+TRAINING = Kernels(F.linear, ops.rms_norm, ops.swiglu)
 
 
 def keep(site: int, x: torch.Tensor) -> torch.Tensor:
@@ -36,8 +50,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, kernels: Kernels = TRAINING) -> torch.Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -51,12 +65,12 @@ class Attention(nn.Module):
         self.o = nn.Parameter(torch.empty(config.dim, config.n_heads * config.head_dim))
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, linear: Linear
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, kernels: Kernels
     ) -> torch.Tensor:
-        qkv = linear(x, self.qkv).view(len(x), -1, self.head_dim)  # [N, H + 2G, D]
+        qkv = kernels.linear(x, self.qkv).view(len(x), -1, self.head_dim)  # [N, H + 2G, D]
         q, k, v = qkv.split(self.heads, dim=1)
-        out = attend(layer, ops.rope(q, cos, sin), ops.rope(k, cos, sin), v)  # [N, H, D]
-        return linear(out.reshape(len(x), -1), self.o)
+        out = attend(layer, q, k, v, cos, sin)  # [N, H, D]
+        return kernels.linear(out.reshape(len(x), -1), self.o)
 
 
 class MLP(nn.Module):
@@ -67,8 +81,8 @@ class MLP(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * config.ffn_dim, config.dim))
         self.down = nn.Parameter(torch.empty(config.dim, config.ffn_dim))
 
-    def forward(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        return linear(ops.swiglu(linear(x, self.gate_up)), self.down)
+    def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        return kernels.linear(kernels.swiglu(kernels.linear(x, self.gate_up)), self.down)
 
 
 class Block(nn.Module):
@@ -86,11 +100,12 @@ class Block(nn.Module):
         sin: torch.Tensor,
         layer: int,
         attend: Attend,
-        linear: Linear,
+        kernels: Kernels,
         dropout: Dropout,
     ) -> torch.Tensor:
-        x = x + dropout(2 * layer + 1, self.attention(self.attention_norm(x), cos, sin, layer, attend, linear))
-        return x + dropout(2 * layer + 2, self.mlp(self.mlp_norm(x), linear))
+        normed = self.attention_norm(x, kernels)
+        x = x + dropout(2 * layer + 1, self.attention(normed, cos, sin, layer, attend, kernels))
+        return x + dropout(2 * layer + 2, self.mlp(self.mlp_norm(x, kernels), kernels))
 
 
 class Llama(nn.Module):
@@ -122,16 +137,16 @@ class Llama(nn.Module):
         tokens: torch.Tensor,
         positions: torch.Tensor,
         attend: Attend,
-        linear: Linear = F.linear,
+        kernels: Kernels = TRAINING,
         dropout: Dropout = keep,
     ) -> torch.Tensor:
         """tokens [N] int64, positions [N] int64 -> hidden states after the last norm [N, dim]. The head is the caller's:
-        `token_logprobs(hidden, model.head, targets)`, or `linear(hidden, model.head)` for logits [N, vocab]."""
+        `token_logprobs(hidden, model.head, targets)`, or `kernels.linear(hidden, model.head)` for logits [N, vocab]."""
         x = dropout(0, F.embedding(tokens, self.embed))  # [N, dim]
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [N, D/2]
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, layer, attend, linear, dropout)
-        return self.norm(x)
+            x = block(x, cos, sin, layer, attend, kernels, dropout)
+        return self.norm(x, kernels)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, std: float = 0.02) -> Llama:
@@ -180,7 +195,9 @@ def tree_attend(end: torch.Tensor) -> Attend:
     """The trainer's `attend`: tree attention over one pack, `end` [N] int64 (`Pack.end`)."""
     windows = ops.tree_windows(end)
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ops.tree_attention(q, k, v, windows)
+    def attend(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        return ops.tree_attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v, windows)
 
     return attend

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from engine.errors import InputError
-from engine.sampling import SamplingParams
+from engine.sampling import Query, SamplingParams
 from engine.scheduler import Group
 from engine.tokenizer import Tokenizer
 
@@ -45,28 +45,52 @@ class RequestOutput:
 
 
 class Request:
-    """A request under way: its group in the scheduler, and per candidate what has been drawn so far."""
+    """A request under way: its group in the scheduler, and per candidate what has been drawn so far.
 
-    def __init__(self, group: Group, params: SamplingParams, seed: int) -> None:
-        self.group, self.params, self.seed = group, params, seed
+    stops: token ids that end an answer.
+    """
+
+    def __init__(self, group: Group, params: SamplingParams, seed: int, stops: Sequence[int]) -> None:
+        self.group, self.params, self.seed, self.stops = group, params, seed, tuple(stops)
         self.raw: list[list[float]] = [[] for _ in range(params.n)]
         self.sampled: list[list[float]] = [[] for _ in range(params.n)]
         self.labels: list[list[list[float]]] = [[] for _ in range(params.n)]  # per step
         self.cut: list[str | None] = [None] * params.n  # the text up to the stop string that was found
 
-    def finish(self, candidate: int, generated: list[int], tokenizer: Tokenizer | None) -> str | None:
-        """Why the candidate ends with its newest token, or None."""
-        params = self.params
-        if generated[-1] in stop_ids(params, tokenizer):
+    def query(self, row: int, candidate: int, position: int) -> Query:
+        """For the token at `position` of a candidate, from the logits of `row`."""
+        early = position - self.group.prompt_len < self.params.min_tokens
+        labels = self.params.label_token_ids or ()
+        return Query(row, self.params, self.seed, position, candidate, self.stops if early else (), labels)
+
+    def take(
+        self,
+        candidate: int,
+        before: list[int],
+        token: int,
+        raw: float,
+        sampled: float,
+        labels: Iterator[float],
+        tokenizer: Tokenizer | None,
+    ) -> str | None:
+        """Keep what was drawn behind the tokens `before`; returns why the candidate ends with it, or None.
+
+        labels: the drawn label log-probs of this and all following queries; this query's are taken from it.
+        """
+        self.raw[candidate].append(raw)
+        self.sampled[candidate].append(sampled)
+        wanted = self.params.label_token_ids
+        if wanted:
+            self.labels[candidate].append([next(labels) for _ in wanted])
+        if token in self.stops:
             return "stop"
-        if params.stop and tokenizer:
-            text = tokenizer.decode(generated)
-            begin = len(tokenizer.decode(generated[: params.min_tokens])) if params.min_tokens else 0
-            found = min((at for at in (text.find(stop, begin) for stop in params.stop) if at >= 0), default=None)
-            if found is not None:
-                self.cut[candidate] = text[:found]
+        if self.params.stop and tokenizer:
+            generated = [*before[self.group.prompt_len :], token]
+            self.cut[candidate] = _before_stop(generated, self.params, tokenizer)
+            if self.cut[candidate] is not None:
                 return "stop"
-        return "length" if len(generated) >= self.group.limits[candidate] else None
+        added = len(before) + 1 - self.group.prompt_len
+        return "length" if added >= self.group.limits[candidate] else None
 
     def output(self, tokenizer: Tokenizer | None, weight_epoch: int) -> RequestOutput:
         outputs = []
@@ -94,6 +118,22 @@ class Request:
         if cut is not None:
             return cut
         return tokenizer.decode(ids[:-1] if reason == "stop" else ids)
+
+
+def _before_stop(generated: list[int], params: SamplingParams, tokenizer: Tokenizer) -> str | None:
+    """The text before the first stop string behind the first `min_tokens` tokens, or None.
+
+    Only the end is decoded while nothing is found: a stop string that the newest token completes has at most four tokens
+    a character (the bytes of one without a piece of its own).
+    """
+    stops = params.stop or ()
+    tail = tokenizer.decode(generated[-4 * max(len(stop) for stop in stops) - 8 :])
+    if not any(stop in tail for stop in stops):
+        return None
+    text = tokenizer.decode(generated)
+    begin = len(tokenizer.decode(generated[: params.min_tokens])) if params.min_tokens else 0
+    found = min((at for at in (text.find(stop, begin) for stop in stops) if at >= 0), default=None)
+    return None if found is None else text[:found]
 
 
 def stop_ids(params: SamplingParams, tokenizer: Tokenizer | None) -> list[int]:
@@ -146,7 +186,8 @@ class Reader:
             raise InputError(f"prompt {index}: label_token_ids holds {bad}; {self._vocabulary()}")
         limit = min(params.max_tokens, self.max_model_len - len(ids))
         seed = params.seed if params.seed is not None else self._own_seed()
-        return Request(Group(index, ids, [limit] * params.n), params, seed)
+        stops = stop_ids(params, self.tokenizer)
+        return Request(Group(index, ids, [limit] * params.n), params, seed, stops)
 
     def _own_seed(self) -> int:
         digest = hashlib.blake2b(f"{self.seed} {next(self._number)}".encode(), digest_size=8).digest()

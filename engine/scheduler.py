@@ -1,32 +1,46 @@
 """The scheduler: which tokens of which sequences are computed in the next step. Pure Python over integers.
 
-`plan()` = `decide()` (only reads, returns a frozen Plan) + `apply(plan)` (takes the blocks); `commit` takes the sampled
-tokens, forks the candidates of a finished prompt, and frees what has ended.
-
-A group is one request: its prompt is computed once by candidate 0; then the other candidates fork: full blocks are
-shared, the last, partly filled one is copied. Policy, plain: admission reserves the blocks of the worst case (admitting
-by simulated use is to come), so nothing that runs is ever preempted.
+`plan()` gives running sequences the blocks that they need, admits waiting ones, and returns rows to compute; `commit`
+takes the sampled tokens, forks the candidates of a finished prompt, and frees what has ended. Its rules:
+  - Running sequences come first, those that decode before those that still compute their prompt: they finish requests.
+  - A sequence is admitted when a forecast of all block use says that it will fit; nothing is reserved.
+  - Where the forecast was wrong, the youngest sequence gives its blocks up and waits; what it had drawn it keeps.
+  - What a sequence needs is looked up in the pool first, so a prompt that many share is computed once, also in one step.
+  - Candidates of a request fork by being admitted: they find the prompt that the first of them has computed.
+Requests that share a beginning stand together in the order of service, so they run, and are released, together.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from engine.forecast import Forecast
 from engine.kv_cache import BlockPool
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One candidate. The keys and values of tokens[:computed] are in `blocks`."""
+    """One candidate; while its group is not forked, the first one computes the prompt for all.
+
+    The keys and values of tokens[:computed] are in `blocks`; `chain` holds the hashes of the full blocks of `tokens`.
+    """
 
     group: Group
     candidate: int
     tokens: list[int]
+    chain: list[bytes] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    reached: int = 0  # the most tokens that were ever computed: what is computed below it again is a preemption's price
     finished: str | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The place in the order of service."""
+        return self.group.order, self.candidate
 
     @property
     def goal(self) -> int:
@@ -43,7 +57,7 @@ class Group:
     prompt: list[int]
     limits: list[int]
     forced: list[list[int]] | None = None
-    chain: list[bytes] = field(default_factory=list)
+    order: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     forked: bool = False  # the prompt is computed and every candidate is a sequence of its own
 
@@ -52,9 +66,8 @@ class Group:
         return len(self.prompt)
 
     @property
-    def living(self) -> int:
-        """Candidates that are or will be computed: a finished one gives its place to a waiting request."""
-        return len(self.limits) - sum(sequence.finished is not None for sequence in self.sequences)
+    def done(self) -> bool:
+        return self.forked and all(sequence.finished is not None for sequence in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -68,29 +81,27 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Admission:
-    group: Group
-    shared: tuple[int, ...]  # computed blocks found by content
-    reserve: int  # blocks to take now, for the worst case of all candidates
-
-
-@dataclass(frozen=True)
-class Plan:
-    admissions: tuple[Admission, ...]
-    work: tuple[Work, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(work.stop - work.start for work in self.work)
-
-
-@dataclass(frozen=True)
 class Copy:
-    """Key/value of the first `tokens` slots of block `source` are to be copied into block `target`."""
+    """Keys and values of the first `tokens` slots of block `source` also belong into block `target`.
+
+    To be done in every layer after the step's keys and values are written: the source may be computed in the same step.
+    """
 
     source: int
     target: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows in the order of service: neighbours share the most blocks."""
+
+    work: tuple[Work, ...]
+    copies: tuple[Copy, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(work.stop - work.start for work in self.work)
 
 
 Drawn = dict[tuple[int, int], tuple[int, str | None]]  # (group index, candidate) -> token, finish reason or None
@@ -101,162 +112,248 @@ class Scheduler:
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
-        self.waiting: deque[Group] = deque()
-        self.running: list[Group] = []
-        self.reserved: dict[int, list[int]] = {}  # group index -> blocks taken for later
-        self.prefix_tokens_saved = 0
+        self.waiting: deque[Sequence] = deque()  # those that have run before, then new ones; each in order of service
+        self.running: list[Sequence] = []  # in order of service
         self.epoch = 0
-        self.fresh: list[int] = []  # blocks handed out since the engine last looked: their content is anything
+        self.used_share = 1.0  # of the tokens that a candidate may add, what finished ones did add on average
+        self.finished_candidates = 0
+        self.preemptions = 0
+        self.prefix_tokens_saved = 0  # prompt tokens that another request had computed
+        self.fork_tokens_saved = 0  # prompt tokens that candidates found computed by the first one
+        self.recomputed_tokens = 0  # computed a second time after a preemption
+        self._planned: Plan | None = None  # the step that is under way
+        self._order = 0
 
-    def add(self, group: Group) -> None:
-        group.chain = self.pool.hash_chain(group.prompt, self.epoch)
-        self.waiting.append(group)
+    # ---- what comes in and out --------------------------------------------------------------------------------------
+
+    def add(self, groups: Iterable[Group]) -> None:
+        """Let these groups wait, those with a common beginning side by side at the place of the first of them."""
+        arrivals = []
+        for group in groups:
+            sequence = Sequence(group, 0, list(group.prompt))
+            self.pool.extend_chain(sequence.chain, sequence.tokens, self.epoch)
+            group.sequences = [sequence]
+            arrivals.append(sequence)
+        for sequence in in_tree_order(arrivals):
+            sequence.group.order = self._order = self._order + 1
+            self.waiting.append(sequence)
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
     def worst_case(self, group: Group) -> int:
-        """Blocks that the group can ever hold at once: the shared full blocks of the prompt, and each candidate's own."""
-        size = self.pool.block_size
-        common = group.prompt_len // size
-        return common + sum(-(-(group.prompt_len + limit) // size) - common for limit in group.limits)
-
-    def plan(self) -> Plan:
-        plan = self.decide()
-        self.apply(plan)
-        return plan
-
-    def decide(self) -> Plan:
-        """Decode rows first (they finish requests), then running prompts, then new ones while tokens and blocks last."""
-        budget = self.max_batch_tokens
-        work: list[Work] = []
-        active = [sequence for group in self.running for sequence in group.sequences if sequence.finished is None]
-        for sequence in sorted(active, key=lambda sequence: sequence.goal - sequence.computed > 1):
-            rows = min(sequence.goal - sequence.computed, budget)
-            if rows > 0:
-                work.append(self._work(sequence, sequence.computed, rows))
-                budget -= rows
-        admissions = []
-        computing = self._keys_being_computed()
-        places = self.max_sequences - sum(group.living for group in self.running)
-        taken: set[int] = set()
-        spare = 0  # blocks promised in this plan
-        for group in self.waiting:
-            if budget <= 0 or len(group.limits) > places:
-                break
-            shared = self._findable(group)
-            if len(shared) < self._reusable(group) and group.chain[len(shared)] in computing:
-                continue  # the block that it needs next is being computed: wait a step instead of computing it twice
-            reserve = self.worst_case(group) - len(shared)
-            if reserve > self.pool.available(taken | set(shared)) - spare:
-                break
-            taken |= set(shared)
-            spare += reserve
-            places -= len(group.limits)
-            computing.update(group.chain[len(shared) :])
-            start = len(shared) * self.pool.block_size
-            rows = min(group.prompt_len - start, budget)
-            admissions.append(Admission(group, tuple(shared), reserve))
-            work.append(self._work(Sequence(group, 0, list(group.prompt)), start, rows))
-            budget -= rows
-        return Plan(tuple(admissions), tuple(work))
-
-    def apply(self, plan: Plan) -> None:
-        """Take the blocks of the plan's admissions and give the computed sequences the blocks that their rows need."""
-        first = {work.sequence.group.index: work.sequence for work in plan.work}
-        for admission in plan.admissions:  # all of them before the first `allocate`, which may take any unheld block
-            self.pool.hold(admission.shared)
-        for admission in plan.admissions:
-            group, sequence = admission.group, first[admission.group.index]
-            self.waiting.remove(group)
-            self.running.append(group)
-            reserve = self.pool.allocate(admission.reserve)
-            assert reserve is not None, (
-                f"group {group.index}: {admission.reserve} blocks were counted but are not there"
-            )
-            self.reserved[group.index] = reserve
-            self.fresh += reserve
-            sequence.blocks = list(admission.shared)
-            sequence.computed = len(admission.shared) * self.pool.block_size
-            group.sequences.append(sequence)
-            self.prefix_tokens_saved += sequence.computed
-        for work in plan.work:
-            self._grow(work.sequence, work.stop)
-
-    def commit(self, plan: Plan, tokens: Drawn) -> list[Copy]:
-        """Record what was computed and drawn (nothing is drawn for scored groups).
-
-        Returns the block copies that forks need, to be done before the next step.
-        """
-        copies: list[Copy] = []
-        for work in plan.work:
-            sequence = work.sequence
-            self._mark(sequence, work.stop)
-            sequence.computed = work.stop
-            if work.draws and not sequence.group.forked:
-                copies += self._fork(sequence)
-            if sequence.group.forced is not None:
-                self._end_scored(sequence.group)
-                continue
-            for candidate in work.draws:
-                token, finished = tokens[sequence.group.index, candidate]
-                child = sequence.group.sequences[candidate]
-                child.tokens.append(token)
-                child.finished = finished
-        self._retire()
-        return copies
-
-    def check(self) -> None:
-        """Verify the pool against everything that runs."""
-        holders = [sequence.blocks for group in self.running for sequence in group.sequences]
-        self.pool.check([*holders, *self.reserved.values()])
-        for index, blocks in self.reserved.items():
-            for block in blocks:
-                if self.pool.blocks[block].references != 1:
-                    raise AssertionError(f"block {block} is reserved for group {index} and held by another")
+        """Blocks that one candidate of the group can ever hold; it runs alone if need be."""
+        return max(-(-(group.prompt_len + limit) // self.pool.block_size) for limit in group.limits)
 
     def abort(self, indices: Collection[int] | None) -> list[Group]:
         """End these groups (None: all) between two steps; what their candidates have so far stays. Returns those ended."""
-        ended = [g for g in (*self.running, *self.waiting) if indices is None or g.index in indices]
+        present = {s.group.index: s.group for s in (*self.running, *self.waiting)}
+        ended = [group for index, group in sorted(present.items()) if indices is None or index in indices]
         for group in ended:
             missing = range(len(group.sequences), len(group.limits))
             group.sequences += [Sequence(group, candidate, list(group.prompt)) for candidate in missing]
             group.forked = True
             for sequence in group.sequences:
+                self._give_up(sequence)
                 sequence.finished = sequence.finished or "abort"
-            if group in self.running:
-                self.running.remove(group)
-                self._free(group)
-            else:
-                self.waiting.remove(group)
+        self.running = [sequence for sequence in self.running if sequence.finished is None]
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.finished is None)
         return ended
 
     def abort_all(self) -> None:
         """Drop everything that waits or runs and give its blocks back."""
-        for group in self.running:
-            self._free(group)
+        if self._planned:  # the step failed: blocks are marked as filled that were not
+            self.pool.release([copy.source for copy in self._planned.copies])
+            self._planned = None
+            self.pool.reset()
+        for sequence in self.running:
+            self._give_up(sequence)
         self.running.clear()
         self.waiting.clear()
 
-    def _findable(self, group: Group) -> list[int]:
-        return self.pool.find(group.chain[: self._reusable(group)], group.prompt)
+    def check(self) -> None:
+        """Verify the pool against everything that runs."""
+        sources = [[copy.source for copy in self._planned.copies]] if self._planned else []
+        self.pool.check([*(sequence.blocks for sequence in self.running), *sources])
+        for sequence in self.running:
+            if len(sequence.blocks) * self.pool.block_size < sequence.computed:
+                raise AssertionError(
+                    f"sequence {sequence.key} has computed {sequence.computed} tokens in {len(sequence.blocks)} blocks"
+                )
+        held = [sequence.key for sequence in self.waiting if sequence.blocks]
+        if held:
+            raise AssertionError(f"sequence {held[0]} waits and holds blocks")
+        for name, sequences in (("running", self.running), ("waiting", self.waiting)):
+            if len({sequence.key for sequence in sequences}) != len(sequences):
+                raise AssertionError(f"a sequence is {name} twice")
+        if [sequence.key for sequence in self.running] != sorted(sequence.key for sequence in self.running):
+            raise AssertionError("the running sequences are out of order")
 
-    def _reusable(self, group: Group) -> int:
-        """Full prompt blocks that may come from the cache: the last token is always computed, for its logits."""
-        return (group.prompt_len - 1) // self.pool.block_size
+    # ---- a step -----------------------------------------------------------------------------------------------------
 
-    def _keys_being_computed(self) -> set[bytes]:
-        keys = set()
-        for group in self.running:
-            if not group.forked:
-                keys.update(group.chain[group.sequences[0].computed // self.pool.block_size :])
-        return keys
+    def plan(self) -> Plan:
+        """Rows of the next step, at most `max_batch_tokens`. Blocks count as filled from here on; `commit` must follow."""
+        assert self._planned is None, "the step before was not committed"
+        self._make_room()
+        budget = self.max_batch_tokens
+        work: list[Work] = []
+        for prompts in (False, True):
+            for sequence in self.running:
+                if budget > 0 and (sequence.goal - sequence.computed > 1) == prompts:
+                    work.append(self._advance(sequence, budget))
+                    budget -= work[-1].stop - work[-1].start
+        copies = []
+        forecast: Forecast | None = None
+        places = self.max_sequences - sum(self._places(sequence) for sequence in self.running)
+        while budget > 0 and self.waiting:
+            sequence = self.waiting[0]
+            if self.running and self._places(sequence) > places:
+                break
+            found = self.pool.find(sequence.chain, sequence.tokens)
+            new = -(-sequence.goal // self.pool.block_size) - len(found)
+            if new > len(self.pool.free) - sum(block in self.pool.free for block in found):
+                break
+            grown = (forecast or self._forecast()).copy()
+            grown.held += new + sum(block in self.pool.free for block in found)
+            self._add_to(grown, sequence, new, len(found) + new)
+            if grown.peak() > self.pool.num_blocks - 1 and self.running:  # whoever is alone fits
+                break
+            forecast = grown
+            self.waiting.popleft()
+            places -= self._places(sequence)
+            copies += self._admit(sequence, found, new)
+            work.append(self._advance(sequence, budget))
+            budget -= work[-1].stop - work[-1].start
+        work.sort(key=lambda item: item.sequence.key)
+        self._planned = Plan(tuple(work), tuple(copies))
+        return self._planned
 
-    def _work(self, sequence: Sequence, start: int, rows: int) -> Work:
-        stop = start + rows
+    def commit(self, plan: Plan, drawn: Drawn) -> list[Group]:
+        """Record what was drawn in the planned step (nothing for scored groups). Returns the groups that are done."""
+        assert plan is self._planned
+        self._planned = None
+        self.pool.release([copy.source for copy in plan.copies])
+        forked: list[Sequence] = []
+        ended: list[Sequence] = []
+        for work in plan.work:
+            group = work.sequence.group
+            if work.draws and not group.forked:
+                forked += self._fork(work.sequence)
+            for candidate in work.draws:
+                sequence = group.sequences[candidate]
+                if group.forced is None:
+                    token, sequence.finished = drawn[group.index, candidate]
+                    sequence.tokens.append(token)
+                elif max(sequence.computed, group.prompt_len) >= sequence.goal:
+                    sequence.finished = "length"
+                if sequence.finished is not None:
+                    ended.append(sequence)
+        self._requeue(forked)
+        return self._retire(ended)
+
+    # ---- the rules --------------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> None:
+        """Give every running sequence the blocks of its next rows, the oldest first; if there is none, the youngest waits."""
+        number = 0
+        while number < len(self.running):
+            sequence = self.running[number]
+            missing = -(-sequence.goal // self.pool.block_size) - len(sequence.blocks)
+            if missing > 0:
+                blocks = self.pool.allocate(missing)
+                if blocks is None:
+                    self._preempt(self.running[-1])
+                    continue
+                sequence.blocks += blocks
+            number += 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_up(sequence)
+        self._requeue([sequence])
+        self.preemptions += 1
+
+    def _places(self, sequence: Sequence) -> int:
+        """How many of `max_sequences` it takes: whoever computes a prompt takes those of all its candidates."""
+        return 1 if sequence.group.forked else min(len(sequence.group.limits), self.max_sequences)
+
+    def _forecast(self) -> Forecast:
+        forecast = Forecast(self.pool.num_blocks - 1 - len(self.pool.free), self.pool.block_size)
+        for sequence in self.running:
+            own = 0
+            for block in reversed(sequence.blocks):
+                if self.pool.blocks[block].references > 1:
+                    break
+                own += 1
+            self._add_to(forecast, sequence, own, len(sequence.blocks))
+        return forecast
+
+    def _add_to(self, forecast: Forecast, sequence: Sequence, own: int, blocks: int) -> None:
+        group, size = sequence.group, self.pool.block_size
+        forecast.add(own, blocks, len(sequence.tokens), self._expected_end(sequence, sequence.candidate))
+        if not group.forked:  # its candidates will share the full blocks of the prompt
+            for candidate in range(1, len(group.limits)):
+                end = self._expected_end(sequence, candidate)
+                forecast.add(0, group.prompt_len // size, group.prompt_len, end)
+
+    def _expected_end(self, sequence: Sequence, candidate: int) -> int:
+        """The length at which a candidate will stop: its limit, scaled by what finished ones used of theirs."""
         group = sequence.group
-        if stop < len(sequence.tokens):
+        limit = group.limits[candidate]
+        if group.forced is not None:
+            return group.prompt_len + limit
+        added = len(sequence.tokens) - group.prompt_len + self.pool.block_size
+        return group.prompt_len + min(limit, max(added, round(self.used_share * limit)))
+
+    def _admit(self, sequence: Sequence, found: list[int], new: int) -> list[Copy]:
+        """Take the blocks of all known tokens and list the new ones; returns the copy that saves a common head."""
+        size, known = self.pool.block_size, sequence.tokens[: sequence.goal]
+        self.pool.hold(found)
+        parent = sequence.chain[len(found) - 1] if found else b""
+        source, head = self.pool.find_head(parent, known[len(found) * size :]) if new else (0, 0)
+        if head and self.pool.blocks[source].references == 0 and len(self.pool.free) == new:
+            head = 0  # the source itself is needed as a block
+        if head:
+            self.pool.hold([source])
+        blocks = self.pool.allocate(new)
+        assert blocks is not None, f"sequence {sequence.key}: {new} blocks were counted but are not there"
+        sequence.blocks = found + blocks
+        for number in range(len(found), len(sequence.blocks)):
+            self._list(sequence, number)
+        bisect.insort(self.running, sequence, key=lambda other: other.key)
+        if not head:
+            return []
+        self.pool.blocks[blocks[0]].filled = head
+        return [Copy(source, blocks[0], head)]
+
+    def _list(self, sequence: Sequence, number: int) -> None:
+        size, chain = self.pool.block_size, sequence.chain
+        if len(chain) < len(sequence.tokens) // size:
+            self.pool.extend_chain(chain, sequence.tokens, self.epoch)
+        tokens = sequence.tokens[number * size : min((number + 1) * size, sequence.goal)]
+        parent = chain[number - 1] if number else b""
+        self.pool.list_block(sequence.blocks[number], parent, tokens, chain[number] if len(tokens) == size else None)
+
+    def _advance(self, sequence: Sequence, budget: int) -> Work:
+        """The next rows of a sequence: from the first token that nobody has computed; the last one always, for its logits."""
+        size, goal, blocks = self.pool.block_size, sequence.goal, self.pool.blocks
+        start = sequence.computed
+        while start < goal - 1:
+            filled = blocks[sequence.blocks[start // size]].filled
+            if filled <= start % size:
+                break
+            start = min(goal - 1, start - start % size + filled)
+        stop = min(goal, start + budget)
+        for number in range(start // size, -(-stop // size)):
+            block = blocks[sequence.blocks[number]]
+            block.filled = max(block.filled, min(stop - number * size, size))
+            if block.filled == size and len(block.tokens) < size:  # filled by decoding
+                self._list(sequence, number)
+        self._count(sequence, start, stop)
+        sequence.computed = stop
+        group = sequence.group
+        if stop < goal:
             draws: tuple[int, ...] = ()
         elif group.forked:
             draws = (sequence.candidate,)
@@ -264,52 +361,62 @@ class Scheduler:
             draws = tuple(range(len(group.limits)))
         return Work(sequence, start, stop, draws)
 
-    def _grow(self, sequence: Sequence, tokens: int) -> None:
-        needed = -(-tokens // self.pool.block_size)
-        while len(sequence.blocks) < needed:
-            sequence.blocks.append(self.reserved[sequence.group.index].pop())
+    def _count(self, sequence: Sequence, start: int, stop: int) -> None:
+        fresh = max(0, start - max(sequence.computed, sequence.reached))
+        if sequence.group.forked:
+            self.fork_tokens_saved += fresh
+        else:
+            self.prefix_tokens_saved += fresh
+        self.recomputed_tokens += max(0, min(stop, sequence.reached) - start)
+        sequence.reached = max(sequence.reached, stop)
 
-    def _mark(self, sequence: Sequence, stop: int) -> None:
-        """Make the prompt blocks that this step filled findable."""
-        size, group = self.pool.block_size, sequence.group
-        for number in range(sequence.computed // size, min(stop // size, len(group.chain))):
-            tokens = group.prompt[number * size : (number + 1) * size]
-            self.pool.mark_computed(sequence.blocks[number], group.chain[number], tokens)
-
-    def _fork(self, first: Sequence) -> list[Copy]:
-        group, size = first.group, self.pool.block_size
-        common, rest = divmod(group.prompt_len, size)
-        copies = []
-        for candidate in range(1, len(group.limits)):
-            child = Sequence(group, candidate, list(group.prompt), first.blocks[:common], first.computed)
-            self.pool.hold(child.blocks)
-            if rest:
-                child.blocks.append(self.reserved[group.index].pop())
-                copies.append(Copy(first.blocks[common], child.blocks[common], rest))
-            group.sequences.append(child)
+    def _fork(self, first: Sequence) -> list[Sequence]:
+        """The prompt is computed: every candidate becomes a sequence of its own; returns those that are to be admitted."""
+        group = first.group
         group.forked = True
+        group.sequences += [
+            Sequence(group, candidate, list(group.prompt), list(first.chain))
+            for candidate in range(1, len(group.limits))
+        ]
         for sequence, continuation in zip(group.sequences, group.forced or (), strict=False):
             sequence.tokens += continuation
-        return copies
+            self.pool.extend_chain(sequence.chain, sequence.tokens, self.epoch)
+        return group.sequences[1:]
 
-    def _end_scored(self, group: Group) -> None:
-        for sequence in group.sequences:
-            if group.forked and sequence.computed >= sequence.goal:
-                sequence.finished = "length"
+    def _requeue(self, sequences: Iterable[Sequence]) -> None:
+        """Before all that have never run, in order of service."""
+        again = [sequence for sequence in sequences if sequence.finished is None]
+        if not again:
+            return
+        while self.waiting and (self.waiting[0].group.forked or self.waiting[0].reached):
+            again.append(self.waiting.popleft())
+        self.waiting.extendleft(sorted(again, key=lambda sequence: sequence.key, reverse=True))
 
-    def _retire(self) -> None:
-        for group in self.running:
-            for sequence in group.sequences:
-                if sequence.finished is not None and sequence.blocks:
-                    self.pool.release(sequence.blocks)
-                    sequence.blocks = []
-        done = [group for group in self.running if group.forked and all(s.finished for s in group.sequences)]
-        for group in done:
-            self._free(group)
-            self.running.remove(group)
+    def _give_up(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
 
-    def _free(self, group: Group) -> None:
-        for sequence in group.sequences:
-            self.pool.release(sequence.blocks)
-            sequence.blocks = []
-        self.pool.release(self.reserved.pop(group.index, []))
+    def _retire(self, ended: list[Sequence]) -> list[Group]:
+        if not ended:
+            return []
+        for sequence in ended:
+            self._give_up(sequence)
+            group = sequence.group
+            if group.forced is None:
+                self.finished_candidates += 1
+                used = (len(sequence.tokens) - group.prompt_len) / group.limits[sequence.candidate]
+                self.used_share += (used - self.used_share) / min(self.finished_candidates + 8, 256)
+        self.running = [sequence for sequence in self.running if sequence.finished is None]
+        groups = {sequence.group.index: sequence.group for sequence in ended}
+        return [group for group in groups.values() if group.done]
+
+
+def in_tree_order(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """Sequences with the same first blocks side by side, otherwise in the order given: a walk through their prefix tree."""
+    number: dict[object, int] = {}
+    places = []
+    for sequence in sequences:
+        path = [number.setdefault(key, len(number)) for key in sequence.chain]
+        places.append(([*path, number.setdefault(id(sequence), len(number))], sequence))
+    return [sequence for _, sequence in sorted(places, key=lambda place: place[0])]

@@ -4,152 +4,318 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from engine.kv_cache import BlockPool
 from engine.scheduler import Group, Scheduler
 
 
 class Pages:
-    """What the engine would write: the token of every slot. Reveals any mix-up of blocks."""
+    """What the engine would write: every slot holds the whole beginning that its key and value depend on."""
 
     def __init__(self, blocks, size):
-        self.slots = [[None] * size for _ in range(blocks)]
         self.size = size
+        self.slots = [[None] * size for _ in range(blocks)]
 
-    def compute(self, work):
-        for position in range(work.start, work.stop):
-            block = work.sequence.blocks[position // self.size]
-            self.slots[block][position % self.size] = work.sequence.tokens[position]
-            seen = [self.slots[work.sequence.blocks[p // self.size]][p % self.size] for p in range(position + 1)]
-            assert seen == work.sequence.tokens[: position + 1]
-
-    def copy(self, copy):
-        self.slots[copy.target][: copy.tokens] = self.slots[copy.source][: copy.tokens]
-
-
-requests = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 1), min_size=1, max_size=12),  # prompt over two tokens: many common beginnings
-        st.lists(st.integers(1, 6), min_size=1, max_size=3),  # what each candidate may add
-        st.booleans(),  # scored or sampled
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    st.lists(requests, min_size=1, max_size=5),
-    st.integers(1, 9),
-    st.integers(3, 6),
-    st.integers(14, 40),
-    st.randoms(use_true_random=False),
-)
-def test_every_row_sees_its_own_tokens_and_every_request_ends(waves, budget, places, blocks, rng):
-    pool, pages = BlockPool(blocks, 2), Pages(blocks, 2)
-    scheduler = Scheduler(pool, budget, places)
-    for wave in waves:  # the later ones find the cached blocks of the earlier ones
-        groups = []
-        for index, (prompt, limits, scored) in enumerate(wave):
-            forced = [[rng.randrange(2) for _ in range(limit)] for limit in limits] if scored else None
-            group = Group(index, prompt, limits, forced)
-            if scheduler.worst_case(group) <= blocks - 1:
-                groups.append(group)
-                scheduler.add(group)
-        run_to_the_end(scheduler, pages, budget, rng)
-        assert scheduler.idle and not scheduler.reserved
-        assert len(pool.free) == blocks - 1
-        for group in groups:
-            assert all(sequence.finished for sequence in group.sequences)
-            for sequence, limit in zip(group.sequences, group.limits, strict=True):
-                added = sequence.tokens[group.prompt_len :]
-                assert 1 <= len(added) <= limit
-                assert group.forced is None or added == group.forced[sequence.candidate]
-
-
-def run_to_the_end(scheduler, pages, budget, rng):
-    for _ in range(2000):
-        if scheduler.idle:
-            break
-        plan = scheduler.plan()
-        assert 0 < plan.rows <= budget
-        drawn = {}
+    def run(self, plan, epoch):
+        """Writes, then copies, then reads, as in a layer of the model."""
         for work in plan.work:
-            pages.compute(work)
-            if work.sequence.group.forced is None:
-                for candidate in work.draws:
-                    length = len(work.sequence.tokens) + 1 - work.sequence.group.prompt_len
-                    last = length >= work.sequence.group.limits[candidate] or rng.random() < 0.2
-                    drawn[work.sequence.group.index, candidate] = (rng.randrange(2), "stop" if last else None)
-        for copy in scheduler.commit(plan, drawn):
-            pages.copy(copy)
-        scheduler.check()
+            for position in range(work.start, work.stop):
+                block = work.sequence.blocks[position // self.size]
+                self.slots[block][position % self.size] = (epoch, *work.sequence.tokens[: position + 1])
+        for copy in plan.copies:
+            self.slots[copy.target][: copy.tokens] = self.slots[copy.source][: copy.tokens]
+        for work in plan.work:
+            for position in range(work.stop):
+                seen = self.slots[work.sequence.blocks[position // self.size]][position % self.size]
+                assert seen == (epoch, *work.sequence.tokens[: position + 1])
 
 
-def run_alone(scheduler, group):
-    """Run one sampled request to its end, one token per candidate."""
-    scheduler.add(group)
-    while not scheduler.idle:
-        plan = scheduler.plan()
-        draws = {(work.sequence.group.index, c): (1, "stop") for work in plan.work for c in work.draws}
-        scheduler.commit(plan, draws)
-        scheduler.check()
-
-
-def test_an_admission_does_not_take_the_cached_blocks_that_a_later_one_of_the_same_plan_shares():
-    scheduler = Scheduler(BlockPool(9, 2), 100, 10)
-    run_alone(scheduler, Group(0, [7, 7, 7, 7, 1], [1]))  # its two full blocks are the oldest that can be reused
-    run_alone(scheduler, Group(1, [5, 5, 6, 6, 8, 8, 9], [1]))
-    scheduler.add(Group(2, [0, 1, 0, 1, 1], [4]))  # needs five new blocks
-    scheduler.add(Group(3, [7, 7, 7, 7, 2], [1]))  # finds the two oldest
+def run_step(scheduler, pages, draw):
+    """One step; draw(group, candidate, place) -> (token, finish reason). Returns the plan and the groups that are done."""
     plan = scheduler.plan()
+    assert 0 < plan.rows <= scheduler.max_batch_tokens
+    assert len(scheduler.running) <= scheduler.max_sequences
+    pages.run(plan, scheduler.epoch)
+    drawn = {}
+    for work in plan.work:
+        group = work.sequence.group
+        if group.forced is None:
+            for c in work.draws:
+                drawn[group.index, c] = draw(group, c, len(work.sequence.tokens) - group.prompt_len)
     scheduler.check()
-    first, second = (set(work.sequence.blocks) for work in plan.work)
-    assert len(plan.admissions) == 2 and not (first | set(scheduler.reserved[2])) & second
+    done = scheduler.commit(plan, drawn)
+    scheduler.check()
+    return plan, done
 
 
-def test_check_finds_a_block_that_is_reserved_and_held_by_another():
-    scheduler = Scheduler(BlockPool(9, 2), 100, 10)
-    scheduler.add(Group(0, [1, 2, 3], [3]))
-    scheduler.add(Group(1, [4, 5, 6], [3]))
-    plan = scheduler.plan()
-    stolen = scheduler.reserved[0][0]
-    scheduler.pool.hold([stolen])
-    plan.work[1].sequence.blocks.append(stolen)
-    with pytest.raises(AssertionError, match=f"block {stolen} is reserved"):
-        scheduler.check()
+def scripted(group, candidate, place):
+    """A draw that depends on the request alone: two tokens, sometimes a stop before the limit."""
+    noise = hash((group.index, candidate, place))
+    stop = noise % 7 == 0 or place + 1 >= group.limits[candidate]
+    return noise // 7 % 2, "stop" if stop else None
 
 
-def test_a_request_that_does_not_fit_yet_waits_for_blocks():
-    scheduler = Scheduler(BlockPool(5, 2), 100, 10)  # four blocks
-    for index in range(2):
-        scheduler.add(Group(index, [index] * 4, [4]))  # four blocks each
-    plan = scheduler.plan()
-    assert [work.sequence.group.index for work in plan.work] == [0]
-    assert len(scheduler.waiting) == 1
+def script(group, candidate):
+    tokens, place, finished = [], 0, None
+    while finished is None:
+        token, finished = scripted(group, candidate, place)
+        tokens.append(token)
+        place += 1
+    return tokens
 
 
-def test_a_shared_beginning_is_computed_by_one_and_awaited_by_the_others():
-    scheduler = Scheduler(BlockPool(50, 2), 100, 10)
-    for index in range(3):
-        scheduler.add(Group(index, [7, 7, 7, 7, index], [1]))
-    first = scheduler.plan()
-    assert [work.sequence.group.index for work in first.work] == [0]
-    scheduler.commit(first, {(0, 0): (1, "stop")})
-    second = scheduler.plan()
-    assert [(work.sequence.group.index, work.start) for work in second.work] == [(1, 4), (2, 4)]
+class Machine(RuleBasedStateMachine):
+    """Any mix of requests, steps, aborts, evictions, updates and wrong forecasts: every row sees its own beginning, every
+    request ends with its own tokens, and no block is lost."""
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler = None
+        self.count, self.open = 0, {}
+
+    @precondition(lambda self: self.scheduler is None)
+    @rule(blocks=st.integers(6, 30), budget=st.integers(1, 9), places=st.integers(1, 6))
+    def start(self, blocks, budget, places):
+        pool = BlockPool(blocks, 2)
+        self.scheduler, self.pages = Scheduler(pool, budget, places), Pages(blocks, 2)
+
+    @precondition(lambda self: self.scheduler)
+    @rule(
+        requests=st.lists(
+            st.tuples(
+                st.lists(st.integers(0, 1), min_size=1, max_size=9),  # two tokens: many common beginnings
+                st.lists(st.integers(1, 6), min_size=1, max_size=3),  # what each candidate may add
+                st.booleans(),  # scored or sampled
+            ),
+            min_size=1,
+            max_size=6,
+        ),
+        rng=st.randoms(use_true_random=False),
+    )
+    def add(self, requests, rng):
+        groups = []
+        for prompt, limits, scored in requests:
+            forced = [[rng.randrange(2) for _ in range(limit)] for limit in limits] if scored else None
+            group = Group(self.count, prompt, limits, forced)
+            if self.scheduler.worst_case(group) < self.scheduler.pool.num_blocks:
+                self.count += 1
+                groups.append(group)
+                self.open[group.index] = group
+        self.scheduler.add(groups)
+
+    @precondition(lambda self: self.scheduler and not self.scheduler.idle)
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps):
+        while steps and not self.scheduler.idle:
+            _, done = run_step(self.scheduler, self.pages, scripted)
+            for group in done:
+                self.finish(self.open.pop(group.index))
+            steps -= 1
+
+    def finish(self, group):
+        expected = group.forced or [script(group, c) for c in range(len(group.limits))]
+        assert [sequence.tokens[group.prompt_len :] for sequence in group.sequences] == expected
+        assert all(sequence.finished and not sequence.blocks for sequence in group.sequences)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def abort(self, data):
+        indices = data.draw(st.sets(st.sampled_from(sorted(self.open)), min_size=1))
+        ended = self.scheduler.abort(indices)
+        assert [group.index for group in ended] == sorted(indices)
+        for group in ended:
+            del self.open[group.index]
+            for candidate, sequence in enumerate(group.sequences):
+                added = sequence.tokens[group.prompt_len :]
+                assert group.forced or added == script(group, candidate)[: len(added)]
+
+    @precondition(lambda self: self.scheduler)
+    @rule(share=st.sampled_from([0.05, 0.5, 1.0]))
+    def expect_other_lengths(self, share):
+        self.scheduler.used_share = share  # too hopeful: sequences are preempted
+
+    @precondition(lambda self: self.scheduler and self.scheduler.running)
+    @rule()
+    def preempt(self):
+        self.scheduler._preempt(self.scheduler.running[-1])
+
+    @precondition(lambda self: self.scheduler)
+    @rule()
+    def reset_prefix_cache(self):
+        self.scheduler.pool.reset()
+
+    @precondition(lambda self: self.scheduler and self.scheduler.idle)
+    @rule(asleep=st.booleans())
+    def update_weights(self, asleep):
+        self.scheduler.epoch += 1
+        if asleep:  # the pages are given back and taken anew
+            self.scheduler.pool.reset()
+            self.pages = Pages(self.scheduler.pool.num_blocks, 2)
+
+    @invariant()
+    def nothing_is_lost(self):
+        if self.scheduler:
+            self.scheduler.check()
+            held = {s.group.index for s in (*self.scheduler.running, *self.scheduler.waiting)}
+            assert held == set(self.open)
+
+    def teardown(self):
+        if self.scheduler:
+            for _ in range(5000):
+                if self.scheduler.idle:
+                    break
+                self.step(1)
+            assert self.scheduler.idle and not self.open
+            assert len(self.scheduler.pool.free) == self.scheduler.pool.num_blocks - 1
+
+
+def run_machine(examples):
+    health = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+    options = settings(max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=health)
+    run_state_machine_as_test(Machine, settings=options)
+
+
+def test_any_history_leaves_every_request_its_own_tokens():
+    run_machine(150)
+
+
+@pytest.mark.full
+def test_any_of_2000_histories_leaves_every_request_its_own_tokens():
+    run_machine(2000)
+
+
+def start(blocks=50, budget=100, places=10, size=2):
+    return Scheduler(BlockPool(blocks, size), budget, places), Pages(blocks, size)
+
+
+def one_token(group, candidate, place):
+    return 1, "stop"
+
+
+def endless(group, candidate, place):
+    return 1, "length" if place + 1 == group.limits[candidate] else None
+
+
+def test_a_shared_beginning_is_computed_once_also_in_one_step():
+    scheduler, pages = start()
+    scheduler.add(Group(index, [7, 7, 7, 7, index], [1]) for index in range(3))
+    plan, _ = run_step(scheduler, pages, one_token)
+    assert [(work.start, work.stop) for work in plan.work] == [(0, 5), (4, 5), (4, 5)]
     assert scheduler.prefix_tokens_saved == 8
 
 
-def test_decide_only_reads():
-    scheduler = Scheduler(BlockPool(50, 2), 3, 10)
-    scheduler.add(Group(0, [1, 2, 3, 4, 5], [2, 2]))
-    plan = scheduler.decide()
-    assert plan.admissions and plan.work
-    assert scheduler.waiting and not scheduler.running and len(scheduler.pool.free) == 49
+def test_candidates_compute_only_their_own_tokens():
+    scheduler, pages = start(budget=100)
+    scheduler.add([Group(0, [1, 2, 3, 4, 5], [3] * 4)])
+    plans = []
+    while not scheduler.idle:
+        plans.append(run_step(scheduler, pages, endless)[0])
+    assert [plan.rows for plan in plans] == [5, 4, 4]
+    assert [len(plan.copies) for plan in plans] == [0, 3, 0]  # the last block of the prompt, for three of the four
+    assert scheduler.fork_tokens_saved == 15
+
+
+def test_the_common_head_of_a_partial_block_is_copied_not_computed():
+    scheduler, pages = start(size=32)
+    head = list(range(10, 30))
+    scheduler.add([Group(0, [*head, 1, 2, 3], [1])])
+    run_step(scheduler, pages, one_token)
+    scheduler.add([Group(1, [*head, 5, 6], [1])])
+    plan, _ = run_step(scheduler, pages, one_token)
+    assert [(work.start, work.stop) for work in plan.work] == [(20, 22)]
+    assert [copy.tokens for copy in plan.copies] == [20]
+
+
+def test_a_sharer_takes_over_when_the_one_that_computes_is_aborted():
+    scheduler, pages = start(budget=4)
+    scheduler.add(Group(index, [7] * 9, [1]) for index in range(2))
+    scheduler.max_batch_tokens = 5
+    run_step(scheduler, pages, one_token)  # five of the first one's nine
+    scheduler.max_batch_tokens = 100
+    scheduler.abort({0})
+    plan, done = run_step(scheduler, pages, one_token)
+    assert [(work.start, work.stop) for work in plan.work] == [(5, 9)]  # from the cache, and a copied slot
+    assert [group.index for group in done] == [1]
+
+
+def test_a_request_that_does_not_fit_yet_waits_for_blocks():
+    scheduler, pages = start(blocks=5)  # four blocks
+    scheduler.add(Group(index, [index] * 4, [4]) for index in range(2))  # four blocks each in the end
+    run_step(scheduler, pages, endless)
+    assert [sequence.group.index for sequence in scheduler.running] == [0]
+    assert len(scheduler.waiting) == 1
+
+
+def test_admission_looks_ahead_instead_of_reserving_the_worst_case():
+    """Six blocks, two requests of four blocks in the end: the second starts when the first one's last blocks are in sight."""
+    scheduler, pages = start(blocks=7)
+    scheduler.add([Group(0, [0, 0], [6]), Group(1, [1, 1], [6])])
+    together = 0
+    while not scheduler.idle:
+        run_step(scheduler, pages, endless)
+        together += len(scheduler.running) == 2
+    assert together > 0 and scheduler.preemptions == 0
+
+
+def test_a_wrong_forecast_preempts_the_youngest_which_keeps_its_tokens():
+    scheduler, pages = start(blocks=7)
+    scheduler.used_share = 0.01
+    scheduler.add(Group(index, [index, index], [8]) for index in range(3))
+    ended = []
+    while not scheduler.idle:
+        ended += [group.index for group in run_step(scheduler, pages, endless)[1]]
+        scheduler.used_share = 0.01
+    assert scheduler.preemptions > 0 and ended == [0, 1, 2]
+
+
+def test_requests_with_a_common_beginning_stand_together():
+    scheduler, _ = start(places=100)
+    prompts = [[1, 1, 5], [2, 2, 5], [3], [1, 1, 6], [2, 2, 6], [1, 1, 5, 5, 5]]
+    scheduler.add(Group(index, prompt, [1]) for index, prompt in enumerate(prompts))
+    assert [sequence.group.index for sequence in scheduler.waiting] == [0, 3, 5, 1, 4, 2]
+    plan = scheduler.plan()
+    assert [work.sequence.group.index for work in plan.work] == [0, 3, 5, 1, 4, 2]
+
+
+def test_decoding_comes_before_prompts_and_prompts_are_computed_in_chunks():
+    scheduler, pages = start(budget=4)
+    scheduler.add([Group(0, [1, 2], [9])])
+    run_step(scheduler, pages, endless)
+    scheduler.add([Group(1, [5] * 9, [2])])
+    rows = []
+    for _ in range(3):
+        plan, _ = run_step(scheduler, pages, endless)
+        rows.append([(work.sequence.group.index, work.stop - work.start) for work in plan.work])
+    assert rows == [[(0, 1), (1, 3)]] * 3
+
+
+def test_a_step_that_failed_leaves_nothing_to_be_found():
+    scheduler, pages = start()
+    scheduler.add([Group(0, [1] * 9, [3, 3])])
+    scheduler.plan()  # blocks count as filled, then the computation fails
+    scheduler.abort_all()
+    scheduler.check()
+    scheduler.add([Group(1, [1] * 9, [1])])
+    plan, _ = run_step(scheduler, pages, one_token)
+    assert plan.rows == 9 and not plan.copies
+
+
+def test_check_notices_a_sequence_without_its_blocks_and_one_that_runs_twice():
+    for damage, message in (
+        (lambda s: s.running[0].blocks.clear(), "references"),
+        (lambda s: s.running.append(s.running[0]), "references|twice"),
+        (lambda s: s.running.reverse(), "out of order"),
+        (lambda s: setattr(s.running[0], "computed", 99), "has computed 99 tokens"),
+    ):
+        scheduler, pages = start()
+        scheduler.add([Group(0, [1, 2, 3], [3]), Group(1, [4, 5, 6], [3])])
+        run_step(scheduler, pages, endless)
+        damage(scheduler)
+        with pytest.raises(AssertionError, match=message):
+            scheduler.check()
 
 
 def test_pool_and_scheduler_need_no_torch():
@@ -163,24 +329,18 @@ def test_pool_and_scheduler_need_no_torch():
 
 
 def test_a_finished_candidate_gives_its_place_to_a_waiting_request():
-    scheduler = Scheduler(BlockPool(50, 2), 100, 2)
-    scheduler.add(Group(0, [1, 2, 3], [4, 4]))
-    scheduler.add(Group(1, [4, 5, 6], [4]))
-    first = scheduler.plan()
-    assert [work.sequence.group.index for work in first.work] == [0]
-    scheduler.commit(first, {(0, 0): (1, "stop"), (0, 1): (1, None)})
-    second = scheduler.plan()
-    assert [work.sequence.group.index for work in second.work] == [0, 1]
-    scheduler.check()
+    scheduler, pages = start(places=2)
+    scheduler.add([Group(0, [1, 2, 3], [4, 4]), Group(1, [4, 5, 6], [4])])
+    run_step(scheduler, pages, lambda group, candidate, place: (1, "stop" if candidate == 0 else None))
+    plan, _ = run_step(scheduler, pages, endless)
+    assert [work.sequence.group.index for work in plan.work] == [0, 1]
 
 
 def test_an_aborted_group_keeps_what_its_candidates_had_and_gives_its_blocks_back():
-    scheduler = Scheduler(BlockPool(30, 2), 100, 10)
+    scheduler, pages = start(blocks=30)
     running, waiting = Group(0, [1, 2, 3], [4, 4]), Group(1, [4, 5], [9] * 9)
-    scheduler.add(running)
-    scheduler.add(waiting)  # nine candidates do not fit beside two
-    plan = scheduler.plan()
-    scheduler.commit(plan, {(0, 0): (7, "stop"), (0, 1): (8, None)})
+    scheduler.add([running, waiting])  # nine candidates do not fit beside two
+    run_step(scheduler, pages, lambda group, candidate, place: (7 + candidate, None if candidate else "stop"))
     assert scheduler.abort({1, 5}) == [waiting] and scheduler.abort(None) == [running]
     scheduler.check()
     assert scheduler.idle and len(scheduler.pool.free) == 29
