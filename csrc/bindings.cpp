@@ -5,7 +5,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cmath>
+#include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "chunk_attention.h"
@@ -14,6 +17,7 @@
 #include "linear.h"
 #include "philox.h"
 #include "rms_norm.h"
+#include "sample.h"
 #include "swiglu.h"
 
 namespace py = pybind11;
@@ -245,6 +249,118 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
   selfreward::chunk_attention(arguments, threads, run);
 }
 
+[[noreturn]] void refuse(const std::string& name, const std::string& found, const std::string& expected) {
+  throw py::value_error(name + " is " + found + "; expected " + expected);
+}
+
+std::string at(const char* name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+
+std::string number_text(double value) { return std::string(py::str(py::float_(value))); }
+
+// `offsets` cut the `count` entries of `values` into rows, and every entry is an id below `width`.
+void check_ragged(const char* offsets_name, const int64_t* offsets, int64_t rows, const char* name,
+                  const int64_t* values, int64_t count, int64_t width) {
+  if (offsets[0] != 0) refuse(at(offsets_name, 0), std::to_string(offsets[0]), "0");
+  for (int64_t row = 0; row < rows; ++row)
+    if (offsets[row + 1] < offsets[row])
+      refuse(at(offsets_name, row + 1), std::to_string(offsets[row + 1]),
+             "at least " + std::to_string(offsets[row]) + ", the one before");
+  if (offsets[rows] != count)
+    refuse(at(offsets_name, rows), std::to_string(offsets[rows]),
+           std::to_string(count) + ", the length of " + std::string(name));
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] < 0 || values[i] >= width)
+      refuse(at(name, i), std::to_string(values[i]),
+             "0 or more and below " + std::to_string(width) + ", the columns of logits");
+}
+
+void check_rules(const selfreward::SampleArguments& a) {
+  if (a.vocab < 1 || a.vocab > a.width)
+    refuse("vocab", std::to_string(a.vocab), "1 to " + std::to_string(a.width) + ", the columns of logits");
+  for (int64_t row = 0; row < a.rows; ++row) {
+    if (!(a.temperature[row] >= 0.0f) || !std::isfinite(a.temperature[row]))
+      refuse(at("temperature", row), number_text(a.temperature[row]), "0 (greedy) or a finite number above");
+    if (a.top_k[row] < 0) refuse(at("top_k", row), std::to_string(a.top_k[row]), "0 (off) or more");
+    if (!(a.top_p[row] > 0.0 && a.top_p[row] <= 1.0))
+      refuse(at("top_p", row), number_text(a.top_p[row]), "above 0 and at most 1 (off)");
+    if (!(a.min_p[row] >= 0.0 && a.min_p[row] <= 1.0))
+      refuse(at("min_p", row), number_text(a.min_p[row]), "0 (off) to 1");
+    if (a.positions[row] < 0 || a.positions[row] > UINT32_MAX)
+      refuse(at("positions", row), std::to_string(a.positions[row]), "0 or more and below 2^32");
+    if (a.candidates[row] < 0 || a.candidates[row] > UINT32_MAX)
+      refuse(at("candidates", row), std::to_string(a.candidates[row]), "0 or more and below 2^32");
+  }
+}
+
+void sample(const py::array& logits, const py::array& temperature, const py::array& top_k, const py::array& top_p,
+            const py::array& min_p, const py::array& seeds, const py::array& positions, const py::array& candidates,
+            int64_t vocab, const py::array& forbidden_offsets, const py::array& forbidden,
+            const py::array& label_offsets, const py::array& label_ids, py::array& ids, py::array& raw,
+            py::array& sampled, py::array& labels, int threads, const std::string& level) {
+  check<float>("logits", logits, {-1, -1});
+  const py::ssize_t rows = logits.shape(0), width = logits.shape(1);
+  if (width < 1 || width > INT32_MAX - 16)
+    throw py::value_error("logits has shape " + shape_text({rows, width}) + "; expected 1 to 2^31 - 17 columns");
+  check<float>("temperature", temperature, {rows});
+  check<int64_t>("top_k", top_k, {rows});
+  check<double>("top_p", top_p, {rows});
+  check<double>("min_p", min_p, {rows});
+  check<int64_t>("seeds", seeds, {rows});
+  check<int64_t>("positions", positions, {rows});
+  check<int64_t>("candidates", candidates, {rows});
+  check<int64_t>("forbidden_offsets", forbidden_offsets, {rows + 1});
+  check<int64_t>("forbidden", forbidden, {-1});
+  check<int64_t>("label_offsets", label_offsets, {rows + 1});
+  check<int64_t>("label_ids", label_ids, {-1});
+  check<int64_t>("ids", ids, {rows});
+  check<float>("raw", raw, {rows});
+  check<float>("sampled", sampled, {rows});
+  check<float>("labels", labels, {label_ids.shape(0)});
+  const std::pair<const char*, const py::array*> inputs[] = {
+      {"logits", &logits},         {"temperature", &temperature},
+      {"top_k", &top_k},           {"top_p", &top_p},
+      {"min_p", &min_p},           {"seeds", &seeds},
+      {"positions", &positions},   {"candidates", &candidates},
+      {"forbidden", &forbidden},   {"forbidden_offsets", &forbidden_offsets},
+      {"label_ids", &label_ids},   {"label_offsets", &label_offsets}};
+  const std::pair<const char*, const py::array*> outputs[] = {
+      {"ids", &ids}, {"raw", &raw}, {"sampled", &sampled}, {"labels", &labels}};
+  for (size_t i = 0; i < std::size(outputs); ++i) {
+    check_written(outputs[i].first, *outputs[i].second);
+    for (const auto& input : inputs) check_apart(input.first, *input.second, outputs[i].first, *outputs[i].second);
+    for (size_t j = 0; j < i; ++j)
+      check_apart(outputs[j].first, *outputs[j].second, outputs[i].first, *outputs[i].second);
+  }
+  check_threads(threads);
+  const selfreward::SampleRows run = find_level(selfreward::sample_level, level).run;
+  const selfreward::SampleArguments arguments{static_cast<const float*>(logits.data()),
+                                              static_cast<const float*>(temperature.data()),
+                                              static_cast<const int64_t*>(top_k.data()),
+                                              static_cast<const double*>(top_p.data()),
+                                              static_cast<const double*>(min_p.data()),
+                                              static_cast<const int64_t*>(seeds.data()),
+                                              static_cast<const int64_t*>(positions.data()),
+                                              static_cast<const int64_t*>(candidates.data()),
+                                              static_cast<const int64_t*>(forbidden_offsets.data()),
+                                              static_cast<const int64_t*>(forbidden.data()),
+                                              static_cast<const int64_t*>(label_offsets.data()),
+                                              static_cast<const int64_t*>(label_ids.data()),
+                                              static_cast<int64_t*>(ids.mutable_data()),
+                                              static_cast<float*>(raw.mutable_data()),
+                                              static_cast<float*>(sampled.mutable_data()),
+                                              static_cast<float*>(labels.mutable_data()),
+                                              rows,
+                                              width,
+                                              vocab};
+  check_rules(arguments);
+  check_ragged("forbidden_offsets", arguments.forbidden_offsets, rows, "forbidden", arguments.forbidden,
+               forbidden.shape(0), width);
+  check_ragged("label_offsets", arguments.label_offsets, rows, "label_ids", arguments.label_ids, label_ids.shape(0),
+               width);
+  py::gil_scoped_release release;
+  selfreward::sample(arguments, threads, run);
+}
+
 py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   const selfreward::Words words = selfreward::philox({{c0, c1, c2, c3}}, uint32_t(key), uint32_t(key >> 32));
   return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
@@ -280,6 +396,13 @@ PYBIND11_MODULE(_C, m) {
       "Fill out [rows, heads, dim] fp32 from q [rows, heads, dim], key_pages [blocks, groups, dim, size], value_pages\n"
       "[blocks, groups, size, dim], tables int64 [rows, chunks], positions int64 [rows]: a row at position p sees the\n"
       "slots 0 .. p of its table's pages and reads no others. level, threads as in rms_norm.");
+  m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+        py::arg("min_p"), py::arg("seeds"), py::arg("positions"), py::arg("candidates"), py::arg("vocab"),
+        py::arg("forbidden_offsets"), py::arg("forbidden"), py::arg("label_offsets"), py::arg("label_ids"),
+        py::arg("ids"), py::arg("raw"), py::arg("sampled"), py::arg("labels"), py::arg("threads"),
+        py::arg("level") = "",
+        "Draw a token per row of logits [rows, width] fp32 into ids, raw and sampled [rows] and labels [label ids];\n"
+        "kernels/sample.py says what the rules mean. level, threads as in rms_norm.");
   m.def("philox", &philox, py::arg("key"), py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"),
         "The four 32-bit words of Philox-4x32-10.");
 }

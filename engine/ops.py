@@ -27,8 +27,12 @@ from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
+from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
+
+
+DrawRules, Draws, ragged = _sample.DrawRules, _sample.Draws, _sample.ragged
 
 
 class Case(NamedTuple):
@@ -117,6 +121,16 @@ def _native_chunk_attention(
     return out
 
 
+def _native_sample(logits: torch.Tensor, rules: _sample.DrawRules, threads: int) -> _sample.Draws:
+    rows = len(logits)
+    draws = _sample.Draws(
+        torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows), torch.empty(len(rules.label_ids))
+    )
+    given = [value if isinstance(value, int) else _array(value) for value in rules]
+    _C.sample(_array(logits), *given, *(x.numpy() for x in draws), threads)
+    return draws
+
+
 def _array(x: torch.Tensor) -> Any:
     return x.detach().contiguous().numpy()
 
@@ -169,6 +183,10 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "gumbel_noise": (
         Backend("native", _native, _native_gumbel_noise),
         Backend("torch", _always, _gumbel.gumbel_noise_reference),
+    ),
+    "sample_rows": (
+        Backend("native", _native_fp32, _native_sample),
+        Backend("torch", _always, _without_threads(_sample.sample_reference)),
     ),
     "dropout_mask": (
         Backend("native", _native, _native_dropout_mask),
@@ -308,6 +326,15 @@ def gumbel_noise(
 ) -> torch.Tensor:
     """Gumbel noise as a function of (seed, position, candidate, token, stream): three [rows] int64 -> fp32 [rows, vocab]."""
     return choose("gumbel_noise", seeds.device.type).fn(seeds, positions, candidates, stream, vocab)
+
+
+def sample_rows(logits: torch.Tensor, rules: DrawRules, threads: int = 1) -> Draws:
+    """Draw a token per row of logits [R, V] fp32; `kernels/sample.py` says what the rules mean and what comes back.
+
+    The promise of `rms_norm_rows`; here the torch backend keeps the ids too. A row that is no distribution has a NaN raw
+    log-prob: the caller knows its name. A rule that is out of its range is a ValueError of the native backend.
+    """
+    return _for_rows("sample_rows", logits).fn(logits, rules, threads)
 
 
 def dropout_mask(

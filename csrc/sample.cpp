@@ -1,0 +1,122 @@
+// PLACEHOLDER-HEADER
+
+#include "sample.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "noise.h"
+#include "philox.h"
+#include "runs.h"
+
+namespace selfreward {
+namespace {
+
+// Tokens in the order of likelihood, larger logit first, then lower id: kept are those up to and with this one.
+struct Cut {
+  float x = -INFINITY;
+  int32_t id = INT32_MAX;
+  void tighten(const Cut& other) {
+    if (other.x > x || (other.x == x && other.id < id)) *this = other;
+  }
+};
+
+// The tokens that a truncation looks at, ascending.
+struct Tokens {
+  const int32_t* ids;
+  const double* mass;  // null: each has mass 1
+  int64_t count;
+  double mass_of(int64_t i) const { return mass ? mass[i] : 1.0; }
+};
+
+// Keeps a token if those before it weigh less than `target`. The masses are added up in buckets of equal logit range;
+// only the bucket in which the target is reached is put in order. `order`: room for `count` places.
+Cut cut_at(const float* x, const Tokens& tokens, double target, int32_t* order) {
+  constexpr int kBuckets = 1024;
+  double high = x[tokens.ids[0]], low = high;
+  for (int64_t i = 1; i < tokens.count; ++i) {
+    high = std::max<double>(high, x[tokens.ids[i]]);
+    low = std::min<double>(low, x[tokens.ids[i]]);
+  }
+  const double scale = high > low ? (kBuckets - 1) / (high - low) : 0.0;
+  const auto bucket_of = [&](float logit) { return int((high - logit) * scale); };
+  double buckets[kBuckets] = {};
+  for (int64_t i = 0; i < tokens.count; ++i) buckets[bucket_of(x[tokens.ids[i]])] += tokens.mass_of(i);
+
+  const int last = bucket_of(float(low));
+  int bucket = 0;
+  double before = 0.0;
+  while (bucket < last && before + buckets[bucket] < target) before += buckets[bucket++];
+  int64_t members = 0;
+  for (int64_t i = 0; i < tokens.count; ++i)
+    if (bucket_of(x[tokens.ids[i]]) == bucket) order[members++] = int32_t(i);
+  std::sort(order, order + members, [&](int32_t a, int32_t b) {
+    const float left = x[tokens.ids[a]], right = x[tokens.ids[b]];
+    return left > right || (left == right && a < b);
+  });
+  int64_t kept = 0;
+  do before += tokens.mass_of(order[kept++]);
+  while (kept < members && before < target);
+  const int32_t id = tokens.ids[order[kept - 1]];
+  return {x[id], id};
+}
+
+// The smallest logit whose y = (x - top) / temperature reaches `least` <= 0: y never falls as x rises, so by halving
+// the range of floats, counted in order.
+float lowest_logit(double top, double temperature, double least) {
+  const auto value_of = [](int64_t place) {
+    const int32_t bits = place < 0 ? int32_t(place) ^ INT32_MAX : int32_t(place);
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  const auto place_of = [](float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return int64_t{bits < 0 ? bits ^ INT32_MAX : bits};
+  };
+  int64_t below = place_of(-INFINITY), reached = place_of(float(top));
+  while (reached - below > 1) {
+    const int64_t middle = below + (reached - below) / 2;
+    ((double(value_of(middle)) - top) / temperature >= least ? reached : below) = middle;
+  }
+  return value_of(reached);
+}
+
+float kth_largest(float* values, int64_t count, int64_t k) {
+  std::nth_element(values, values + k - 1, values + count, [](float a, float b) { return a > b; });
+  return values[k - 1];
+}
+
+// The exact value that a draw maximises.
+ALWAYS_INLINE double total_of(double x, double top, double temperature, uint32_t word) {
+  return (x - top) / temperature + double(gumbel_of_word(word));
+}
+
+}  // namespace
+}  // namespace selfreward
+
+#define SELFREWARD_BODY "sample_rows.h"
+#include "levels.h"
+
+namespace selfreward {
+
+Level<SampleRows> sample_level(int index) { return level_at(index); }
+
+void sample(const SampleArguments& a, int threads, SampleRows rows) {
+  const Runs runs(a.rows, 32 * a.width, threads);
+  const int64_t room = (a.width + 15) / 16 * 16, each = 3 * room;  // in doubles
+  static_assert(sizeof(double) == 2 * sizeof(float) && sizeof(float) == sizeof(int32_t), "the layout below");
+  const std::unique_ptr<double[]> memory(new double[size_t(runs.count * each)]);
+  parallel_runs(runs, threads, [&](int64_t run, int64_t first, int64_t last) {
+    double* mass = memory.get() + run * each;
+    float* allowed = reinterpret_cast<float*>(mass + room);
+    int32_t* ids = reinterpret_cast<int32_t*>(mass + 2 * room);
+    rows(a, {mass, allowed, allowed + room, ids, ids + room}, first, last);
+  });
+}
+
+}  // namespace selfreward

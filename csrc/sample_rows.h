@@ -1,0 +1,292 @@
+// One instruction level's sample: included by levels.h. `x` [count] are the logits of the tokens that may be drawn.
+
+constexpr int kFold = 64;    // vectors that a lane adds up in fp32 before its sum goes on in double precision
+constexpr int kGroups = 16;  // groups of 16 tokens, four Philox blocks each, whose words are made at once
+
+// 16 logits, -inf behind the end.
+ALWAYS_INLINE Vec logits_at(const float* x, int64_t i, int64_t count) {
+  if (count - i >= kLanes) return Vec::load(x + i);
+  float lane[kLanes];
+  for (int l = 0; l < kLanes; ++l) lane[l] = i + l < count ? x[i + l] : -INFINITY;
+  return Vec::load(lane);
+}
+
+// The largest logit; +inf if one is NaN.
+ALWAYS_INLINE float largest(const float* x, int64_t count) {
+  const Vec zero = Vec::broadcast(0.0f), infinite = Vec::broadcast(INFINITY);
+  Vec top = Vec::broadcast(-INFINITY), bad = zero;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec part = logits_at(x, i, count);
+    top = larger(part, top);
+    bad = bad + where_less(part, infinite, zero, infinite);
+  }
+  return larger(max(bad) > 0.0f ? INFINITY : -INFINITY, max(top));
+}
+
+// The sum of e^((x - top) / temperature), and the summands in `weight` where that is not null: lane l of 16 adds the
+// tokens l, l + 16, ... in fp32 over 64 vectors, then the lanes, then the blocks in double precision.
+template <bool kStore, bool kCool>
+ALWAYS_INLINE double weigh(const float* x, int64_t count, float top, float temperature, float* weight) {
+  const Vec highest = Vec::broadcast(top), divisor = Vec::broadcast(temperature);
+  double total = 0.0;
+  for (int64_t start = 0; start < count; start += kFold * kLanes) {
+    const int64_t end = std::min<int64_t>(count, start + kFold * kLanes);
+    Vec lanes = Vec::broadcast(0.0f);
+    for (int64_t i = start; i < end; i += kLanes) {
+      Vec y = logits_at(x, i, count) - highest;
+      if (kCool) y = y / divisor;
+      const Vec part = exp(y);
+      if (kStore) part.store(weight + i);
+      lanes = lanes + part;
+    }
+    total += double(sum(lanes));
+  }
+  return total;
+}
+
+// The same in double precision, for a top-p that must find the right token: 16 lanes, then a tree.
+ALWAYS_INLINE double weigh_exactly(const float* x, int64_t count, double top, double temperature, double* mass,
+                                   float* weight) {
+  const double inverse = 1.0 / temperature;
+  double lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    float logit[kLanes];
+    logits_at(x, i, count).store(logit);
+    for (int l = 0; l < kLanes; ++l) {
+      const double part = plain_exp((double(logit[l]) - top) * inverse);
+      mass[i + l] = part;
+      weight[i + l] = float(part);
+      lanes[l] += part;
+    }
+  }
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+ALWAYS_INLINE bool any_reaches(const float* value, float least) {
+  int any = 0;
+  for (int l = 0; l < kLanes; ++l) any |= value[l] >= least;
+  return any;
+}
+
+// The ids whose value, of `values` padded to 16, is at least `least`, ascending; their number.
+ALWAYS_INLINE int64_t collect(const float* values, int64_t count, float least, int32_t* ids) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    float value[kLanes];
+    logits_at(values, i, count).store(value);
+    if (!any_reaches(value, least)) continue;
+    const int64_t end = std::min<int64_t>(kLanes, count - i);
+    for (int64_t l = 0; l < end; ++l) {
+      ids[found] = int32_t(i + l);
+      found += value[l] >= least;
+    }
+  }
+  return found;
+}
+
+// A logit that at least k tokens reach: the k-th largest of the maxima of groups of 16. The smallest finite one if
+// there are fewer groups. `maxima`: room for count values.
+ALWAYS_INLINE float reached_by(const float* x, int64_t count, int64_t k, float* maxima) {
+  int64_t groups = 0;
+  for (int64_t start = 0; start < count; start += kLanes * kLanes) {
+    const int64_t end = std::min<int64_t>(count, start + kLanes * kLanes);
+    Vec top = Vec::broadcast(-INFINITY);
+    for (int64_t i = start; i < end; i += kLanes) top = larger(logits_at(x, i, count), top);
+    const int64_t full = std::min<int64_t>(kLanes, end - start);  // lanes that hold a token
+    store_upto(top, maxima + groups, full);
+    groups += full;
+  }
+  constexpr float kLowest = -3.4028234663852886e38f;
+  return groups < k ? kLowest : larger(kth_largest(maxima, groups, k), kLowest);
+}
+
+struct Row {
+  const float* x;  // [count]
+  int64_t count;
+  float top, temperature;
+  int64_t top_k;
+  double top_p, min_p;
+  uint64_t seed;
+  uint32_t position, candidate;
+};
+
+// Fills scratch.weight and returns the sum of what is kept. `weight_sum`: that of scratch.weight if it is there
+// already, else negative.
+ALWAYS_INLINE double truncate(const Row& row, const SampleScratch& scratch, double weight_sum) {
+  const bool by_p = row.top_p < 1.0, by_k = row.top_k > 0 && row.top_k < row.count;
+  if (by_p && !by_k)
+    weight_sum = weigh_exactly(row.x, row.count, row.top, row.temperature, scratch.mass, scratch.weight);
+  else if (weight_sum < 0.0 && row.temperature == 1.0f)
+    weight_sum = weigh<true, false>(row.x, row.count, row.top, 1.0f, scratch.weight);
+  else if (weight_sum < 0.0)
+    weight_sum = weigh<true, true>(row.x, row.count, row.top, row.temperature, scratch.weight);
+
+  Cut cut;
+  Tokens tokens{scratch.ids, nullptr, 0};
+  if (by_k) {
+    // `mass` is free until the tokens are known.
+    const float least = reached_by(row.x, row.count, row.top_k, reinterpret_cast<float*>(scratch.mass));
+    tokens.count = collect(row.x, row.count, least, scratch.ids);
+    if (tokens.count > row.top_k) cut.tighten(cut_at(row.x, tokens, double(row.top_k), scratch.order));
+  }
+  if (by_p) {
+    double total = weight_sum;
+    int64_t kept = 0;
+    if (by_k) {
+      total = 0.0;
+      for (int64_t i = 0; i < tokens.count; ++i) {
+        const int32_t id = scratch.ids[i];
+        if (row.x[id] < cut.x || (row.x[id] == cut.x && id > cut.id)) continue;
+        scratch.ids[kept] = id;
+        scratch.mass[kept] = plain_exp((double(row.x[id]) - row.top) / row.temperature);
+        total += scratch.mass[kept++];
+      }
+    } else {
+      // All tokens with less than this hold less than 1 - top_p together: none of them is needed.
+      const double least = (1.0 - row.top_p) * total / double(row.count) * 0.999;
+      kept = collect(scratch.weight, row.count, float(least), scratch.ids);
+      for (int64_t i = 0; i < kept; ++i) scratch.mass[i] = scratch.mass[scratch.ids[i]];
+    }
+    tokens = {scratch.ids, scratch.mass, kept};
+    cut.tighten(cut_at(row.x, tokens, row.top_p * total, scratch.order));
+  }
+  if (row.min_p > 0.0) cut.tighten({lowest_logit(row.top, row.temperature, plain_log(row.min_p < 1e-300 ? 1e-300 : row.min_p)), INT32_MAX});
+
+  float* weight = scratch.weight;
+  const int64_t end = (row.count + kLanes - 1) / kLanes * kLanes;
+  if (cut.x > -INFINITY) {
+    const Vec edge = Vec::broadcast(cut.x), none = Vec::broadcast(-1.0f), zero = Vec::broadcast(0.0f);
+    weight_sum = 0.0;
+    for (int64_t start = 0; start < row.count; start += kFold * kLanes) {
+      Vec lanes = zero;
+      for (int64_t i = start; i < std::min(row.count, start + kFold * kLanes); i += kLanes) {
+        const Vec x = logits_at(row.x, i, row.count), all = Vec::load(weight + i);
+        // Of the tokens at the edge, all up to its id.
+        Vec part = i + kLanes - 1 <= cut.id ? where_less(x, edge, none, all) : where_less(edge, x, all, none);
+        if (i <= cut.id && cut.id < i + kLanes - 1) {
+          float lane[kLanes];
+          part.store(lane);
+          for (int64_t l = 0; i + l <= cut.id; ++l)
+            if (row.x[i + l] == cut.x) lane[l] = weight[i + l];
+          part = Vec::load(lane);
+        }
+        part.store(weight + i);
+        lanes = lanes + larger(part, zero);
+      }
+      weight_sum += double(sum(lanes));
+    }
+  }
+  for (int64_t i = row.count; i < end; ++i) weight[i] = -1.0f;
+  return weight_sum;
+}
+
+// The best token so far, and what a weight must reach to beat it.
+struct Best {
+  int64_t id;
+  double total;
+  float per_word;  // times half the word
+  float least;     // whatever the word
+  void take(int64_t token, double value) {
+    id = token;
+    total = value;
+    const double scale = plain_exp(value) * (1.0 - 1e-4);  // far more than the error of a weight in fp32
+    per_word = float(scale * 0x1p-31);
+    least = float(scale * 0x1p-33);
+  }
+};
+
+// argmax of y + noise over the tokens whose weight is not negative. A token with weight w beats a total t only if
+// w / E >= e^t, and E >= u: noise is worked out only where w >= u e^t, and words only where that can be.
+ALWAYS_INLINE int64_t draw(const Row& row, const float* weight, int64_t first) {
+  const uint32_t key0 = uint32_t(row.seed), key1 = uint32_t(row.seed >> 32);
+  const Words word = philox({{row.position, row.candidate, uint32_t(first / 4), 0}}, key0, key1);
+  Best best;
+  best.take(first, total_of(row.x[first], row.top, row.temperature, word.w[first % 4]));
+
+  int64_t starts[kGroups] = {};
+  uint32_t blocks[4 * kGroups], words[16 * kGroups];
+  int groups = 0;
+  for (int64_t start = 0; start < row.count; start += kLanes) {
+    if (any_reaches(weight + start, best.least)) starts[groups++] = start;
+    if (groups < kGroups && start + kLanes < row.count) continue;
+    for (int i = 0; i < 4 * kGroups; ++i) blocks[i] = uint32_t(starts[i / 4] / 4) + uint32_t(i % 4);
+    for (int i = 0; i < 4 * kGroups; ++i) {
+      const Words w = philox({{row.position, row.candidate, blocks[i], 0}}, key0, key1);
+      for (int j = 0; j < 4; ++j) words[4 * i + j] = w.w[j];
+    }
+    for (int group = 0; group < groups; ++group) {
+      const float* w = weight + starts[group];
+      const uint32_t* own = words + kLanes * group;
+      int any = 0;
+      for (int l = 0; l < kLanes; ++l) any |= float(int32_t(own[l] >> 1)) * best.per_word <= w[l];
+      if (!any) continue;
+      for (int l = 0; l < kLanes; ++l) {
+        if (!(float(int32_t(own[l] >> 1)) * best.per_word <= w[l])) continue;
+        const int64_t id = starts[group] + l;
+        const double total = total_of(row.x[id], row.top, row.temperature, own[l]);
+        if (total > best.total || (total == best.total && id < best.id)) best.take(id, total);
+      }
+    }
+    groups = 0;
+  }
+  return best.id;
+}
+
+ALWAYS_INLINE void sample_row(const SampleArguments& a, const SampleScratch& scratch, int64_t number) {
+  const float* logits = a.logits + number * a.width;
+  const float all_top = largest(logits, a.width);
+  Row row{logits,
+          a.vocab,
+          all_top,
+          a.temperature[number],
+          a.top_k[number],
+          a.top_p[number],
+          a.min_p[number],
+          uint64_t(a.seeds[number]),
+          uint32_t(a.positions[number]),
+          uint32_t(a.candidates[number])};
+  const int64_t* forbidden = a.forbidden + a.forbidden_offsets[number];
+  const int64_t* forbidden_end = a.forbidden + a.forbidden_offsets[number + 1];
+  const bool whole = forbidden == forbidden_end && a.vocab == a.width;
+  if (forbidden != forbidden_end) {
+    std::memcpy(scratch.allowed, logits, size_t(a.vocab) * sizeof(float));
+    for (; forbidden != forbidden_end; ++forbidden)
+      if (*forbidden < a.vocab) scratch.allowed[*forbidden] = -INFINITY;
+    row.x = scratch.allowed;
+  }
+  if (!whole) row.top = largest(row.x, row.count);
+
+  const int64_t labels = a.label_offsets[number], labels_end = a.label_offsets[number + 1];
+  if (all_top == INFINITY || row.top == -INFINITY) {  // no distribution
+    a.ids[number] = 0;
+    a.raw[number] = a.sampled[number] = NAN;
+    for (int64_t i = labels; i < labels_end; ++i) a.labels[i] = NAN;
+    return;
+  }
+  double weight_sum = -1.0, all_sum;
+  if (whole && row.temperature == 1.0f)
+    weight_sum = all_sum = weigh<true, false>(logits, a.width, all_top, 1.0f, scratch.weight);
+  else
+    all_sum = weigh<false, false>(logits, a.width, all_top, 1.0f, nullptr);
+  const double log_sum = plain_log(all_sum);
+  const auto raw = [&](int64_t id) { return float((double(logits[id]) - all_top) - log_sum); };
+  for (int64_t i = labels; i < labels_end; ++i) a.labels[i] = raw(a.label_ids[i]);
+
+  int64_t id = 0;
+  while (row.x[id] != row.top) ++id;
+  float sampled = 0.0f;
+  if (row.temperature != 0.0f) {
+    weight_sum = truncate(row, scratch, weight_sum);
+    id = draw(row, scratch.weight, id);
+    sampled = float((double(row.x[id]) - row.top) / row.temperature - plain_log(weight_sum));
+  }
+  a.ids[number] = id;
+  a.raw[number] = raw(id);
+  a.sampled[number] = sampled;
+}
+
+void run(const SampleArguments& a, const SampleScratch& scratch, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) sample_row(a, scratch, row);
+}
