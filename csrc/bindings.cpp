@@ -189,33 +189,45 @@ void swiglu(const py::array& gate_up, py::array& out, int threads, const std::st
   selfreward::swiglu(arguments, threads, run);
 }
 
-// Every position lies within its table, and every entry that a row needs is a page.
-void check_tables(const selfreward::ChunkAttentionArguments& a, int64_t blocks) {
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t position = a.positions[row], limit = a.chunks * a.size;
-    if (position < 0 || position >= limit)
-      throw py::value_error("positions[" + std::to_string(row) + "] is " + std::to_string(position) +
-                            "; expected 0 or more and below " + std::to_string(limit) + ", the " +
-                            std::to_string(a.chunks) + " chunks of " + std::to_string(a.size) + " of tables");
-    for (int64_t chunk = 0; chunk * a.size <= position; ++chunk) {
-      const int64_t page = a.tables[row * a.chunks + chunk];
-      if (page < 0 || page >= blocks)
-        throw py::value_error("tables[" + std::to_string(row) + ", " + std::to_string(chunk) + "] is " +
-                              std::to_string(page) + "; expected 0 or more and below " + std::to_string(blocks) +
-                              ", the blocks of key_pages");
-    }
+// Every item names a page and rows, and the items of a row are its chunks 0, 1, ... up to its position's, in this
+// order.
+void check_items(const selfreward::ChunkAttentionArguments& a, int64_t blocks) {
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (a.positions[row] < 0)
+      throw py::value_error("positions[" + std::to_string(row) + "] is " + std::to_string(a.positions[row]) +
+                            "; expected 0 or more");
+  std::vector<int64_t> next(size_t(a.rows), 0);  // chunk of each row
+  for (int64_t i = 0; i < a.item_count; ++i) {
+    const int64_t *item = a.items + 4 * i, page = item[0], chunk = item[1], first = item[2], last = item[3];
+    const std::string name = "items[" + std::to_string(i) + "]";
+    if (page < 0 || page >= blocks)
+      throw py::value_error(name + " has page " + std::to_string(page) + "; expected 0 or more and below " +
+                            std::to_string(blocks) + ", the blocks of key_pages");
+    if (first < 0 || first >= last || last > a.rows)
+      throw py::value_error(name + " has rows " + std::to_string(first) + " to " + std::to_string(last) +
+                            "; expected at least one of the " + std::to_string(a.rows) + " rows of q");
+    for (int64_t row = first; row < last; ++row)
+      if (next[size_t(row)]++ != chunk)
+        throw py::value_error(name + " has chunk " + std::to_string(chunk) + "; expected " +
+                              std::to_string(next[size_t(row)] - 1) + ", the next one of row " + std::to_string(row));
   }
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (next[size_t(row)] != a.positions[row] / a.size + 1)
+      throw py::value_error("items have " + std::to_string(next[size_t(row)]) + " chunks of row " +
+                            std::to_string(row) + "; expected " + std::to_string(a.positions[row] / a.size + 1) +
+                            " of " + std::to_string(a.size) + " slots for its position " +
+                            std::to_string(a.positions[row]));
 }
 
 void chunk_attention(const py::array& q, const py::array& key_pages, const py::array& value_pages,
-                     const py::array& tables, const py::array& positions, py::array& out, int threads,
+                     const py::array& items, const py::array& positions, py::array& out, int threads,
                      const std::string& level) {
   check<float>("q", q, {-1, -1, -1});
   const py::ssize_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2);
   check<float>("key_pages", key_pages, {-1, -1, dim, -1});
   const py::ssize_t blocks = key_pages.shape(0), groups = key_pages.shape(1), size = key_pages.shape(3);
   check<float>("value_pages", value_pages, {blocks, groups, size, dim});
-  check<int64_t>("tables", tables, {rows, -1});
+  check<int64_t>("items", items, {-1, 4});
   check<int64_t>("positions", positions, {rows});
   check<float>("out", out, {rows, heads, dim});
   check_written("out", out);
@@ -228,14 +240,14 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
   check_apart("q", q, "out", out);
   check_apart("key_pages", key_pages, "out", out);
   check_apart("value_pages", value_pages, "out", out);
-  check_apart("tables", tables, "out", out);
+  check_apart("items", items, "out", out);
   check_apart("positions", positions, "out", out);
   check_threads(threads);
-  const selfreward::ChunkAttentionItems run = find_level(selfreward::chunk_attention_level, level).run;
+  const selfreward::ChunkAttentionRun run = find_level(selfreward::chunk_attention_level, level).run;
   const selfreward::ChunkAttentionArguments arguments{static_cast<const float*>(q.data()),
                                                       static_cast<const float*>(key_pages.data()),
                                                       static_cast<const float*>(value_pages.data()),
-                                                      static_cast<const int64_t*>(tables.data()),
+                                                      static_cast<const int64_t*>(items.data()),
                                                       static_cast<const int64_t*>(positions.data()),
                                                       static_cast<float*>(out.mutable_data()),
                                                       rows,
@@ -243,8 +255,8 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
                                                       groups,
                                                       dim,
                                                       size,
-                                                      tables.shape(1)};
-  check_tables(arguments, blocks);
+                                                      items.shape(0)};
+  check_items(arguments, blocks);
   py::gil_scoped_release release;
   selfreward::chunk_attention(arguments, threads, run);
 }
@@ -317,12 +329,12 @@ void sample(const py::array& logits, const py::array& temperature, const py::arr
   check<float>("sampled", sampled, {rows});
   check<float>("labels", labels, {label_ids.shape(0)});
   const std::pair<const char*, const py::array*> inputs[] = {
-      {"logits", &logits},         {"temperature", &temperature},
-      {"top_k", &top_k},           {"top_p", &top_p},
-      {"min_p", &min_p},           {"seeds", &seeds},
-      {"positions", &positions},   {"candidates", &candidates},
-      {"forbidden", &forbidden},   {"forbidden_offsets", &forbidden_offsets},
-      {"label_ids", &label_ids},   {"label_offsets", &label_offsets}};
+      {"logits", &logits},       {"temperature", &temperature},
+      {"top_k", &top_k},         {"top_p", &top_p},
+      {"min_p", &min_p},         {"seeds", &seeds},
+      {"positions", &positions}, {"candidates", &candidates},
+      {"forbidden", &forbidden}, {"forbidden_offsets", &forbidden_offsets},
+      {"label_ids", &label_ids}, {"label_offsets", &label_offsets}};
   const std::pair<const char*, const py::array*> outputs[] = {
       {"ids", &ids}, {"raw", &raw}, {"sampled", &sampled}, {"labels", &labels}};
   for (size_t i = 0; i < std::size(outputs); ++i) {
@@ -391,11 +403,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
         "Fill out [rows, ffn] fp32 from gate_up [rows, 2 * ffn], gate first. level, threads as in rms_norm.");
   m.def(
-      "chunk_attention", &chunk_attention, py::arg("q"), py::arg("key_pages"), py::arg("value_pages"),
-      py::arg("tables"), py::arg("positions"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
+      "chunk_attention", &chunk_attention, py::arg("q"), py::arg("key_pages"), py::arg("value_pages"), py::arg("items"),
+      py::arg("positions"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
       "Fill out [rows, heads, dim] fp32 from q [rows, heads, dim], key_pages [blocks, groups, dim, size], value_pages\n"
-      "[blocks, groups, size, dim], tables int64 [rows, chunks], positions int64 [rows]: a row at position p sees the\n"
-      "slots 0 .. p of its table's pages and reads no others. level, threads as in rms_norm.");
+      "[blocks, groups, size, dim], items int64 [items, 4], positions int64 [rows]. An item is a page, which chunk of\n"
+      "its rows' contexts it is, their first and behind the last; a row's items are its chunks 0 .. position // size "
+      "in\n"
+      "this order. Slots that no row of an item sees are not read. How rows are grouped into items changes no bits;\n"
+      "level, threads as in rms_norm.");
   m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
         py::arg("min_p"), py::arg("seeds"), py::arg("positions"), py::arg("candidates"), py::arg("vocab"),
         py::arg("forbidden_offsets"), py::arg("forbidden"), py::arg("label_offsets"), py::arg("label_ids"),

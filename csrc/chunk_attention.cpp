@@ -1,4 +1,5 @@
-// A row folds the chunks (pages) of its context in ascending order; kernels/chunk_attention.py has the formulas.
+// A row folds the chunks (pages) of its context in ascending order; kernels/chunk_attention.py has the formulas. The
+// work comes as items: a page, which chunk it is, and the run of rows that have it in their context.
 //
 // Order of the arithmetic, the contract of this file. q is scaled first: q' = q * (1 / sqrt(D)).
 //   score of a slot     over D: ascending FMA chains of 16 products from zero, their results added in ascending order;
@@ -10,63 +11,71 @@
 // Chains of 16 cost nothing and give 0.66 to 0.91 of the rms error of torch's softmax attention; one chain over D = 128
 // gave 2.0 times that error.
 // A chunk whose scores are all -inf (keys that overflow) weighs nothing. Nothing of this depends on other rows, other
-// heads, threads or the tile in registers.
+// heads, the item's rows, threads or the tile in registers. Where the rows of an item see different numbers of slots, a
+// row's chains take its own slots alone; that a chain with none of them adds +0 to a total changes no bit, because a
+// total begins at +0 and so never is -0.
 //
-// Slots that a row does not see and pages that it does not need are not read: whatever they hold, NaN too, does not
-// reach the result, so fresh pages need no clearing (the torch reference needs their values to be finite).
+// Slots that no row of an item sees and pages that no item names are not read: whatever they hold, NaN too, does not
+// reach the result, so fresh pages need no clearing.
 //
-// Loop order: groups, then rows, so that neighbouring rows of one sequence find the group's chunks in the second-level
-// cache; then chunks; a chunk's keys and values are read once for all query heads of the group (in tiles of 4).
-// Asking for the next chunk's pages in advance was rejected: 1.2 to 1.4 times faster at best, where every row has
-// pages of its own (64 rows of 512 tokens), 1.9 times slower where 64 rows share theirs.
+// Loop order: a job is a range of groups and a range of rows, whose states it alone holds, so jobs need no
+// synchronisation; in it items as listed, of an item the groups, then blocks of 32 queries (a row's head): scores of
+// the block, its weights, then its values straight into the states, in tiles of 4 queries. So a page is read from
+// memory once for all rows of its item that are in the job. Where few rows share an item, a job has all groups, because
+// then a page is one stretch of memory; where many do, it has one group, so that it can have many rows. While the first
+// tile of queries works, it asks for the next page, line by line.
 //
-// Measured on one thread of an AMD EPYC (family 26, AVX-512; microseconds with the call from Python; torch: the
-// reference in kernels/chunk_attention.py), 12 heads of 64, pages of 64:
-//   rows x context           1 x 64    1 x 512     8 x 64    8 x 512    64 x 64   64 x 512   256 x 64  256 x 512
-//   torch, own pages             52        476        164      1,665      2,133     15,751      9,699     82,628
-//   own pages                    10         40         42        515        514      8,745      4,012     36,449
-//     on two threads             10         39         43        330        282      4,553      1,914     24,431
-//   torch, shared pages          52        482        156      1,403      1,284     10,674      7,927     65,003
-//   shared pages                 10         40         23        189        128      1,312        482      4,973
-//     on two threads             10         39         24        137        112        718        337      2,609
-// Own pages of 64 x 512 are 201 MB: memory bounds them.
-
 #include "chunk_attention.h"
 
 #include <algorithm>
-#include <vector>
+#include <atomic>
+#include <memory>
 
-#include "runs.h"
+#include "threads.h"
+
+#ifdef __GNUC__
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address) (void)(address)
+#endif
 
 namespace selfreward {
 namespace {
 
-constexpr int64_t kChain = 16;  // products in one FMA chain: part of the numbers
-constexpr int64_t kAlign = 16;  // floats in a cache line
+constexpr int64_t kChain = 16;        // products in one FMA chain: part of the numbers
+constexpr int64_t kLine = 16;         // floats in a cache line
+constexpr int64_t kBlock = 32;        // queries whose scores are held at a time
+constexpr int64_t kStates = 1 << 16;  // floats of a job's queries and states at most: 256 KB, a part of the
+                                      // second-level cache
+constexpr int64_t kShared = 16;  // queries of a group and item on average from which on a job has one group
 
 // `count` rounded up to whole vectors of 16.
 inline int64_t whole(int64_t count) { return (count + 15) / 16 * 16; }
 
-// What one item needs, per query head of its group: rows padded to whole vectors.
+// What one job needs: rows padded to whole vectors.
 struct Scratch {
-  int64_t width, slots;                 // whole(dim), whole(size)
-  float *q, *scores, *partial, *state;  // q scaled, partial and state [heads, width]; scores [heads, slots]
-  float *partial_max, *partial_sum, *state_max, *state_sum;  // [heads]
+  int64_t width, slots;              // whole(dim), whole(size)
+  float *q, *state;                  // q scaled, sum of weighted values [queries, width]
+  float *state_max, *state_sum;      // [queries]
+  float* scores;                     // then weights [kBlock, slots]
+  float *partial_max, *partial_sum;  // [kBlock]
+  float *kept, *added;               // factors of the state and of the partial [kBlock]
 
-  static int64_t floats(const ChunkAttentionArguments& a) {
-    return whole(a.heads / a.groups * (3 * whole(a.dim) + whole(a.size) + 4));
+  static int64_t floats(const ChunkAttentionArguments& a, int64_t queries) {
+    return 2 * queries * whole(a.dim) + 2 * whole(queries) + kBlock * (whole(a.size) + 4);
   }
 
-  Scratch(const ChunkAttentionArguments& a, float* memory) : width(whole(a.dim)), slots(whole(a.size)) {
-    const int64_t heads = a.heads / a.groups;
+  Scratch(const ChunkAttentionArguments& a, int64_t queries, float* memory)
+      : width(whole(a.dim)), slots(whole(a.size)) {
     q = memory;
-    partial = q + heads * width;
-    state = partial + heads * width;
-    scores = state + heads * width;
-    partial_max = scores + heads * slots;
-    partial_sum = partial_max + heads;
-    state_max = partial_sum + heads;
-    state_sum = state_max + heads;
+    state = q + queries * width;
+    state_max = state + queries * width;
+    state_sum = state_max + whole(queries);
+    scores = state_sum + whole(queries);
+    partial_max = scores + kBlock * slots;
+    partial_sum = partial_max + kBlock;
+    kept = partial_sum + kBlock;
+    added = kept + kBlock;
   }
 };
 
@@ -78,18 +87,57 @@ struct Scratch {
 
 namespace selfreward {
 
-Level<ChunkAttentionItems> chunk_attention_level(int index) { return level_at(index); }
+Level<ChunkAttentionRun> chunk_attention_level(int index) { return level_at(index); }
 
-void chunk_attention(const ChunkAttentionArguments& a, int threads, ChunkAttentionItems items) {
+namespace {
+
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Groups x rows in parts of at most `groups` x `rows`.
+struct Jobs {
+  int64_t groups, rows;
+
+  Jobs(const ChunkAttentionArguments& a, int64_t workers) {
+    int64_t shared = 0;  // rows, over the items
+    for (int64_t i = 0; i < a.item_count; ++i) shared += a.items[4 * i + 3] - a.items[4 * i + 2];
+    const int64_t heads = a.heads / a.groups, row = 2 * heads * whole(a.dim);  // floats of a row and group
+    if (shared * heads < kShared * a.item_count) {
+      const int64_t wanted = workers > 1 ? 2 * workers : 1;
+      rows = std::clamp<int64_t>(kStates / (row * a.groups), 1, divided_up(a.rows, wanted));
+      groups = divided_up(a.groups, divided_up(wanted, divided_up(a.rows, rows)));
+    } else {
+      const int64_t wanted = workers > 1 ? 4 * workers : 1;
+      groups = 1;
+      rows = std::clamp<int64_t>(kStates / row, 1, divided_up(a.rows, divided_up(wanted, a.groups)));
+    }
+  }
+
+  int64_t count(const ChunkAttentionArguments& a) const {
+    return divided_up(a.groups, groups) * divided_up(a.rows, rows);
+  }
+
+  ChunkAttentionJob at(const ChunkAttentionArguments& a, int64_t index) const {
+    const int64_t ranges = divided_up(a.rows, rows), group = index / ranges * groups, row = index % ranges * rows;
+    return {group, std::min(a.groups, group + groups), row, std::min(a.rows, row + rows)};
+  }
+};
+
+}  // namespace
+
+void chunk_attention(const ChunkAttentionArguments& a, int threads, ChunkAttentionRun run) {
+  if (a.rows == 0) return;
   int64_t keys = 0;
   for (int64_t row = 0; row < a.rows; ++row) keys += a.positions[row] + 1;
-  const int64_t cost = a.rows ? 2 * keys / a.rows * a.dim * (a.heads / a.groups) : 0;  // of an item on average
-  const Runs runs(a.rows * a.groups, cost, threads);
-  const int64_t floats = Scratch::floats(a);
-  std::vector<float> memory(size_t(runs.count * floats + kAlign));
-  float* scratch = memory.data() + kAlign - (reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float)) % kAlign;
-  parallel_runs(runs, threads,
-                [&](int64_t run, int64_t first, int64_t last) { items(a, first, last, scratch + run * floats); });
+  // A thread is worth waking for 2^20 multiply-adds, some 40 microseconds.
+  const int64_t workers = std::clamp<int64_t>(2 * keys * a.dim * a.heads >> 20, 1, threads);
+  const Jobs jobs(a, workers);
+  const int64_t count = jobs.count(a), floats = Scratch::floats(a, jobs.groups * jobs.rows * (a.heads / a.groups));
+  const std::unique_ptr<float[]> memory(new float[size_t(workers * floats + kLine)]);
+  float* scratch = memory.get() + kLine - (reinterpret_cast<uintptr_t>(memory.get()) / sizeof(float)) % kLine;
+  std::atomic<int64_t> next{0};
+  parallel_for(workers, threads, [&](int64_t worker) {
+    for (int64_t i = next++; i < count; i = next++) run(a, jobs.at(a, i), scratch + worker * floats);
+  });
 }
 
 }  // namespace selfreward

@@ -186,7 +186,7 @@ class Reader:
             raise InputError(f"prompt {index}: label_token_ids holds {bad}; {self._vocabulary()}")
         limit = min(params.max_tokens, self.max_model_len - len(ids))
         seed = params.seed if params.seed is not None else self._own_seed()
-        stops = stop_ids(params, self.tokenizer)
+        stops = [token for token in stop_ids(params, self.tokenizer) if token < self.vocab_size]
         return Request(Group(index, ids, [limit] * params.n), params, seed, stops)
 
     def _own_seed(self) -> int:

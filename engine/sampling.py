@@ -1,18 +1,15 @@
-"""How a token is drawn from logits: parameters, truncations, and the pick by Gumbel noise.
-
-Plain functions over [rows, vocab], one row per (sequence, candidate); every operation works row by row, so a row's
-result does not depend on its neighbours. Order: temperature, then top-k, then top-p over what is left, then min-p.
-"""
+"""What is asked of a token: a user's parameters, and the rules for a batch of rows that `ops.sample_rows` draws by."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from engine import ops
 from engine.errors import InputError
 
 
@@ -20,10 +17,9 @@ from engine.errors import InputError
 class SamplingParams:
     """What to sample. `temperature=0` is greedy; `top_k=0`, `top_p=1`, `min_p=0` switch a truncation off.
 
-    `logprobs=1` returns the raw log-prob (temperature 1, before truncation) of every sampled token, `label_token_ids` those
-    of the given tokens at every step. `seed=None` draws a
-    seed from the engine's request counter, so results then depend on the order of requests. In the first `min_tokens`
-    tokens EOS and `stop_token_ids` cannot be drawn, and stop strings are not looked for.
+    `logprobs=1` returns the raw log-prob (temperature 1, before truncation) of every sampled token, `label_token_ids`
+    those of the given tokens at every step. `seed=None` draws a seed from the engine's request counter, so results then
+    depend on the order of requests. In the first `min_tokens` tokens EOS and `stop_token_ids` cannot be drawn, and stop strings are not looked for.
     """
 
     n: int = 1
@@ -81,92 +77,42 @@ class SamplingParams:
             )
 
 
-@dataclass(frozen=True)
-class RowParams:
-    """The truncation parameters of a tile, one value per row: all [rows, 1]."""
-
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-
-    @staticmethod
-    def of(params: Sequence[SamplingParams]) -> RowParams:
-        def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype)[:, None]
-
-        return RowParams(
-            column([p.temperature for p in params], torch.float32),
-            column([p.top_k for p in params], torch.int64),
-            column([p.top_p for p in params], torch.float64),
-            column([p.min_p for p in params], torch.float64),
-        )
-
-    @property
-    def cuts(self) -> torch.Tensor:
-        """Which rows cut anything off: bool [rows, 1]."""
-        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
-
-    @property
-    def truncates(self) -> bool:
-        """Whether any row of the tile cuts anything off (a row that does not gets the same bits either way)."""
-        return bool(self.cuts.any())
+GREEDY = SamplingParams(temperature=0.0)
 
 
-def tempered(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
-    """log-probs [rows, vocab] fp32 at each row's temperature; a greedy row at temperature 1 (its pick ignores them)."""
-    greedy = params.temperature == 0
-    return torch.log_softmax(logits / torch.where(greedy, 1.0, params.temperature), dim=-1)
+class Query(NamedTuple):
+    """One token to draw, or only log-probs to read (`labels`), from the logits of a computed row."""
+
+    row: int
+    params: SamplingParams = GREEDY
+    seed: int = 0
+    position: int = 0  # of the token in its sequence
+    candidate: int = 0
+    forbidden: Sequence[int] = ()
+    labels: Sequence[int] = ()
 
 
-def kept(logp: torch.Tensor, params: RowParams) -> torch.Tensor:
-    """Which tokens survive top-k, top-p and min-p: bool [rows, vocab]; at least the likeliest one always does.
-
-    top-p keeps the smallest set of likeliest tokens whose mass reaches top_p, of what top-k left, renormalised. Among
-    equally likely tokens the lower id comes first, so ties at a boundary are cut by id. min-p keeps what is at least
-    min_p times as likely as the likeliest. Masses are summed in fp64: fp32 resolves 6e-8, and the tokens at the
-    boundary of a wide nucleus weigh less.
-    """
-    order = torch.sort(logp, dim=-1, descending=True, stable=True)
-    ranks = torch.arange(logp.shape[-1], device=logp.device)[None, :]
-    by_k = (params.top_k == 0) | (ranks < params.top_k)
-    likelihood = (order.values.double() - order.values[:, :1]).exp()  # relative to the likeliest token
-    mass = torch.where(by_k, likelihood, 0.0)
-    upto = mass.cumsum(dim=-1)
-    before = F.pad(upto[:, :-1], (1, 0))  # mass of the likelier tokens
-    by_p = (params.top_p >= 1) | (before < params.top_p * upto[:, -1:])
-    by_min = likelihood >= params.min_p
-    keep = by_k & by_p & by_min  # the first rank passes all three: at least one token stays
-    return torch.zeros_like(keep).scatter(1, order.indices, keep)
-
-
-def forbid(logits: torch.Tensor, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-    """A copy of logits [rows, vocab] in which row i cannot draw the ids of tokens[i]; logits itself if there are none."""
-    places = [(row, token) for row, banned in enumerate(tokens) for token in banned if token < logits.shape[1]]
-    if not places:
-        return logits
-    rows, ids = zip(*places, strict=True)
-    return logits.index_put((torch.tensor(rows), torch.tensor(ids)), torch.tensor(-math.inf))
+def draw_rules(queries: Sequence[Query], vocab: int) -> ops.DrawRules:
+    """The rules of all queries; ids from `vocab` on are never drawn."""
+    params = [query.params for query in queries]
+    forbidden_offsets, forbidden = ops.ragged([query.forbidden for query in queries])
+    label_offsets, label_ids = ops.ragged([query.labels for query in queries])
+    return ops.DrawRules(
+        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        top_k=torch.tensor([p.top_k for p in params]),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float64),
+        seeds=torch.tensor([_signed(query.seed) for query in queries]),
+        positions=torch.tensor([query.position for query in queries]),
+        candidates=torch.tensor([query.candidate for query in queries]),
+        vocab=vocab,
+        forbidden_offsets=forbidden_offsets,
+        forbidden=forbidden,
+        label_offsets=label_offsets,
+        label_ids=label_ids,
+    )
 
 
-def sample(
-    logits: torch.Tensor, params: RowParams, noise: torch.Tensor, forbidden: Sequence[Sequence[int]] = ()
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw one token per row: argmax of the kept log-probs plus Gumbel noise; greedy rows take the likeliest token.
-
-    logits and noise [rows, vocab] fp32 -> ids int64 [rows]; raw log-prob (temperature 1, untruncated) [rows]; log-prob
-    under the distribution that was sampled [rows] (0 for greedy rows). The lowest id wins ties. forbidden: ids that row i
-    must not draw (nothing, or one sequence per row). A row that holds NaN or +inf, or nothing above -inf, has a NaN raw
-    log-prob: the caller knows the row's name.
-    """
-    raw = torch.log_softmax(logits, dim=-1)
-    logits = forbid(logits, forbidden)
-    logp = tempered(logits, params)
-    if params.truncates:
-        logp = logp.masked_fill(~kept(logp, params), -math.inf)
-    greedy = params.temperature == 0
-    ids = torch.where(greedy, logits, logp + noise).argmax(dim=-1, keepdim=True)
-    drawn = logp.gather(1, ids)
-    if params.truncates:  # rows that do not truncate keep their bits: the sum's log is 0 only to rounding
-        drawn = torch.where(params.cuts, drawn - torch.logsumexp(logp, dim=-1, keepdim=True), drawn)
-    return ids.squeeze(1), raw.gather(1, ids).squeeze(1), torch.where(greedy, 0.0, drawn).squeeze(1)
+def _signed(seed: int) -> int:
+    """The same 64 bits as a signed integer, which is what an int64 tensor holds."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
