@@ -21,11 +21,11 @@ class Batch(NamedTuple):
     items: torch.Tensor  # [I, 4] int64: page, chunk, first row, last row (exclusive); ascending chunks
     copies: torch.Tensor  # [C, 3] int64: source block, target block, tokens
     slots_read: int  # keys that the items read
-    slots_seen: int  # keys that the rows see: what is read without grouping
+    slots_ungrouped: int  # keys that would be read if every sequence read its own context
 
 
 def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
-    """grouped False: one item per row and chunk, for measurement; the results are the same bits."""
+    """grouped False: every sequence reads its own context, for measurement; the results are the same bits."""
     works = plan.work
     starts = np.array([work.start for work in works])
     counts = np.array([work.stop for work in works]) - starts
@@ -40,17 +40,15 @@ def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
     first_page = np.cumsum(lengths) - lengths
     slots = pages[first_page[work_of_row] + positions // block_size] * block_size + positions % block_size
 
-    if grouped:  # a chunk of a sequence is needed by its rows from the chunk's first position on
-        work_of_page = np.repeat(np.arange(len(works)), lengths)
-        chunks = np.arange(len(pages)) - first_page[work_of_page]
-        begin = first_row[work_of_page] + np.maximum(chunks * block_size - starts[work_of_page], 0)
-        end = (first_row + counts)[work_of_page]
-        items = _merged(np.stack((pages, chunks, begin, end), axis=1)[begin < end])
-    else:
-        seen = positions // block_size + 1
-        row = np.repeat(np.arange(len(positions)), seen)
-        chunks = np.arange(len(row)) - (np.cumsum(seen) - seen)[row]
-        items = _ascending(np.stack((pages[first_page[work_of_row[row]] + chunks], chunks, row, row + 1), axis=1))
+    # A chunk of a sequence is needed by its rows from the chunk's first position on.
+    work_of_page = np.repeat(np.arange(len(works)), lengths)
+    chunks = np.arange(len(pages)) - first_page[work_of_page]
+    begin = first_row[work_of_page] + np.maximum(chunks * block_size - starts[work_of_page], 0)
+    end = (first_row + counts)[work_of_page]
+    items = np.stack((pages, chunks, begin, end), axis=1)[begin < end]
+    items = items[np.argsort(items[:, 1], kind="stable")]  # by chunk, then by row
+    if grouped:
+        items = _merged(items)
     last = np.maximum.reduceat(np.append(positions, 0), items[:, 2:].ravel())[::2]  # the furthest row of each item
     return Batch(
         torch.from_numpy(tokens),
@@ -59,18 +57,12 @@ def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
         torch.from_numpy(items),
         torch.tensor([(c.source, c.target, c.tokens) for c in plan.copies], dtype=torch.int64).view(-1, 3),
         int(np.minimum(last - items[:, 1] * block_size + 1, block_size).sum()),
-        int((positions + 1).sum()),
+        int((starts + counts).sum()),
     )
-
-
-def _ascending(items: np.ndarray) -> np.ndarray:
-    """By chunk, then by row."""
-    return items[np.argsort(items[:, 1], kind="stable")]
 
 
 def _merged(items: np.ndarray) -> np.ndarray:
     """Items of neighbouring rows with the same page and chunk become one."""
-    items = _ascending(items)
     page, chunk, begin, end = items.T
     new = np.ones(len(items), dtype=bool)
     new[1:] = (page[1:] != page[:-1]) | (chunk[1:] != chunk[:-1]) | (begin[1:] != end[:-1])

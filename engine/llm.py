@@ -129,7 +129,8 @@ class LLM:
         computed_rows: tokens that went through the model, recomputed_tokens among them; prefix_tokens_saved: prompt tokens
         that other requests had computed, fork_tokens_saved: that a request's first candidate had computed for the others.
         seconds: time spent in steps, scheduler_seconds: of it in planning, laying out and committing.
-        kv_bytes_read: keys and values read by attention, kv_bytes_ungrouped: what every row reading alone would read.
+        kv_bytes_read: keys and values read by attention, kv_bytes_ungrouped: what they would be if every
+        sequence read its own.
         """
         scheduler, stats = self._scheduler, self._stats
         return {
@@ -320,7 +321,7 @@ class LLM:
             computed_rows=plan.rows,
             new_tokens=len(drawn),
             kv_bytes_read=batch.slots_read * self._slot_bytes,
-            kv_bytes_ungrouped=batch.slots_seen * self._slot_bytes,
+            kv_bytes_ungrouped=batch.slots_ungrouped * self._slot_bytes,
             seconds=ended - started,
             scheduler_seconds=planned - started + ended - computed,
         )
