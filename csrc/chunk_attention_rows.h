@@ -1,11 +1,11 @@
 // One instruction level's chunk_attention: included by levels.h.
 
-// Registers: queries x vectors of a tile's sums at most. Its size changes no bits: a sum is one chain whatever is
-// beside it.
+// A tile's sums are at most kQueries x kVectors vectors; where they are fewer than kBusy, chains run side by side, as
+// the processor needs so many at once. This changes no bits: a chain is one whatever is beside it.
 #if SELFREWARD_LANES == 16
-constexpr int kQueries = 4, kVectors = 4;
+constexpr int kQueries = 4, kVectors = 4, kBusy = 8;
 #else
-constexpr int kQueries = 2, kVectors = 2;
+constexpr int kQueries = 2, kVectors = 2, kBusy = 4;
 #endif
 
 // How far the sums of a tile's queries go: query q to each[q]; `least` and `most` of them.
@@ -21,23 +21,45 @@ struct Matrix {
   Matrix from(int64_t column) const { return {at + column, stride, ahead}; }
 };
 
-// sums[q, :] += a[q, k] * b[k, :] for start <= k < stop; Ragged: only where k < each[q].
+// sums[q, :] += a[q, k] * b[k, :]; Ragged: only where k < each[q].
 template <int Q, int V, bool Partial, bool Ragged>
-ALWAYS_INLINE void chain(const float* a, int64_t a_stride, const Matrix& b, int64_t start, int64_t stop,
-                         const int64_t* each, int last, Vec (&sums)[Q][V]) {
-  for (int64_t k = start; k < stop; ++k) {
-    Vec x[V];
-    for (int v = 0; v < V; ++v) {
-      const float* at = b.at + k * b.stride + v * kLanes;
-      PREFETCH(at + b.ahead);
-      x[v] = Partial && v == V - 1 ? Vec::load_part(at, last) : Vec::load(at);
-    }
-    for (int q = 0; q < Q; ++q) {
-      if (Ragged && k >= each[q]) continue;
-      const Vec factor = Vec::broadcast(a[q * a_stride + k]);
-      for (int v = 0; v < V; ++v) sums[q][v] = fma(factor, x[v], sums[q][v]);
-    }
+ALWAYS_INLINE void add_product(const float* a, int64_t a_stride, const Matrix& b, int64_t k, const int64_t* each,
+                               int last, Vec (&sums)[Q][V]) {
+  Vec x[V];
+  for (int v = 0; v < V; ++v) {
+    const float* at = b.at + k * b.stride + v * kLanes;
+    PREFETCH(at + b.ahead);
+    x[v] = Partial && v == V - 1 ? Vec::load_part(at, last) : Vec::load(at);
   }
+  for (int q = 0; q < Q; ++q) {
+    if (Ragged && k >= each[q]) continue;
+    const Vec factor = Vec::broadcast(a[q * a_stride + k]);
+    for (int v = 0; v < V; ++v) sums[q][v] = fma(factor, x[v], sums[q][v]);
+  }
+}
+
+template <int Q, int V>
+ALWAYS_INLINE void clear(Vec (&sums)[Q][V]) {
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v) sums[q][v] = Vec::broadcast(0.0f);
+}
+
+template <int Q, int V>
+ALWAYS_INLINE void add(const Vec (&sums)[Q][V], Vec (&totals)[Q][V]) {
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v) totals[q][v] = totals[q][v] + sums[q][v];
+}
+
+// C whole chains, which run side by side, added to the totals in their order.
+template <int C, int Q, int V, bool Partial>
+ALWAYS_INLINE void add_chains(const float* a, int64_t a_stride, const Matrix& b, int64_t start, int last,
+                              Vec (&totals)[Q][V]) {
+  Vec sums[C][Q][V];
+  for (int c = 0; c < C; ++c) clear(sums[c]);
+  for (int64_t k = start; k < start + kChain; ++k)
+    for (int c = 0; c < C; ++c)
+      add_product<Q, V, Partial, false>(a, a_stride, b, k + c * kChain, nullptr, last, sums[c]);
+  for (int c = 0; c < C; ++c) add(sums[c], totals);
 }
 
 // For Q queries and 16 V columns, of which the last vector has `last`: sum[q, :] = sum over k of a[q, k] * b[k, :] in
@@ -46,22 +68,24 @@ ALWAYS_INLINE void chain(const float* a, int64_t a_stride, const Matrix& b, int6
 template <int Q, int V, bool Partial, bool Fold>
 ALWAYS_INLINE void tile(const float* a, int64_t a_stride, const Matrix& b, const Depths& depths, int last,
                         const float* kept, const float* added, float* out, int64_t out_stride) {
+  constexpr int kTogether = Q * V < kBusy ? kBusy / (Q * V) : 1;
   Vec totals[Q][V];
-  for (int q = 0; q < Q; ++q)
-    for (int v = 0; v < V; ++v) totals[q][v] = Vec::broadcast(0.0f);
-  for (int64_t start = 0; start < depths.most; start += kChain) {
+  clear(totals);
+  int64_t start = 0;
+  for (; start + kTogether * kChain <= depths.least; start += kTogether * kChain)
+    add_chains<kTogether, Q, V, Partial>(a, a_stride, b, start, last, totals);
+  if (kTogether > 1)
+    for (; start + kChain <= depths.least; start += kChain)
+      add_chains<1, Q, V, Partial>(a, a_stride, b, start, last, totals);
+  for (; start < depths.most; start += kChain) {
+    const int64_t stop = std::min(depths.most, start + kChain);
     Vec sums[Q][V];
-    for (int q = 0; q < Q; ++q)
-      for (int v = 0; v < V; ++v) sums[q][v] = Vec::broadcast(0.0f);
-    if (start + kChain <= depths.least) {
-      chain<Q, V, Partial, false>(a, a_stride, b, start, start + kChain, nullptr, last, sums);
-    } else {
-      const int64_t stop = std::min(depths.most, start + kChain), even = std::clamp(depths.least, start, stop);
-      chain<Q, V, Partial, false>(a, a_stride, b, start, even, nullptr, last, sums);
-      chain<Q, V, Partial, true>(a, a_stride, b, even, stop, depths.each, last, sums);
-    }
-    for (int q = 0; q < Q; ++q)
-      for (int v = 0; v < V; ++v) totals[q][v] = totals[q][v] + sums[q][v];
+    clear(sums);
+    int64_t k = start;
+    for (; k < std::min(depths.least, stop); ++k)
+      add_product<Q, V, Partial, false>(a, a_stride, b, k, nullptr, last, sums);
+    for (; Fold && k < stop; ++k) add_product<Q, V, Partial, true>(a, a_stride, b, k, depths.each, last, sums);
+    add(sums, totals);
   }
   for (int q = 0; q < Q; ++q)
     for (int v = 0; v < V; ++v) {
