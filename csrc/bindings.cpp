@@ -17,6 +17,7 @@
 #include "linear.h"
 #include "philox.h"
 #include "rms_norm.h"
+#include "rope_write.h"
 #include "sample.h"
 #include "swiglu.h"
 
@@ -286,6 +287,81 @@ void check_ragged(const char* offsets_name, const int64_t* offsets, int64_t rows
              "0 or more and below " + std::to_string(width) + ", the columns of logits");
 }
 
+// An array [rows, heads, dim] of fp32 whose rows are whole but may lie apart; returns how many floats apart.
+int64_t check_rows(const char* name, const py::array& array, py::ssize_t rows, py::ssize_t heads, py::ssize_t dim) {
+  const py::ssize_t item = sizeof(float);
+  if (!array.dtype().equal(py::dtype::of<float>()) || array.ndim() != 3 || array.shape(0) != rows ||
+      (heads >= 0 && array.shape(1) != heads) || array.shape(2) != dim)
+    check<float>(name, array, {rows, heads, dim});  // says what is wrong
+  if (array.strides(2) != item || array.strides(1) != dim * item || array.strides(0) < array.shape(1) * dim * item)
+    throw py::value_error(std::string(name) + " has strides " +
+                          shape_text({array.strides(), array.strides() + array.ndim()}) +
+                          " bytes; expected whole rows of [heads, dim]");
+  return array.strides(0) / item;
+}
+
+void rope_write(const py::array& q, const py::array& k, const py::array& v, const py::array& cos, const py::array& sin,
+                py::array& key_pages, py::array& value_pages, const py::array& slots, const py::array& copies,
+                py::array& out, int threads) {
+  check<float>("out", out, {-1, -1, -1});
+  check<float>("key_pages", key_pages, {-1, -1, -1, -1});
+  const py::ssize_t rows = out.shape(0), heads = out.shape(1), dim = out.shape(2);
+  const py::ssize_t blocks = key_pages.shape(0), groups = key_pages.shape(1), size = key_pages.shape(3);
+  check<float>("key_pages", key_pages, {blocks, groups, dim, size});
+  check<float>("value_pages", value_pages, {blocks, groups, size, dim});
+  if (dim < 2 || dim % 2 || size < 1 || groups < 1 || heads < 1 || heads % groups)
+    throw py::value_error("out has shape " + shape_text({rows, heads, dim}) + " and key_pages " +
+                          shape_text({blocks, groups, dim, size}) +
+                          "; expected an even dim, at least one slot, and heads a multiple of the groups");
+  const int64_t q_stride = check_rows("q", q, rows, heads, dim), k_stride = check_rows("k", k, rows, groups, dim),
+                v_stride = check_rows("v", v, rows, groups, dim);
+  check<float>("cos", cos, {rows, dim / 2});
+  check<float>("sin", sin, {rows, dim / 2});
+  check<int64_t>("slots", slots, {rows});
+  check<int64_t>("copies", copies, {-1, 3});
+  check_written("out", out);
+  check_written("key_pages", key_pages);
+  check_written("value_pages", value_pages);
+  check_apart("key_pages", key_pages, "out", out);
+  check_apart("value_pages", value_pages, "out", out);
+  check_apart("key_pages", key_pages, "value_pages", value_pages);
+  check_threads(threads);
+  const auto* slot = static_cast<const int64_t*>(slots.data());
+  const auto* copy = static_cast<const int64_t*>(copies.data());
+  for (int64_t row = 0; row < rows; ++row)
+    if (slot[row] < 0 || slot[row] >= blocks * size)
+      refuse(at("slots", row), std::to_string(slot[row]),
+             "0 or more and below " + std::to_string(blocks * size) + ", the slots of key_pages");
+  for (int64_t i = 0; i < copies.shape(0); ++i) {
+    const int64_t source = copy[3 * i], target = copy[3 * i + 1], tokens = copy[3 * i + 2];
+    if (source < 0 || source >= blocks || target < 0 || target >= blocks || source == target || tokens < 1 ||
+        tokens > size)
+      refuse(at("copies", i), shape_text({source, target, tokens}),
+             "two different ones of " + std::to_string(blocks) + " blocks and 1 to " + std::to_string(size) + " slots");
+  }
+  const selfreward::RopeWriteArguments arguments{static_cast<const float*>(q.data()),
+                                                 static_cast<const float*>(k.data()),
+                                                 static_cast<const float*>(v.data()),
+                                                 q_stride,
+                                                 k_stride,
+                                                 v_stride,
+                                                 static_cast<const float*>(cos.data()),
+                                                 static_cast<const float*>(sin.data()),
+                                                 static_cast<float*>(key_pages.mutable_data()),
+                                                 static_cast<float*>(value_pages.mutable_data()),
+                                                 slot,
+                                                 copy,
+                                                 static_cast<float*>(out.mutable_data()),
+                                                 rows,
+                                                 heads,
+                                                 groups,
+                                                 dim,
+                                                 size,
+                                                 copies.shape(0)};
+  py::gil_scoped_release release;
+  selfreward::rope_write(arguments, threads);
+}
+
 void check_rules(const selfreward::SampleArguments& a) {
   if (a.vocab < 1 || a.vocab > a.width)
     refuse("vocab", std::to_string(a.vocab), "1 to " + std::to_string(a.width) + ", the columns of logits");
@@ -411,6 +487,11 @@ PYBIND11_MODULE(_C, m) {
       "in\n"
       "this order. Slots that no row of an item sees are not read. How rows are grouped into items changes no bits;\n"
       "level, threads as in rms_norm.");
+  m.def("rope_write", &rope_write, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cos"), py::arg("sin"),
+        py::arg("key_pages"), py::arg("value_pages"), py::arg("slots"), py::arg("copies"), py::arg("out"),
+        py::arg("threads"),
+        "Turn q and k by their rows' angles, q into out, k and v into their slots of the pages, then make the copies;\n"
+        "kernels/rope_write.py has the shapes. q, k and v may be views with rows farther apart.");
   m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
         py::arg("min_p"), py::arg("seeds"), py::arg("positions"), py::arg("candidates"), py::arg("vocab"),
         py::arg("forbidden_offsets"), py::arg("forbidden"), py::arg("label_offsets"), py::arg("label_ids"),

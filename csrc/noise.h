@@ -1,6 +1,6 @@
 // A Philox word as Gumbel noise, and the logarithm and exponential in double precision that the sampler is built on:
-// + - * / and bit operations only, without FMA (-ffp-contract=off) and without libm, so that every compiler, instruction
-// level and machine gives the same bits. Inlined into the loops of each level, where they vectorise.
+// + - * / and bit operations only, without FMA (-ffp-contract=off) and without libm, so that every compiler,
+// instruction level and machine gives the same bits. Inlined into the loops of each level, where they vectorise.
 #pragma once
 
 #include <cstdint>

@@ -152,7 +152,9 @@ ALWAYS_INLINE double truncate(const Row& row, const SampleScratch& scratch, doub
     tokens = {scratch.ids, scratch.mass, kept};
     cut.tighten(cut_at(row.x, tokens, row.top_p * total, scratch.order));
   }
-  if (row.min_p > 0.0) cut.tighten({lowest_logit(row.top, row.temperature, plain_log(row.min_p < 1e-300 ? 1e-300 : row.min_p)), INT32_MAX});
+  if (row.min_p > 0.0)
+    cut.tighten(
+        {lowest_logit(row.top, row.temperature, plain_log(row.min_p < 1e-300 ? 1e-300 : row.min_p)), INT32_MAX});
 
   float* weight = scratch.weight;
   const int64_t end = (row.count + kLanes - 1) / kLanes * kLanes;

@@ -31,7 +31,7 @@ def chunk_attention(
     q: NDArray[np.float32],
     key_pages: NDArray[np.float32],
     value_pages: NDArray[np.float32],
-    tables: NDArray[np.int64],
+    items: NDArray[np.int64],
     positions: NDArray[np.int64],
     out: NDArray[np.float32],
     threads: int,
@@ -57,6 +57,19 @@ def sample(
     labels: NDArray[np.float32],
     threads: int,
     level: str = "",
+) -> None: ...
+def rope_write(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    key_pages: NDArray[np.float32],
+    value_pages: NDArray[np.float32],
+    slots: NDArray[np.int64],
+    copies: NDArray[np.int64],
+    out: NDArray[np.float32],
+    threads: int,
 ) -> None: ...
 def philox(key: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...
 def linear_pack(weight: NDArray[np.float32], packed: NDArray[np.float32]) -> None: ...

@@ -5,8 +5,9 @@ references. `backends()` tells which one each op uses, so that a fallback can be
 
 RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same torch function
 with and without gradients, so that reference log-probs and the policy's are the same numbers. `rms_norm_rows` and
-`swiglu_rows` are the sampler's: like `chunk_attention`, a row's bits are the same for any number of rows. With `linear`
-they are built and tested, but nothing calls them yet: the sampler still runs torch on tiles of 64 rows.
+`swiglu_rows` are the sampler's, like `linear`, `rope_write`, `chunk_attention` and `sample_rows`: their native versions
+give a row the same bits for any number of rows and threads. The torch versions, there for tests and for a CPU without
+the extension's compiler, do not promise that.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
+from engine.kernels import rope_write as _rope_write
 from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
@@ -107,17 +109,35 @@ def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
     return out
 
 
+def _native_rope_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    slots: torch.Tensor,
+    copies: torch.Tensor,
+    threads: int,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=torch.float32)
+    given = (q, k, v, cos, sin, key_pages, value_pages, slots, copies)  # q, k, v: views of one tensor, never copied
+    _C.rope_write(*(x.detach().numpy() for x in given), out.numpy(), threads)
+    return out
+
+
 def _native_chunk_attention(
     q: torch.Tensor,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
-    tables: torch.Tensor,
+    items: torch.Tensor,
     positions: torch.Tensor,
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
     pages = key_pages.detach().numpy(), value_pages.detach().numpy()  # never copied: not contiguous is an error
-    _C.chunk_attention(_array(q), *pages, _array(tables), _array(positions), out.numpy(), threads)
+    _C.chunk_attention(_array(q), *pages, _array(items), _array(positions), out.numpy(), threads)
     return out
 
 
@@ -171,9 +191,13 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_fp32, _native_swiglu),
         Backend("torch", _always, _without_threads(_swiglu.swiglu_reference)),
     ),
-    "chunk_attention": (  # torch first until the sampler's whole step is native: each of the two has other last bits
-        Backend("torch", _always, _without_threads(_chunk.chunk_attention_reference)),
+    "rope_write": (
+        Backend("native", _native_fp32, _native_rope_write),
+        Backend("torch", _always, _without_threads(_rope_write.rope_write_reference)),
+    ),
+    "chunk_attention": (
         Backend("native", _native_fp32, _native_chunk_attention),
+        Backend("torch", _always, _without_threads(_chunk.chunk_attention_reference)),
     ),
     "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
     "linear": (
@@ -193,9 +217,6 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _always, _dropout.dropout_mask_reference),
     ),
 }
-
-
-UNUSED = ("linear", "rms_norm_rows", "swiglu_rows")
 
 
 @cache
@@ -225,7 +246,7 @@ def _for_rows(op: str, *tensors: torch.Tensor) -> Backend:
 
 def backends(device: str = "cpu") -> dict[str, str]:
     """Which backend every op uses on this device."""
-    return {op: choose(op, device).name for op in OPS if op not in UNUSED}
+    return {op: choose(op, device).name for op in OPS}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -264,22 +285,41 @@ def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: _
     return choose("tree_attention", q.device.type).fn(q, k, v, windows)
 
 
+def rope_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    slots: torch.Tensor,
+    copies: torch.Tensor,
+    threads: int = 1,
+) -> torch.Tensor:
+    """Turn q [N, H, D] and k [N, G, D] by cos and sin [N, D/2]; write k and v [N, G, D] to slots [N] int64 of the pages,
+    then make copies [C, 3] int64 (source block, target block, tokens) -> q turned. Not differentiable."""
+    backend = _for_rows("rope_write", q, k, v)
+    return backend.fn(q, k, v, cos, sin, key_pages, value_pages, slots, copies, threads)
+
+
 def chunk_attention(
     q: torch.Tensor,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
-    tables: torch.Tensor,
+    items: torch.Tensor,
     positions: torch.Tensor,
     threads: int = 1,
 ) -> torch.Tensor:
     """q [R, H, D] over the pages of each row's context, folded in ascending order -> [R, H, D].
 
-    key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], tables [R, chunks] int64, positions [R] int64.
-    The promise of `rms_norm_rows`. The native backend reads no slot behind a row's position, so whatever stale pages
-    hold does no harm; the torch backend wants finite values there.
+    key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], items [I, 4] int64 (page, chunk, first row, last row,
+    exclusive), ascending in chunk, each chunk of each row in one of them; positions [R] int64. How rows are grouped into
+    items changes no bits. The native backend reads no slot behind a row's position, so stale pages do no harm; the torch
+    backend wants finite values there.
     """
     backend = _for_rows("chunk_attention", q, key_pages, value_pages)
-    return backend.fn(q, key_pages, value_pages, tables, positions, threads)
+    return backend.fn(q, key_pages, value_pages, items, positions, threads)
 
 
 def token_logprobs(
