@@ -2,7 +2,7 @@
 
 Pure Python over integers. A block holds the keys and values of `block_size` tokens. It is listed when it is handed out
 for tokens that are known, before they are computed, so that whoever needs the same tokens shares it at once:
-    by its hash    chained over (parent, its tokens, weight epoch): the whole block is shared
+    by its hash    chained over (parent, its tokens), from the weight epoch on: the whole block is shared
     by its head    (parent's hash, its first k tokens): the common beginning is copied
 `filled` marks how much of it is computed. Nobody owns a listed block: whoever holds it and comes first in a step computes
 what is missing, so nothing is lost when the one that asked for it is aborted or preempted.
@@ -45,17 +45,20 @@ class BlockPool:
 
     # ---- names of contents ------------------------------------------------------------------------------------------
 
-    def block_hash(self, parent: bytes, tokens: Sequence[int], epoch: int) -> bytes:
-        """128-bit hash of a full block: the whole prefix through its parent, the weights through their epoch."""
-        text = b"%d:" % epoch + parent + b",".join([b"%d" % token for token in tokens])
-        return hashlib.blake2b(text, digest_size=16).digest()
+    def root(self, epoch: int) -> bytes:
+        """The parent of a first block: what was computed from other weights is found under another one."""
+        return b"weights %d" % epoch
 
     def extend_chain(self, chain: list[bytes], tokens: Sequence[int], epoch: int) -> None:
-        """Append the hashes of the full blocks of `tokens` that the chain does not have yet."""
+        """Append the 128-bit hashes of the full blocks of `tokens` that the chain does not have yet.
+
+        A hash stands for the whole beginning, through its parent's.
+        """
         size = self.block_size
         for start in range(len(chain) * size, len(tokens) - size + 1, size):
-            parent = chain[-1] if chain else b""
-            chain.append(self.block_hash(parent, tokens[start : start + size], epoch))
+            parent = chain[-1] if chain else self.root(epoch)
+            text = parent + b",".join([b"%d" % token for token in tokens[start : start + size]])
+            chain.append(hashlib.blake2b(text, digest_size=16).digest())
 
     def list_block(self, block: int, parent: bytes, tokens: Sequence[int], key: bytes | None) -> None:
         """From now on the block is found as the one that holds, or will hold, these tokens (key: its hash if full).

@@ -45,8 +45,17 @@ class Sequence:
     @property
     def goal(self) -> int:
         """How many tokens are to be computed: a given continuation's last token predicts nothing that is asked for."""
-        scoring = self.group.forced is not None and self.group.forked
-        return len(self.tokens) - 1 if scoring else len(self.tokens)
+        return len(self.tokens) - 1 if self.scored else len(self.tokens)
+
+    @property
+    def scored(self) -> bool:
+        """Whether its own tokens are given: then the log-probs behind every one of them are asked for."""
+        return self.group.forced is not None and self.group.forked
+
+    @property
+    def asked(self) -> int:
+        """The first token that has to be computed here, whoever has computed it before, for its logits."""
+        return min(self.group.prompt_len, self.goal - 1) if self.scored else self.goal - 1
 
 
 @dataclass(eq=False)
@@ -310,7 +319,7 @@ class Scheduler:
         """Take the blocks of all known tokens and list the new ones; returns the copy that saves a common head."""
         size, known = self.pool.block_size, sequence.tokens[: sequence.goal]
         self.pool.hold(found)
-        parent = sequence.chain[len(found) - 1] if found else b""
+        parent = sequence.chain[len(found) - 1] if found else self.pool.root(self.epoch)
         source, head = self.pool.find_head(parent, known[len(found) * size :]) if new else (0, 0)
         if head and self.pool.blocks[source].references == 0 and len(self.pool.free) == new:
             head = 0  # the source itself is needed as a block
@@ -332,18 +341,18 @@ class Scheduler:
         if len(chain) < len(sequence.tokens) // size:
             self.pool.extend_chain(chain, sequence.tokens, self.epoch)
         tokens = sequence.tokens[number * size : min((number + 1) * size, sequence.goal)]
-        parent = chain[number - 1] if number else b""
+        parent = chain[number - 1] if number else self.pool.root(self.epoch)
         self.pool.list_block(sequence.blocks[number], parent, tokens, chain[number] if len(tokens) == size else None)
 
     def _advance(self, sequence: Sequence, budget: int) -> Work:
-        """The next rows of a sequence: from the first token that nobody has computed; the last one always, for its logits."""
+        """The next rows of a sequence, from the first token that nobody has computed or whose logits are asked for."""
         size, goal, blocks = self.pool.block_size, sequence.goal, self.pool.blocks
-        start = sequence.computed
-        while start < goal - 1:
+        start, asked = sequence.computed, sequence.asked
+        while start < asked:
             filled = blocks[sequence.blocks[start // size]].filled
             if filled <= start % size:
                 break
-            start = min(goal - 1, start - start % size + filled)
+            start = min(asked, start - start % size + filled)
         stop = min(goal, start + budget)
         for number in range(start // size, -(-stop // size)):
             block = blocks[sequence.blocks[number]]
