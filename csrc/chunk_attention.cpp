@@ -47,7 +47,7 @@ constexpr int64_t kLine = 16;         // floats in a cache line
 constexpr int64_t kBlock = 32;        // queries whose scores are held at a time
 constexpr int64_t kStates = 1 << 16;  // floats of a job's queries and states at most: 256 KB, a part of the
                                       // second-level cache
-constexpr int64_t kShared = 16;  // queries of a group and item on average from which on a job has one group
+constexpr int64_t kShared = 4;        // queries of a group and item on average from which on a job has one group
 
 // `count` rounded up to whole vectors of 16.
 inline int64_t whole(int64_t count) { return (count + 15) / 16 * 16; }

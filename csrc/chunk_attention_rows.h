@@ -21,23 +21,33 @@ struct Matrix {
   Matrix from(int64_t column) const { return {at + column, stride, ahead}; }
 };
 
-// sums[q, :] += a[q, k] * b[k, :] for start <= k < stop; Ragged: only where k < each[q].
+// sums[q, :] += a[q, k] * b[k, :]; Ragged: only where k < each[q].
 template <int Q, int V, bool Partial, bool Ragged>
-ALWAYS_INLINE void chain(const float* a, int64_t a_stride, const Matrix& b, int64_t start, int64_t stop,
-                         const int64_t* each, int last, Vec (&sums)[Q][V]) {
-  for (int64_t k = start; k < stop; ++k) {
-    Vec x[V];
-    for (int v = 0; v < V; ++v) {
-      const float* at = b.at + k * b.stride + v * kLanes;
-      PREFETCH(at + b.ahead);
-      x[v] = Partial && v == V - 1 ? Vec::load_part(at, last) : Vec::load(at);
-    }
-    for (int q = 0; q < Q; ++q) {
-      if (Ragged && k >= each[q]) continue;
-      const Vec factor = Vec::broadcast(a[q * a_stride + k]);
-      for (int v = 0; v < V; ++v) sums[q][v] = fma(factor, x[v], sums[q][v]);
-    }
+ALWAYS_INLINE void add_product(const float* a, int64_t a_stride, const Matrix& b, int64_t k, const int64_t* each,
+                               int last, Vec (&sums)[Q][V]) {
+  Vec x[V];
+  for (int v = 0; v < V; ++v) {
+    const float* at = b.at + k * b.stride + v * kLanes;
+    PREFETCH(at + b.ahead);
+    x[v] = Partial && v == V - 1 ? Vec::load_part(at, last) : Vec::load(at);
   }
+  for (int q = 0; q < Q; ++q) {
+    if (Ragged && k >= each[q]) continue;
+    const Vec factor = Vec::broadcast(a[q * a_stride + k]);
+    for (int v = 0; v < V; ++v) sums[q][v] = fma(factor, x[v], sums[q][v]);
+  }
+}
+
+template <int Q, int V>
+ALWAYS_INLINE void clear(Vec (&sums)[Q][V]) {
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v) sums[q][v] = Vec::broadcast(0.0f);
+}
+
+template <int Q, int V>
+ALWAYS_INLINE void add(const Vec (&sums)[Q][V], Vec (&totals)[Q][V]) {
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v) totals[q][v] = totals[q][v] + sums[q][v];
 }
 
 // For Q queries and 16 V columns, of which the last vector has `last`: sum[q, :] = sum over k of a[q, k] * b[k, :] in
@@ -46,22 +56,23 @@ ALWAYS_INLINE void chain(const float* a, int64_t a_stride, const Matrix& b, int6
 template <int Q, int V, bool Partial, bool Fold>
 ALWAYS_INLINE void tile(const float* a, int64_t a_stride, const Matrix& b, const Depths& depths, int last,
                         const float* kept, const float* added, float* out, int64_t out_stride) {
-  Vec totals[Q][V];
-  for (int q = 0; q < Q; ++q)
-    for (int v = 0; v < V; ++v) totals[q][v] = Vec::broadcast(0.0f);
-  for (int64_t start = 0; start < depths.most; start += kChain) {
-    Vec sums[Q][V];
-    for (int q = 0; q < Q; ++q)
-      for (int v = 0; v < V; ++v) sums[q][v] = Vec::broadcast(0.0f);
-    if (start + kChain <= depths.least) {
-      chain<Q, V, Partial, false>(a, a_stride, b, start, start + kChain, nullptr, last, sums);
-    } else {
-      const int64_t stop = std::min(depths.most, start + kChain), even = std::clamp(depths.least, start, stop);
-      chain<Q, V, Partial, false>(a, a_stride, b, start, even, nullptr, last, sums);
-      chain<Q, V, Partial, true>(a, a_stride, b, even, stop, depths.each, last, sums);
-    }
-    for (int q = 0; q < Q; ++q)
-      for (int v = 0; v < V; ++v) totals[q][v] = totals[q][v] + sums[q][v];
+  Vec totals[Q][V], sums[Q][V];
+  clear(totals);
+  int64_t k = 0;
+  while (depths.least - k >= kChain) {
+    clear(sums);
+    for (const int64_t stop = k + kChain; k < stop; ++k)
+      add_product<Q, V, Partial, false>(a, a_stride, b, k, nullptr, last, sums);
+    add(sums, totals);
+  }
+  while (k < depths.most) {
+    clear(sums);
+    const int64_t stop = std::min(depths.most, k + kChain);
+    for (; k < std::min(depths.least, stop); ++k)
+      add_product<Q, V, Partial, false>(a, a_stride, b, k, nullptr, last, sums);
+    for (; Fold && k < stop; ++k)  // the depths of scores are all the same
+      add_product<Q, V, Partial, true>(a, a_stride, b, k, depths.each, last, sums);
+    add(sums, totals);
   }
   for (int q = 0; q < Q; ++q)
     for (int v = 0; v < V; ++v) {
