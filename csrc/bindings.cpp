@@ -31,9 +31,9 @@ std::string shape_text(const std::vector<py::ssize_t>& shape) {
   return text + "]";
 }
 
-// `array` must be T, C-contiguous and of `shape`, in which a negative size means any.
+// `array` must be T and of `shape`, in which a negative size means any.
 template <typename T>
-void check(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
+void check_shape(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
   if (!array.dtype().equal(py::dtype::of<T>()))
     throw py::value_error(std::string(name) + " has dtype " + std::string(py::str(array.dtype())) + "; expected " +
                           std::string(py::str(py::dtype::of<T>())));
@@ -43,20 +43,49 @@ void check(const char* name, const py::array& array, const std::vector<py::ssize
   if (!same)
     throw py::value_error(std::string(name) + " has shape " + shape_text(found) + "; expected " + shape_text(shape) +
                           " (-1: any)");
+}
+
+// As check_shape, and C-contiguous.
+template <typename T>
+void check(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
+  check_shape<T>(name, array, shape);
   if (!(array.flags() & py::array::c_style))
     throw py::value_error(std::string(name) + " has strides " +
                           shape_text({array.strides(), array.strides() + array.ndim()}) +
                           " bytes; expected a C-contiguous array");
 }
 
+// fp32 of `shape`, whose rows (the first index) are contiguous and may lie apart: the floats from a row to the next.
+int64_t check_rows(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
+  check_shape<float>(name, array, shape);
+  if (array.size() == 0) return 0;
+  py::ssize_t floats = 1;
+  bool contiguous = true;
+  for (py::ssize_t i = array.ndim() - 1; i > 0; floats *= array.shape(i--))
+    contiguous = contiguous && (array.shape(i) <= 1 || array.strides(i) == floats * py::ssize_t(sizeof(float)));
+  const py::ssize_t stride = array.shape(0) <= 1 ? floats * py::ssize_t(sizeof(float)) : array.strides(0);
+  if (!contiguous || stride < floats * py::ssize_t(sizeof(float)) || stride % py::ssize_t(sizeof(float)))
+    throw py::value_error(std::string(name) + " has strides " +
+                          shape_text({array.strides(), array.strides() + array.ndim()}) +
+                          " bytes; expected contiguous rows, one behind the other");
+  return stride / py::ssize_t(sizeof(float));
+}
+
 void check_written(const char* name, const py::array& array) {
   if (!array.writeable()) throw py::value_error(std::string(name) + " is read-only; expected a writeable array");
+}
+
+// From the first byte of an array without negative strides to behind its last.
+py::ssize_t span(const py::array& array) {
+  py::ssize_t last = 0;
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) last += (array.shape(i) - 1) * array.strides(i);
+  return array.size() ? last + array.itemsize() : 0;
 }
 
 // `out` is written while `in` is read: they must not share memory.
 void check_apart(const char* in_name, const py::array& in, const char* out_name, const py::array& out) {
   const char *a = static_cast<const char*>(in.data()), *b = static_cast<const char*>(out.data());
-  if (a < b + out.nbytes() && b < a + in.nbytes())
+  if (a < b + span(out) && b < a + span(in))
     throw py::value_error(std::string(out_name) + " shares memory with " + in_name + "; expected memory of its own");
 }
 
@@ -190,6 +219,12 @@ void swiglu(const py::array& gate_up, py::array& out, int threads, const std::st
   selfreward::swiglu(arguments, threads, run);
 }
 
+void check_heads(py::ssize_t heads, py::ssize_t groups) {
+  if (groups < 1 || heads < 1 || heads % groups)
+    throw py::value_error("q has " + std::to_string(heads) + " heads; expected a multiple of key_pages' " +
+                          std::to_string(groups) + " groups");
+}
+
 // Every item names a page and rows, and the items of a row are its chunks 0, 1, ... up to its position's, in this
 // order.
 void check_items(const selfreward::ChunkAttentionArguments& a, int64_t blocks) {
@@ -235,9 +270,7 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
   if (dim < 1 || size < 1)
     throw py::value_error("key_pages has shape " + shape_text({blocks, groups, dim, size}) +
                           "; expected at least one feature and one slot");
-  if (groups < 1 || heads < 1 || heads % groups)
-    throw py::value_error("q has " + std::to_string(heads) + " heads; expected a multiple of key_pages' " +
-                          std::to_string(groups) + " groups");
+  check_heads(heads, groups);
   check_apart("q", q, "out", out);
   check_apart("key_pages", key_pages, "out", out);
   check_apart("value_pages", value_pages, "out", out);
@@ -260,6 +293,84 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
   check_items(arguments, blocks);
   py::gil_scoped_release release;
   selfreward::chunk_attention(arguments, threads, run);
+}
+
+void check_places(const selfreward::RopeWriteArguments& a, int64_t blocks) {
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (a.slots[row] < 0 || a.slots[row] >= blocks * a.size)
+      throw py::value_error("slots[" + std::to_string(row) + "] is " + std::to_string(a.slots[row]) +
+                            "; expected 0 or more and below " + std::to_string(blocks * a.size) + ", the " +
+                            std::to_string(blocks) + " blocks of " + std::to_string(a.size) + " slots");
+  for (int64_t i = 0; i < a.copy_count; ++i) {
+    const int64_t *copy = a.copies + 3 * i, source = copy[0], target = copy[1], tokens = copy[2];
+    const std::string name = "copies[" + std::to_string(i) + "]";
+    for (const int64_t block : {source, target})
+      if (block < 0 || block >= blocks)
+        throw py::value_error(name + " has block " + std::to_string(block) + "; expected 0 or more and below " +
+                              std::to_string(blocks) + ", the blocks of key_pages");
+    if (source == target)
+      throw py::value_error(name + " has source " + std::to_string(source) + " and target " + std::to_string(target) +
+                            "; expected two blocks");
+    if (tokens < 0 || tokens > a.size)
+      throw py::value_error(name + " has " + std::to_string(tokens) + " tokens; expected 0 to " +
+                            std::to_string(a.size) + ", the slots of a block");
+  }
+}
+
+void rope_write(const py::array& q, const py::array& k, const py::array& v, const py::array& cos, const py::array& sin,
+                py::array& key_pages, py::array& value_pages, const py::array& slots, const py::array& copies,
+                py::array& out, int threads, const std::string& level) {
+  check<float>("out", out, {-1, -1, -1});
+  const py::ssize_t rows = out.shape(0), heads = out.shape(1), dim = out.shape(2);
+  check<float>("key_pages", key_pages, {-1, -1, dim, -1});
+  const py::ssize_t blocks = key_pages.shape(0), groups = key_pages.shape(1), size = key_pages.shape(3);
+  check<float>("value_pages", value_pages, {blocks, groups, size, dim});
+  const int64_t q_stride = check_rows("q", q, {rows, heads, dim});
+  const int64_t k_stride = check_rows("k", k, {rows, groups, dim});
+  const int64_t v_stride = check_rows("v", v, {rows, groups, dim});
+  if (dim < 2 || dim % 2 || size < 1)
+    throw py::value_error("key_pages has shape " + shape_text({blocks, groups, dim, size}) +
+                          "; expected an even number of features and at least one slot");
+  check<float>("cos", cos, {rows, dim / 2});
+  check<float>("sin", sin, {rows, dim / 2});
+  check<int64_t>("slots", slots, {rows});
+  check<int64_t>("copies", copies, {-1, 3});
+  check_heads(heads, groups);
+  check_threads(threads);
+  const std::pair<const char*, py::array*> written[] = {
+      {"key_pages", &key_pages}, {"value_pages", &value_pages}, {"out", &out}};
+  const std::pair<const char*, const py::array*> read[] = {
+      {"q", &q}, {"k", &k}, {"v", &v}, {"cos", &cos}, {"sin", &sin}, {"slots", &slots}, {"copies", &copies}};
+  for (const auto& [out_name, to] : written) {
+    check_written(out_name, *to);
+    for (const auto& [in_name, from] : read) check_apart(in_name, *from, out_name, *to);
+  }
+  check_apart("key_pages", key_pages, "value_pages", value_pages);
+  check_apart("key_pages", key_pages, "out", out);
+  check_apart("value_pages", value_pages, "out", out);
+  const selfreward::RopeWriteGroups run = find_level(selfreward::rope_write_level, level).run;
+  const selfreward::RopeWriteArguments arguments{static_cast<const float*>(q.data()),
+                                                 static_cast<const float*>(k.data()),
+                                                 static_cast<const float*>(v.data()),
+                                                 q_stride,
+                                                 k_stride,
+                                                 v_stride,
+                                                 static_cast<const float*>(cos.data()),
+                                                 static_cast<const float*>(sin.data()),
+                                                 static_cast<float*>(key_pages.mutable_data()),
+                                                 static_cast<float*>(value_pages.mutable_data()),
+                                                 static_cast<const int64_t*>(slots.data()),
+                                                 static_cast<const int64_t*>(copies.data()),
+                                                 static_cast<float*>(out.mutable_data()),
+                                                 rows,
+                                                 heads,
+                                                 groups,
+                                                 dim,
+                                                 size,
+                                                 copies.shape(0)};
+  check_places(arguments, blocks);
+  py::gil_scoped_release release;
+  selfreward::rope_write(arguments, threads, run);
 }
 
 [[noreturn]] void refuse(const std::string& name, const std::string& found, const std::string& expected) {
@@ -285,81 +396,6 @@ void check_ragged(const char* offsets_name, const int64_t* offsets, int64_t rows
     if (values[i] < 0 || values[i] >= width)
       refuse(at(name, i), std::to_string(values[i]),
              "0 or more and below " + std::to_string(width) + ", the columns of logits");
-}
-
-// An array [rows, heads, dim] of fp32 whose rows are whole but may lie apart; returns how many floats apart.
-int64_t check_rows(const char* name, const py::array& array, py::ssize_t rows, py::ssize_t heads, py::ssize_t dim) {
-  const py::ssize_t item = sizeof(float);
-  if (!array.dtype().equal(py::dtype::of<float>()) || array.ndim() != 3 || array.shape(0) != rows ||
-      (heads >= 0 && array.shape(1) != heads) || array.shape(2) != dim)
-    check<float>(name, array, {rows, heads, dim});  // says what is wrong
-  if (array.strides(2) != item || array.strides(1) != dim * item || array.strides(0) < array.shape(1) * dim * item)
-    throw py::value_error(std::string(name) + " has strides " +
-                          shape_text({array.strides(), array.strides() + array.ndim()}) +
-                          " bytes; expected whole rows of [heads, dim]");
-  return array.strides(0) / item;
-}
-
-void rope_write(const py::array& q, const py::array& k, const py::array& v, const py::array& cos, const py::array& sin,
-                py::array& key_pages, py::array& value_pages, const py::array& slots, const py::array& copies,
-                py::array& out, int threads) {
-  check<float>("out", out, {-1, -1, -1});
-  check<float>("key_pages", key_pages, {-1, -1, -1, -1});
-  const py::ssize_t rows = out.shape(0), heads = out.shape(1), dim = out.shape(2);
-  const py::ssize_t blocks = key_pages.shape(0), groups = key_pages.shape(1), size = key_pages.shape(3);
-  check<float>("key_pages", key_pages, {blocks, groups, dim, size});
-  check<float>("value_pages", value_pages, {blocks, groups, size, dim});
-  if (dim < 2 || dim % 2 || size < 1 || groups < 1 || heads < 1 || heads % groups)
-    throw py::value_error("out has shape " + shape_text({rows, heads, dim}) + " and key_pages " +
-                          shape_text({blocks, groups, dim, size}) +
-                          "; expected an even dim, at least one slot, and heads a multiple of the groups");
-  const int64_t q_stride = check_rows("q", q, rows, heads, dim), k_stride = check_rows("k", k, rows, groups, dim),
-                v_stride = check_rows("v", v, rows, groups, dim);
-  check<float>("cos", cos, {rows, dim / 2});
-  check<float>("sin", sin, {rows, dim / 2});
-  check<int64_t>("slots", slots, {rows});
-  check<int64_t>("copies", copies, {-1, 3});
-  check_written("out", out);
-  check_written("key_pages", key_pages);
-  check_written("value_pages", value_pages);
-  check_apart("key_pages", key_pages, "out", out);
-  check_apart("value_pages", value_pages, "out", out);
-  check_apart("key_pages", key_pages, "value_pages", value_pages);
-  check_threads(threads);
-  const auto* slot = static_cast<const int64_t*>(slots.data());
-  const auto* copy = static_cast<const int64_t*>(copies.data());
-  for (int64_t row = 0; row < rows; ++row)
-    if (slot[row] < 0 || slot[row] >= blocks * size)
-      refuse(at("slots", row), std::to_string(slot[row]),
-             "0 or more and below " + std::to_string(blocks * size) + ", the slots of key_pages");
-  for (int64_t i = 0; i < copies.shape(0); ++i) {
-    const int64_t source = copy[3 * i], target = copy[3 * i + 1], tokens = copy[3 * i + 2];
-    if (source < 0 || source >= blocks || target < 0 || target >= blocks || source == target || tokens < 1 ||
-        tokens > size)
-      refuse(at("copies", i), shape_text({source, target, tokens}),
-             "two different ones of " + std::to_string(blocks) + " blocks and 1 to " + std::to_string(size) + " slots");
-  }
-  const selfreward::RopeWriteArguments arguments{static_cast<const float*>(q.data()),
-                                                 static_cast<const float*>(k.data()),
-                                                 static_cast<const float*>(v.data()),
-                                                 q_stride,
-                                                 k_stride,
-                                                 v_stride,
-                                                 static_cast<const float*>(cos.data()),
-                                                 static_cast<const float*>(sin.data()),
-                                                 static_cast<float*>(key_pages.mutable_data()),
-                                                 static_cast<float*>(value_pages.mutable_data()),
-                                                 slot,
-                                                 copy,
-                                                 static_cast<float*>(out.mutable_data()),
-                                                 rows,
-                                                 heads,
-                                                 groups,
-                                                 dim,
-                                                 size,
-                                                 copies.shape(0)};
-  py::gil_scoped_release release;
-  selfreward::rope_write(arguments, threads);
 }
 
 void check_rules(const selfreward::SampleArguments& a) {
@@ -487,11 +523,14 @@ PYBIND11_MODULE(_C, m) {
       "in\n"
       "this order. Slots that no row of an item sees are not read. How rows are grouped into items changes no bits;\n"
       "level, threads as in rms_norm.");
-  m.def("rope_write", &rope_write, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cos"), py::arg("sin"),
-        py::arg("key_pages"), py::arg("value_pages"), py::arg("slots"), py::arg("copies"), py::arg("out"),
-        py::arg("threads"),
-        "Turn q and k by their rows' angles, q into out, k and v into their slots of the pages, then make the copies;\n"
-        "kernels/rope_write.py has the shapes. q, k and v may be views with rows farther apart.");
+  m.def(
+      "rope_write", &rope_write, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cos"), py::arg("sin"),
+      py::arg("key_pages"), py::arg("value_pages"), py::arg("slots"), py::arg("copies"), py::arg("out"),
+      py::arg("threads"), py::arg("level") = "",
+      "Fill out [rows, heads, dim] fp32 with q, turned by cos and sin [rows, dim / 2], and the slots int64 [rows] of\n"
+      "key_pages and value_pages with k, turned, and v [rows, groups, dim]; then copy the first tokens of blocks:\n"
+      "copies int64 [copies, 3] of source, target, tokens. Rows of q, k and v may lie apart. level, threads as in\n"
+      "rms_norm.");
   m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
         py::arg("min_p"), py::arg("seeds"), py::arg("positions"), py::arg("candidates"), py::arg("vocab"),
         py::arg("forbidden_offsets"), py::arg("forbidden"), py::arg("label_offsets"), py::arg("label_ids"),

@@ -1,11 +1,11 @@
 // One instruction level's chunk_attention: included by levels.h.
 
-// A tile's sums are at most kQueries x kVectors vectors; where they are fewer than kBusy, chains run side by side, as
-// the processor needs so many at once. This changes no bits: a chain is one whatever is beside it.
+// Registers: queries x vectors of a tile's sums at most. Its size changes no bits: a sum is one chain whatever is
+// beside it.
 #if SELFREWARD_LANES == 16
-constexpr int kQueries = 4, kVectors = 4, kBusy = 8;
+constexpr int kQueries = 4, kVectors = 4;
 #else
-constexpr int kQueries = 2, kVectors = 2, kBusy = 4;
+constexpr int kQueries = 2, kVectors = 2;
 #endif
 
 // How far the sums of a tile's queries go: query q to each[q]; `least` and `most` of them.
@@ -50,41 +50,28 @@ ALWAYS_INLINE void add(const Vec (&sums)[Q][V], Vec (&totals)[Q][V]) {
     for (int v = 0; v < V; ++v) totals[q][v] = totals[q][v] + sums[q][v];
 }
 
-// C whole chains, which run side by side, added to the totals in their order.
-template <int C, int Q, int V, bool Partial>
-ALWAYS_INLINE void add_chains(const float* a, int64_t a_stride, const Matrix& b, int64_t start, int last,
-                              Vec (&totals)[Q][V]) {
-  Vec sums[C][Q][V];
-  for (int c = 0; c < C; ++c) clear(sums[c]);
-  for (int64_t k = start; k < start + kChain; ++k)
-    for (int c = 0; c < C; ++c)
-      add_product<Q, V, Partial, false>(a, a_stride, b, k + c * kChain, nullptr, last, sums[c]);
-  for (int c = 0; c < C; ++c) add(sums[c], totals);
-}
-
 // For Q queries and 16 V columns, of which the last vector has `last`: sum[q, :] = sum over k of a[q, k] * b[k, :] in
 // ascending FMA chains from zero over kChain values of k, whose results are added in ascending order. Fold: out[q, :]
 // becomes kept[q] * out[q, :] + (added[q] * sum[q, :]), else the sum. Rows of `out` have room for whole vectors.
 template <int Q, int V, bool Partial, bool Fold>
 ALWAYS_INLINE void tile(const float* a, int64_t a_stride, const Matrix& b, const Depths& depths, int last,
                         const float* kept, const float* added, float* out, int64_t out_stride) {
-  constexpr int kTogether = Q * V < kBusy ? kBusy / (Q * V) : 1;
-  Vec totals[Q][V];
+  Vec totals[Q][V], sums[Q][V];
   clear(totals);
-  int64_t start = 0;
-  for (; start + kTogether * kChain <= depths.least; start += kTogether * kChain)
-    add_chains<kTogether, Q, V, Partial>(a, a_stride, b, start, last, totals);
-  if (kTogether > 1)
-    for (; start + kChain <= depths.least; start += kChain)
-      add_chains<1, Q, V, Partial>(a, a_stride, b, start, last, totals);
-  for (; start < depths.most; start += kChain) {
-    const int64_t stop = std::min(depths.most, start + kChain);
-    Vec sums[Q][V];
+  int64_t k = 0;
+  while (depths.least - k >= kChain) {
     clear(sums);
-    int64_t k = start;
+    for (const int64_t stop = k + kChain; k < stop; ++k)
+      add_product<Q, V, Partial, false>(a, a_stride, b, k, nullptr, last, sums);
+    add(sums, totals);
+  }
+  while (k < depths.most) {
+    clear(sums);
+    const int64_t stop = std::min(depths.most, k + kChain);
     for (; k < std::min(depths.least, stop); ++k)
       add_product<Q, V, Partial, false>(a, a_stride, b, k, nullptr, last, sums);
-    for (; Fold && k < stop; ++k) add_product<Q, V, Partial, true>(a, a_stride, b, k, depths.each, last, sums);
+    for (; Fold && k < stop; ++k)  // the depths of scores are all the same
+      add_product<Q, V, Partial, true>(a, a_stride, b, k, depths.each, last, sums);
     add(sums, totals);
   }
   for (int q = 0; q < Q; ++q)

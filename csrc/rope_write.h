@@ -1,22 +1,30 @@
-// RoPE and the write of keys and values into their pages, in one pass, as kernels/rope_write.py has it.
+// RoPE of fp32 queries and keys, and the write of keys and values to their pages, as kernels/rope.py has it.
 #pragma once
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace selfreward {
 
 struct RopeWriteArguments {
-  const float *q, *k, *v;  // [rows, heads | groups | groups, dim]; rows lie q_stride, k_stride, v_stride apart
-  int64_t q_stride, k_stride, v_stride;
-  const float *cos, *sin;          // [rows, dim / 2]
-  float *key_pages, *value_pages;  // [blocks, groups, dim, size], [blocks, groups, size, dim]
-  const int64_t* slots;            // [rows]: block * size + slot
-  const int64_t* copies;           // [copy_count, 3]: source block, target block, slots
-  float* out;                      // [rows, heads, dim]: q, turned
+  const float *q, *k, *v;                // [rows, heads, dim], [rows, groups, dim] twice
+  int64_t q_stride, k_stride, v_stride;  // floats from a row to the next
+  const float *cos, *sin;                // [rows, dim / 2]
+  float* key_pages;                      // [blocks, groups, dim, size]
+  float* value_pages;                    // [blocks, groups, size, dim]
+  const int64_t* slots;                  // [rows], block * size + slot
+  const int64_t* copies;                 // [copy_count, 3]: source block, target block, tokens
+  float* out;                            // [rows, heads, dim]: q, turned
   int64_t rows, heads, groups, dim, size, copy_count;
 };
 
-// All writes, then the copies in their order: a source may be written by the same call.
-void rope_write(const RopeWriteArguments& a, int threads);
+// Does all of it for the groups [first, last).
+using RopeWriteGroups = void (*)(const RopeWriteArguments& a, int64_t first, int64_t last);
+
+// The `index`-th level that this CPU can run, fastest first; the last one is "portable", past it the name is empty.
+Level<RopeWriteGroups> rope_write_level(int index);
+
+void rope_write(const RopeWriteArguments& a, int threads, RopeWriteGroups groups);
 
 }  // namespace selfreward

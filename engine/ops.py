@@ -28,7 +28,6 @@ from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
-from engine.kernels import rope_write as _rope_write
 from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
@@ -109,6 +108,20 @@ def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
     return out
 
 
+def _native_chunk_attention(
+    q: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    items: torch.Tensor,
+    positions: torch.Tensor,
+    threads: int,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=torch.float32)
+    pages = key_pages.detach().numpy(), value_pages.detach().numpy()  # never copied: not contiguous is an error
+    _C.chunk_attention(_array(q), *pages, _array(items), _array(positions), out.numpy(), threads)
+    return out
+
+
 def _native_rope_write(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -122,22 +135,9 @@ def _native_rope_write(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    given = (q, k, v, cos, sin, key_pages, value_pages, slots, copies)  # q, k, v: views of one tensor, never copied
-    _C.rope_write(*(x.detach().numpy() for x in given), out.numpy(), threads)
-    return out
-
-
-def _native_chunk_attention(
-    q: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    items: torch.Tensor,
-    positions: torch.Tensor,
-    threads: int,
-) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=torch.float32)
-    pages = key_pages.detach().numpy(), value_pages.detach().numpy()  # never copied: not contiguous is an error
-    _C.chunk_attention(_array(q), *pages, _array(items), _array(positions), out.numpy(), threads)
+    given = (x.detach().numpy() for x in (q, k, v))  # views of one tensor, mostly: only their rows are contiguous
+    pages = key_pages.detach().numpy(), value_pages.detach().numpy()
+    _C.rope_write(*given, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
     return out
 
 
@@ -191,13 +191,13 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_fp32, _native_swiglu),
         Backend("torch", _always, _without_threads(_swiglu.swiglu_reference)),
     ),
-    "rope_write": (
-        Backend("native", _native_fp32, _native_rope_write),
-        Backend("torch", _always, _without_threads(_rope_write.rope_write_reference)),
-    ),
     "chunk_attention": (
         Backend("native", _native_fp32, _native_chunk_attention),
         Backend("torch", _always, _without_threads(_chunk.chunk_attention_reference)),
+    ),
+    "rope_write": (
+        Backend("native", _native_fp32, _native_rope_write),
+        Backend("torch", _always, _without_threads(_rope.rope_write_reference)),
     ),
     "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
     "linear": (
@@ -297,8 +297,14 @@ def rope_write(
     copies: torch.Tensor,
     threads: int = 1,
 ) -> torch.Tensor:
-    """Turn q [N, H, D] and k [N, G, D] by cos and sin [N, D/2]; write k and v [N, G, D] to slots [N] int64 of the pages,
-    then make copies [C, 3] int64 (source block, target block, tokens) -> q turned. Not differentiable."""
+    """RoPE of q [N, H, D] and k [N, G, D], which with v [N, G, D] goes to the pages -> q, turned, [N, H, D].
+
+    cos and sin [N, D/2], key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], slots [N] int64: slot s of block b
+    is b * B + s; rows that name the same slot hold the same (or the slot is one that nobody reads). copies [C, 3] int64
+    of (source, target, tokens): behind all writes, and in this order, the first `tokens` slots of block `source` also
+    go to block `target`. q, k and v may be views into one tensor as long as their rows are contiguous. Both backends
+    and any `threads` give the same bits.
+    """
     backend = _for_rows("rope_write", q, k, v)
     return backend.fn(q, k, v, cos, sin, key_pages, value_pages, slots, copies, threads)
 
@@ -313,10 +319,11 @@ def chunk_attention(
 ) -> torch.Tensor:
     """q [R, H, D] over the pages of each row's context, folded in ascending order -> [R, H, D].
 
-    key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], items [I, 4] int64 (page, chunk, first row, last row,
-    exclusive), ascending in chunk, each chunk of each row in one of them; positions [R] int64. How rows are grouped into
-    items changes no bits. The native backend reads no slot behind a row's position, so stale pages do no harm; the torch
-    backend wants finite values there.
+    key_pages [blocks, G, D, B], value_pages [blocks, G, B, D], positions [R] int64. items [I, 4] int64 of (page, chunk,
+    first, last): the rows [first, last) have this page as that chunk of their context; items ascend by chunk, and every
+    row is in one item of each of its chunks 0 .. position // B. A page is read once for all rows of its item.
+    The promise of `rms_norm_rows`, and how rows are grouped into items changes no bit. Slots that no row of an item
+    sees are not read, so whatever stale pages hold does no harm.
     """
     backend = _for_rows("chunk_attention", q, key_pages, value_pages)
     return backend.fn(q, key_pages, value_pages, items, positions, threads)
