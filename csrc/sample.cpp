@@ -1,4 +1,19 @@
-// PLACEHOLDER-HEADER
+// A token drawn per row of logits without sorting the vocabulary; kernels/sample.py says what the rules mean.
+//
+// Passes over a row: the largest logit; the sum of e^(x - top) for raw log-probs; with a temperature the weights
+// e^(y), which top-p wants in double precision; truncations look at the tokens that can matter (top-k: those that
+// reach the k-th largest of the maxima of groups of 16; top-p: those with more than their share of 1 - top_p) and order
+// only the bucket of them in which the cut lies; then the draw. Noise costs two logarithms a token, so it is worked out
+// only where a cheap test on the weight and the Philox word says that the token could win: a handful of a row's tokens.
+//
+// Sums have one order at every level (16 lanes in fp32 over 64 vectors, then double precision), logarithms and the
+// exponentials of masses are the project's own: a row's bits depend neither on other rows, nor on threads, level or libm.
+//
+// Measured on one thread of an AMD EPYC (family 26, AVX-512), 32,000 tokens, microseconds a row, in brackets torch's
+// log-softmax, sort and full noise:
+//                        T = 1        T = 0.7, top-p 0.9   top-k 50      greedy
+//   peaked (trained)     50 (293)     102 (3,187)          30 (3,100)    10 (303)
+//   flat (untrained)     50 (216)     204 (3,291)          32 (3,528)    10 (239)
 
 #include "sample.h"
 
@@ -89,6 +104,19 @@ float lowest_logit(double top, double temperature, double least) {
 float kth_largest(float* values, int64_t count, int64_t k) {
   std::nth_element(values, values + k - 1, values + count, [](float a, float b) { return a > b; });
   return values[k - 1];
+}
+
+// For plain_exp: e^-700 = 1e-304 is nothing beside the largest weight, 1.
+ALWAYS_INLINE double not_below(double y) { return y < -700.0 ? -700.0 : y; }
+
+ALWAYS_INLINE int lowest_bit(uint32_t bits) {  // of bits != 0
+#ifdef __GNUC__
+  return __builtin_ctz(bits);
+#else
+  int place = 0;
+  while (!(bits >> place & 1)) ++place;
+  return place;
+#endif
 }
 
 // The exact value that a draw maximises.
