@@ -9,12 +9,13 @@
 
 namespace selfreward {
 
-// [0, rows) in `count` runs of `length`. `cost`: what a row takes, in multiply-adds; a run is worth at least 2^16 of
-// them (some 40 microseconds; waking a thread takes 10 to 20), and a thread gets up to four runs.
+// [0, rows) in `count` runs of `length`. `cost`: what a row takes, in multiply-adds; a run is worth at least 2^22 of
+// them (some 100 microseconds: waking a thread takes 10 to 20, and longer on a busy machine), and a thread gets up to
+// four runs.
 struct Runs {
   int64_t rows, length, count;
   Runs(int64_t rows, int64_t cost, int threads) : rows(rows) {
-    const int64_t least = 1 + (int64_t{1} << 20) / std::max<int64_t>(cost, 1);
+    const int64_t least = 1 + (int64_t{1} << 22) / std::max<int64_t>(cost, 1);
     length = std::max(least, 1 + (rows - 1) / (int64_t{4} * threads));
     count = rows > 0 ? 1 + (rows - 1) / length : 0;
   }

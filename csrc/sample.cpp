@@ -7,7 +7,8 @@
 // only where a cheap test on the weight and the Philox word says that the token could win: a handful of a row's tokens.
 //
 // Sums have one order at every level (16 lanes in fp32 over 64 vectors, then double precision), logarithms and the
-// exponentials of masses are the project's own: a row's bits depend neither on other rows, nor on threads, level or libm.
+// exponentials of masses are the project's own: a row's bits depend neither on other rows, nor on threads, level or
+// libm.
 //
 // Measured on one thread of an AMD EPYC (family 26, AVX-512), 32,000 tokens, microseconds a row, in brackets torch's
 // log-softmax, sort and full noise:

@@ -51,6 +51,27 @@ def rope_write(
     threads: int,
     level: str = "",
 ) -> None: ...
+def sample(
+    logits: NDArray[np.float32],
+    temperature: NDArray[np.float32],
+    top_k: NDArray[np.int64],
+    top_p: NDArray[np.float64],
+    min_p: NDArray[np.float64],
+    seeds: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    vocab: int,
+    forbidden_offsets: NDArray[np.int64],
+    forbidden: NDArray[np.int64],
+    label_offsets: NDArray[np.int64],
+    label_ids: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    raw: NDArray[np.float32],
+    sampled: NDArray[np.float32],
+    labels: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
 def philox(key: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...
 def linear_pack(weight: NDArray[np.float32], packed: NDArray[np.float32]) -> None: ...
 def linear(

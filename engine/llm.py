@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -306,13 +306,13 @@ class LLM:
         assert plan.work, "the scheduler planned nothing although requests are waiting"
         batch = make_batch(plan, self.block_size, self._grouped)
         planned = time.perf_counter()
-        with torch.no_grad():
-            hidden = self._forward(batch)
+        with torch.no_grad(), one_thread() as threads:
+            hidden = self._forward(batch, threads)
             if requests:
-                drawn = self._draw(plan, hidden, requests)
+                drawn = self._draw(plan, hidden, requests, threads)
             else:
                 drawn = {}
-                self._score(plan, hidden, scores)
+                self._score(plan, hidden, scores, threads)
         computed = time.perf_counter()
         done = self._scheduler.commit(plan, drawn)
         ended = time.perf_counter()
@@ -331,9 +331,8 @@ class LLM:
         for name, count in counts.items():
             self._stats[name] += count
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch, threads: int) -> torch.Tensor:
         """Hidden states of all rows of the plan, in order [rows, dim]."""
-        threads = torch.get_num_threads()
         return self.model(batch.tokens, batch.positions, self._attend(batch, threads), self._packed.kernels(threads))
 
     def _attend(self, batch: Batch, threads: int) -> Attend:
@@ -346,7 +345,7 @@ class LLM:
 
         return attend
 
-    def _draw(self, plan: Plan, hidden: torch.Tensor, requests: dict[int, Request]) -> Drawn:
+    def _draw(self, plan: Plan, hidden: torch.Tensor, requests: dict[int, Request], threads: int) -> Drawn:
         """Sample for every (last row, candidate) of the plan."""
         owners, queries = [], []
         row = -1
@@ -357,7 +356,7 @@ class LLM:
                 owners.append((request, work.sequence.tokens, candidate))
                 queries.append(request.query(row, candidate, len(work.sequence.tokens)))
         drawn: Drawn = {}
-        for draws, part in self._draws(hidden, queries):
+        for draws, part in self._draws(hidden, queries, threads):
             labels = iter(draws.labels.tolist())
             rows = zip(owners[part], draws.ids.tolist(), draws.raw.tolist(), draws.sampled.tolist(), strict=True)
             for (request, tokens, candidate), token, raw, sampled in rows:
@@ -368,7 +367,7 @@ class LLM:
                 )
         return drawn
 
-    def _score(self, plan: Plan, hidden: torch.Tensor, scores: dict[int, list[list[float]]]) -> None:
+    def _score(self, plan: Plan, hidden: torch.Tensor, scores: dict[int, list[list[float]]], threads: int) -> None:
         """Log-probs of the given next tokens of every computed row that has one."""
         queries, places = [], []  # one place per label: group, candidate, place in the completion
         row = 0
@@ -386,16 +385,15 @@ class LLM:
                 places += [(group.index, candidate, 0) for candidate in work.draws]
             row += work.stop - work.start
         at = 0
-        for draws, _ in self._draws(hidden, queries):
+        for draws, _ in self._draws(hidden, queries, threads):
             for value in draws.labels.tolist():
                 group_index, candidate, place = places[at]
                 self._refuse_nan(value, group_index)
                 scores[group_index][candidate][place] = value
                 at += 1
 
-    def _draws(self, hidden: torch.Tensor, queries: list[Query]) -> Iterator[tuple[ops.Draws, slice]]:
+    def _draws(self, hidden: torch.Tensor, queries: list[Query], threads: int) -> Iterator[tuple[ops.Draws, slice]]:
         """What the queries ask of the logits of their rows, some rows at a time, each with the part of the queries."""
-        threads = torch.get_num_threads()
         config = self.model.config
         vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
         for start in range(0, len(queries), HEAD_ROWS):
@@ -423,6 +421,21 @@ _COUNTERS = (
     "seconds",
     "scheduler_seconds",
 )
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Keep torch's small operations on one thread; yields the user's setting, which the kernels get.
+
+    Two threads that meet after every addition wait for each other: beside other work on two cores a step of a small model
+    took 36 ms so, 11 ms with one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
 
 
 def available_memory() -> int:

@@ -31,9 +31,7 @@ from engine.kernels import rope as _rope
 from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
-
-
-DrawRules, Draws, ragged = _sample.DrawRules, _sample.Draws, _sample.ragged
+from engine.kernels.sample import DrawRules, Draws
 
 
 class Case(NamedTuple):
@@ -135,19 +133,30 @@ def _native_rope_write(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    given = (x.detach().numpy() for x in (q, k, v))  # views of one tensor, mostly: only their rows are contiguous
-    pages = key_pages.detach().numpy(), value_pages.detach().numpy()
-    _C.rope_write(*given, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
+    _C.rope_write(
+        q.detach().numpy(),  # q, k, v: views of one tensor, mostly: only their rows are contiguous
+        k.detach().numpy(),
+        v.detach().numpy(),
+        _array(cos),
+        _array(sin),
+        key_pages.detach().numpy(),
+        value_pages.detach().numpy(),
+        _array(slots),
+        _array(copies),
+        out.numpy(),
+        threads,
+    )
     return out
 
 
-def _native_sample(logits: torch.Tensor, rules: _sample.DrawRules, threads: int) -> _sample.Draws:
+def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draws:
     rows = len(logits)
-    draws = _sample.Draws(
+    draws = Draws(
         torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows), torch.empty(len(rules.label_ids))
     )
-    given = [value if isinstance(value, int) else _array(value) for value in rules]
-    _C.sample(_array(logits), *given, *(x.numpy() for x in draws), threads)
+    columns: Any = {name: value if name == "vocab" else _array(value) for name, value in rules._asdict().items()}
+    columns.update((name, value.numpy()) for name, value in draws._asdict().items())
+    _C.sample(_array(logits), threads=threads, **columns)
     return draws
 
 

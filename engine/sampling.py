@@ -19,7 +19,8 @@ class SamplingParams:
 
     `logprobs=1` returns the raw log-prob (temperature 1, before truncation) of every sampled token, `label_token_ids`
     those of the given tokens at every step. `seed=None` draws a seed from the engine's request counter, so results then
-    depend on the order of requests. In the first `min_tokens` tokens EOS and `stop_token_ids` cannot be drawn, and stop strings are not looked for.
+    depend on the order of requests. In the first `min_tokens` tokens EOS and `stop_token_ids` cannot be drawn, and stop
+    strings are not looked for.
     """
 
     n: int = 1

@@ -21,7 +21,7 @@ from engine.forecast import Forecast
 from engine.kv_cache import BlockPool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One candidate; while its group is not forked, the first one computes the prompt for all.
 
@@ -58,7 +58,7 @@ class Sequence:
         return min(self.group.prompt_len, self.goal - 1) if self.scored else self.goal - 1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Group:
     """One request. `limits`: per candidate, how many tokens it may add; `forced`: given continuations, to be scored."""
 
@@ -79,7 +79,7 @@ class Group:
         return self.forked and all(sequence.finished is not None for sequence in self.sequences)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """Compute tokens[start:stop] of a sequence; `draws`: the candidates that need a token from the last row's logits."""
 
@@ -132,6 +132,7 @@ class Scheduler:
         self.recomputed_tokens = 0  # computed a second time after a preemption
         self._planned: Plan | None = None  # the step that is under way
         self._order = 0
+        self._longest = 0  # the most blocks that a candidate of any group so far can come to hold
 
     # ---- what comes in and out --------------------------------------------------------------------------------------
 
@@ -139,6 +140,7 @@ class Scheduler:
         """Let these groups wait, those with a common beginning side by side at the place of the first of them."""
         arrivals = []
         for group in groups:
+            self._longest = max(self._longest, self.worst_case(group))
             sequence = Sequence(group, 0, list(group.prompt))
             self.pool.extend_chain(sequence.chain, sequence.tokens, self.epoch)
             group.sequences = [sequence]
@@ -207,30 +209,34 @@ class Scheduler:
         self._make_room()
         budget = self.max_batch_tokens
         work: list[Work] = []
-        for prompts in (False, True):
-            for sequence in self.running:
-                if budget > 0 and (sequence.goal - sequence.computed > 1) == prompts:
-                    work.append(self._advance(sequence, budget))
-                    budget -= work[-1].stop - work[-1].start
-        copies = []
+        rows = [(sequence, sequence.goal - sequence.computed) for sequence in self.running]
+        decoding = [sequence for sequence, missing in rows if missing == 1]
+        for sequence in decoding + [sequence for sequence, missing in rows if missing > 1]:
+            if budget <= 0:
+                break
+            work.append(self._advance(sequence, budget))
+            budget -= work[-1].stop - work[-1].start
+        copies: list[Copy] = []
         forecast: Forecast | None = None
-        places = self.max_sequences - sum(self._places(sequence) for sequence in self.running)
+        used = sum([self._places(sequence) for sequence in self.running])
         while budget > 0 and self.waiting:
             sequence = self.waiting[0]
-            if self.running and self._places(sequence) > places:
+            places = self._places(sequence)
+            if self.running and used + places > self.max_sequences:
                 break
             found = self.pool.find(sequence.chain, sequence.tokens)
             new = -(-sequence.goal // self.pool.block_size) - len(found)
             if new > len(self.pool.free) - sum(block in self.pool.free for block in found):
                 break
-            grown = (forecast or self._forecast()).copy()
-            grown.held += new + sum(block in self.pool.free for block in found)
-            self._add_to(grown, sequence, new, len(found) + new)
-            if grown.peak() > self.pool.num_blocks - 1 and self.running:  # whoever is alone fits
-                break
-            forecast = grown
+            if (used + places) * self._longest >= self.pool.num_blocks:  # otherwise there is room for the worst case
+                grown = (forecast or self._forecast()).copy()
+                grown.held += new + sum(block in self.pool.free for block in found)
+                self._add_to(grown, sequence, new, len(found) + new)
+                if grown.peak() > self.pool.num_blocks - 1 and self.running:  # whoever is alone fits
+                    break
+                forecast = grown
             self.waiting.popleft()
-            places -= self._places(sequence)
+            used += places
             copies += self._admit(sequence, found, new)
             work.append(self._advance(sequence, budget))
             budget -= work[-1].stop - work[-1].start
@@ -347,20 +353,19 @@ class Scheduler:
     def _advance(self, sequence: Sequence, budget: int) -> Work:
         """The next rows of a sequence, from the first token that nobody has computed or whose logits are asked for."""
         size, goal, blocks = self.pool.block_size, sequence.goal, self.pool.blocks
-        start, asked = sequence.computed, sequence.asked
-        while start < asked:
-            filled = blocks[sequence.blocks[start // size]].filled
-            if filled <= start % size:
-                break
-            start = min(asked, start - start % size + filled)
+        start = sequence.computed
+        if start < goal - 1:
+            start = self._first_missing(sequence)
         stop = min(goal, start + budget)
-        for number in range(start // size, -(-stop // size)):
+        for number in range(start // size, (stop - 1) // size + 1):
             block = blocks[sequence.blocks[number]]
             block.filled = max(block.filled, min(stop - number * size, size))
             if block.filled == size and len(block.tokens) < size:  # filled by decoding
                 self._list(sequence, number)
-        self._count(sequence, start, stop)
+        if start > sequence.computed or start < sequence.reached:
+            self._count(sequence, start, stop)
         sequence.computed = stop
+        sequence.reached = max(sequence.reached, stop)
         group = sequence.group
         if stop < goal:
             draws: tuple[int, ...] = ()
@@ -370,14 +375,23 @@ class Scheduler:
             draws = tuple(range(len(group.limits)))
         return Work(sequence, start, stop, draws)
 
+    def _first_missing(self, sequence: Sequence) -> int:
+        size, start, asked = self.pool.block_size, sequence.computed, sequence.asked
+        while start < asked:
+            filled = self.pool.blocks[sequence.blocks[start // size]].filled
+            if filled <= start % size:
+                break
+            start = min(asked, start - start % size + filled)
+        return start
+
     def _count(self, sequence: Sequence, start: int, stop: int) -> None:
-        fresh = max(0, start - max(sequence.computed, sequence.reached))
+        """Tokens that others had computed, and tokens that this sequence had computed before it was preempted."""
+        saved = max(0, start - max(sequence.computed, sequence.reached))
         if sequence.group.forked:
-            self.fork_tokens_saved += fresh
+            self.fork_tokens_saved += saved
         else:
-            self.prefix_tokens_saved += fresh
+            self.prefix_tokens_saved += saved
         self.recomputed_tokens += max(0, min(stop, sequence.reached) - start)
-        sequence.reached = max(sequence.reached, stop)
 
     def _fork(self, first: Sequence) -> list[Sequence]:
         """The prompt is computed: every candidate becomes a sequence of its own; returns those that are to be admitted."""

@@ -52,9 +52,8 @@ def take(given, rows):
 
 def native(logits, given, threads=1, level=""):
     rows = len(logits)
-    draws = Draws(
-        torch.full((rows,), -1), torch.full((rows,), 9.0), torch.full((rows,), 9.0), torch.full_like(given.label_ids, 9.0, dtype=torch.float32)
-    )  # fmt: skip
+    columns_out = (torch.full((rows,), -1), torch.full((rows,), 9.0), torch.full((rows,), 9.0))
+    draws = Draws(*columns_out, torch.full((len(given.label_ids),), 9.0))
     columns = [value if isinstance(value, int) else value.numpy() for value in given]
     _C.sample(logits.numpy(), *columns, *(x.numpy() for x in draws), threads, level)
     return draws
@@ -158,7 +157,9 @@ def test_draws_with_forbidden_ids_and_a_padded_head_equal_the_reference(vocab):
     agree(result, sample_reference(logits, given))
     assert (result.ids < vocab).all()
     assert not any(token in banned for token, banned in zip(result.ids.tolist(), forbidden))
-    assert torch.allclose(result.labels.view(-1, 2), logits.double().log_softmax(-1)[:, [110, 5]].float(), rtol=2e-6, atol=2e-6)
+    assert torch.allclose(
+        result.labels.view(-1, 2), logits.double().log_softmax(-1)[:, [110, 5]].float(), rtol=2e-6, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("vocab", [3, 111, 4096])
