@@ -33,6 +33,8 @@ from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
 from engine.kernels.sample import DrawRules, Draws
 
+ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
+
 
 class Case(NamedTuple):
     """What a choice may depend on: where the tensors are, their dtype, and whether a gradient will be asked for."""

@@ -14,7 +14,7 @@ from engine.config import LlamaConfig
 from engine.errors import InputError
 from engine.kernels import linear as kernel
 from engine.model import Llama, tree_attend
-from engine.packed import packed as packed_weights
+from engine.packed import PackedWeights
 
 LEVELS = [
     pytest.param(
@@ -298,16 +298,16 @@ def small_model(seed=0):
 @torch.no_grad()
 def test_packed_weights_serve_a_models_forward_and_its_head():
     model = small_model()
-    linear = packed_weights(model, threads=2)
+    packed = PackedWeights(model)
     tokens, positions = torch.arange(9), torch.arange(9)
     attend = tree_attend(torch.full((9,), 9))
-    hidden = model(tokens, positions, attend, linear)
+    hidden = model(tokens, positions, attend, packed.kernels(threads=2))
     expected = model(tokens, positions, attend)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-    logits = linear(hidden, model.head)
+    logits = packed(hidden, model.head)
     assert torch.equal(logits, torch.from_numpy(reference(hidden.numpy(), model.head.numpy())))
     widths = {name: p.shape for name, p in model.named_parameters() if p.dim() == 2 and p is not model.embed}
-    assert linear.bytes() == 4 * sum(-(-rows // 64) * 64 * depth for rows, depth in widths.values())
+    assert packed.bytes() == 4 * sum(-(-rows // 64) * 64 * depth for rows, depth in widths.values())
 
 
 @torch.no_grad()
@@ -315,7 +315,7 @@ def test_packed_weights_are_packed_once_and_again_after_an_update(monkeypatch):
     model, packs = small_model(), []
     pack_linear = ops.pack_linear
     monkeypatch.setattr(ops, "pack_linear", lambda weight: packs.append(weight.data_ptr()) or pack_linear(weight))
-    linear, x = packed_weights(model), torch.from_numpy(normal(3, 32))
+    linear, x = PackedWeights(model), torch.from_numpy(normal(3, 32))
     before = linear(x, model.head)
     assert torch.equal(linear(x, model.head), before) and len(packs) == 1
     linear(x, model.head[:10])  # the same address, another shape
