@@ -54,6 +54,7 @@ void check(const char* name, const py::array& array, const std::vector<py::ssize
 // fp32 of `shape`, whose rows (the first index) are contiguous and may lie apart: the floats from a row to the next.
 int64_t check_rows(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
   check_shape<float>(name, array, shape);
+  if (array.size() == 0) return 0;
   py::ssize_t floats = 1;
   bool contiguous = true;
   for (py::ssize_t i = array.ndim() - 1; i > 0; floats *= array.shape(i--))

@@ -59,6 +59,8 @@ def chunk_attention_reference(
         keys, values = key_pages[page, :, :, :slots].float(), value_pages[page, :, :slots].float()
         visible = torch.arange(slots, device=q.device) < seen[:, None]
         rows = Partial(*(x[:, first:last] for x in state))
-        for old, new in zip(rows, merge(rows, chunk_partial(scaled[:, first:last], keys, values, visible)), strict=True):
+        for old, new in zip(
+            rows, merge(rows, chunk_partial(scaled[:, first:last], keys, values, visible)), strict=True
+        ):
             old.copy_(new)
     return (state.o / state.l).transpose(0, 1).reshape(q.shape).to(q.dtype)
