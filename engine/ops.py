@@ -130,9 +130,9 @@ def _native_rope_write(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    given = (x.detach().numpy() for x in (q, k, v))  # views of one tensor, mostly: only their rows are contiguous
+    rows = q.detach().numpy(), k.detach().numpy(), v.detach().numpy()  # views of one tensor: only rows are contiguous
     pages = key_pages.detach().numpy(), value_pages.detach().numpy()
-    _C.rope_write(*given, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
+    _C.rope_write(*rows, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
     return out
 
 

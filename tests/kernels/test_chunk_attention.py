@@ -7,7 +7,7 @@ import torch
 
 from engine.kernels.chunk_attention import chunk_attention_reference
 
-ROWS = 64
+ROWS = 24
 
 
 def items_of(tables, positions, size, together=lambda row: True):
