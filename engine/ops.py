@@ -135,19 +135,9 @@ def _native_rope_write(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    _C.rope_write(
-        q.detach().numpy(),  # q, k, v: views of one tensor, mostly: only their rows are contiguous
-        k.detach().numpy(),
-        v.detach().numpy(),
-        _array(cos),
-        _array(sin),
-        key_pages.detach().numpy(),
-        value_pages.detach().numpy(),
-        _array(slots),
-        _array(copies),
-        out.numpy(),
-        threads,
-    )
+    rows = q.detach().numpy(), k.detach().numpy(), v.detach().numpy()  # views of one tensor: only rows are contiguous
+    pages = key_pages.detach().numpy(), value_pages.detach().numpy()
+    _C.rope_write(*rows, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
     return out
 
 

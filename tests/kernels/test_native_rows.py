@@ -1,10 +1,11 @@
 """The sampler's native row kernels: RMSNorm, SwiGLU and attention over chunks.
 
 Against float64 by the yardstick of torch's own fp32, and for every one: a row's bits are the same at every instruction
-level, alone and in any batch, place and thread count. Masked slots and unused pages hold NaN throughout.
+level, alone and in any batch, place and thread count. Slots that nobody sees hold NaN throughout.
 """
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ from engine import _C, ops
 from engine.errors import InputError
 from engine.kernels.chunk_attention import chunk_attention_reference
 from engine.kernels.rms_norm import rms_norm_reference
+from engine.kernels.rope import rope_write_reference
 from engine.kernels.swiglu import swiglu_reference
+
+from .test_chunk_attention import case as chunk_case
+from .test_chunk_attention import exact, items_of
 
 LEVELS = _C.instruction_levels()
 CANARY = 12345.0
@@ -55,8 +60,9 @@ def swiglu(gate_up, **how):
     return call(_C.swiglu, (len(gate_up), gate_up.shape[1] // 2), gate_up, **how)
 
 
-def attend(q, keys, values, tables, positions, **how):
-    return call(_C.chunk_attention, tuple(q.shape), q, keys, values, tables, positions, **how)
+def attend(q, keys, values, tables, positions, together=lambda row: True, **how):
+    items = items_of(tables, positions, keys.shape[3], together)
+    return call(_C.chunk_attention, tuple(q.shape), q, keys, values, items, positions, **how)
 
 
 def same(a, b):
@@ -135,46 +141,15 @@ def test_swiglu_at_the_ends_of_the_range(level):
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def case(rows, heads, groups, dim, size, chunks, seed=0):
-    """Contexts that end anywhere, edges of chunks among them; whatever no row may read is NaN, block 0 too."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = rows * chunks + 1
-    keys = torch.randn(blocks, groups, dim, size, generator=generator)
-    values = torch.randn(blocks, groups, size, dim, generator=generator)
-    queries = torch.randn(rows, heads, dim, generator=generator) * 2
-    positions = torch.randint(0, size * chunks, (rows,), generator=generator)
-    edges = torch.tensor([place for c in range(chunks) for place in (c * size, (c + 1) * size - 1)])[:rows]
-    positions[: len(edges)] = edges
-    tables = torch.randperm(blocks - 1, generator=generator).view(rows, chunks) + 1
-    tables = torch.where(
-        torch.arange(chunks) <= (positions // size)[:, None], tables, -(10**9)
-    )  # entries behind: unread
-    used = torch.zeros(blocks, size, dtype=torch.bool)
-    for row, position in enumerate(positions.tolist()):
-        for at in range(position + 1):
-            used[tables[row, at // size], at % size] = True
-    keys.masked_fill_(~used[:, None, None, :], math.nan)
-    values.masked_fill_(~used[:, None, :, None], math.nan)
-    return queries, keys, values, tables, positions
-
-
-def exact(queries, keys, values, tables, positions, dtype=torch.float64):
-    """Row by row over the written-out context, by torch."""
-    repeat, dim, size = queries.shape[1] // keys.shape[1], keys.shape[2], keys.shape[3]
-    out = torch.empty_like(queries, dtype=dtype)
-    for row, position in enumerate(positions.tolist()):
-        pages = tables[row, : position // size + 1]
-        k = keys[pages].movedim(-1, 1).flatten(0, 1)[: position + 1].to(dtype).repeat_interleave(repeat, dim=1)
-        v = values[pages].movedim(1, 2).flatten(0, 1)[: position + 1].to(dtype).repeat_interleave(repeat, dim=1)
-        weights = (torch.einsum("hd,jhd->hj", queries[row].to(dtype), k) * dim**-0.5).softmax(-1)
-        out[row] = torch.einsum("hj,jhd->hd", weights, v)
-    return out
+def case(rows, heads, groups, dim, size, chunks):
+    return chunk_case(heads, groups, dim, size, chunks, rows=rows)
 
 
 SHAPES = [  # rows, heads, groups, dim, size, chunks
     (9, 2, 2, 2, 8, 4), (5, 4, 2, 6, 65, 3), (7, 3, 1, 32, 64, 3), (6, 8, 1, 80, 8, 5), (4, 12, 12, 64, 64, 2),
     (5, 16, 2, 128, 65, 2), (3, 7, 1, 128, 128, 2), (9, 5, 1, 18, 1, 9), (3, 4, 2, 16, 33, 2), (129, 2, 1, 6, 8, 2),
-    (64, 4, 2, 64, 64, 4),  # enough work for several threads
+    (64, 4, 2, 64, 64, 4), (48, 4, 4, 64, 32, 5),  # enough work for several threads
+    (80, 1, 1, 20, 128, 2), (41, 40, 1, 16, 8, 3),  # several blocks of 32 queries, of one row even
 ]  # fmt: skip
 
 
@@ -193,18 +168,48 @@ def test_attention_has_the_same_bits_at_every_level(shape):
 
 @LEVEL
 @pytest.mark.parametrize("shape", SHAPES)
+def test_how_rows_are_grouped_into_items_changes_no_bit(shape, level):
+    """One item a row is the plain case; neighbours together at random, all that can be, and on several threads."""
+    given = case(*shape)
+    alone = attend(*given, together=lambda row: False, level=level)
+    for threads in (1, 2, 3):
+        assert same(attend(*given, threads=threads, level=level), alone)
+    for seed in range(3):
+        coins = random.Random(seed)
+        assert same(
+            attend(*given, together=lambda row, c=coins: c.random() < 0.8, threads=seed + 1, level=level), alone
+        )
+
+
+@LEVEL
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_of_attention_is_the_same_alone_and_anywhere_in_a_batch(shape, level):
     queries, keys, values, tables, positions = case(*shape)
     batch = attend(queries, keys, values, tables, positions, level=level)
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(1))
-    for threads in (1, 2, 3, 8):
-        mixed = attend(queries[order], keys, values, tables[order], positions[order], threads=threads, level=level)
-        assert same(mixed, batch[order])
-    for row in range(min(len(queries), 5)):
-        own = int(positions[row]) // keys.shape[3] + 1
+    mixed = attend(queries[order], keys, values, tables[order], positions[order], threads=2, level=level)
+    assert same(mixed, batch[order])
+    for row in [*range(min(len(queries), 4)), len(queries) - 1]:
         one = slice(row, row + 1)
-        alone = attend(queries[one], keys, values, tables[one, :own].clone(), positions[one], threads=2, level=level)
-        assert same(alone, batch[one])
+        assert same(attend(queries[one], keys, values, tables[one], positions[one], threads=2, level=level), batch[one])
+
+
+@LEVEL
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_of_a_shared_page_does_not_see_its_later_slots(bad, level):
+    """The diagonal of a prefill: rows of one item see 1, 2, ... slots, and whatever the later ones hold is not theirs."""
+    rows, size = 24, 16
+    queries, keys, values = normal(rows, 4, 20), normal(3, 2, 20, size, seed=1), normal(3, 2, size, 20, seed=2)
+    tables, positions = torch.tensor([[1, 2]]).repeat(rows, 1), torch.arange(rows)
+    clean = attend(queries, keys, values, tables, positions, level=level)
+    for at in (5, 15, 16, 22):
+        for pages, place in ((keys, (at // size + 1, slice(None), slice(None), at % size)),
+                             (values, (at // size + 1, slice(None), at % size))):  # fmt: skip
+            kept = pages[place].clone()
+            pages[place] = bad
+            out = attend(queries, keys, values, tables, positions, threads=2, level=level)
+            assert same(out[:at], clean[:at]) and not out[at:].isfinite().all(-1).any()
+            pages[place] = kept
 
 
 def test_a_head_of_attention_is_the_same_whoever_shares_its_group():
@@ -273,7 +278,64 @@ def test_a_context_of_one_token_returns_its_value(level):
 def test_no_rows_are_no_error():
     empty = torch.zeros(0, 2, 6), torch.zeros(3, 1, 6, 8), torch.zeros(3, 1, 8, 6)
     assert attend(*empty, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)).shape == (0, 2, 6)
+    assert rope_write(*(x[:0] for x in rope_case(3, 4, 2, 6)), *pages(3, 2, 6, 8), ints(), ints((1, 2, 3))).numel() == 0
     assert rms_norm(torch.zeros(0, 5), torch.zeros(5)).shape == (0, 5) and swiglu(torch.zeros(0, 6)).shape == (0, 3)
+
+
+# ---- RoPE and the write to the pages ---------------------------------------------------------------------------------
+
+
+def rope_case(rows, heads, groups, dim):
+    """q, k, v as views of one product's rows, and the angles."""
+    mixed = normal(rows, heads + 2 * groups, dim)
+    angles = normal(rows, dim // 2, seed=1) * 9
+    return *mixed.split([heads, groups, groups], dim=1), angles.cos(), angles.sin()
+
+
+def pages(blocks, groups, dim, size):
+    return torch.full((blocks, groups, dim, size), math.nan), torch.full((blocks, groups, size, dim), math.nan)
+
+
+def rope_write(q, k, v, cos, sin, key_pages, value_pages, slots, copies, **how):
+    slots, copies = slots.reshape(-1), copies.reshape(-1, 3)
+    return call(_C.rope_write, tuple(q.shape), q, k, v, cos, sin, key_pages, value_pages, slots, copies, **how)
+
+
+ROPE_SHAPES = [(1, 2, 2, 2, 8), (5, 4, 2, 6, 8), (40, 12, 12, 64, 64), (70, 8, 1, 128, 32), (33, 6, 3, 34, 16)]
+
+
+@LEVEL
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "heads", "groups", "dim", "size"), ROPE_SHAPES)
+def test_rope_write_has_the_bits_of_the_reference_and_touches_no_other_slot(
+    rows, heads, groups, dim, size, threads, level
+):
+    given, blocks = rope_case(rows, heads, groups, dim), rows // size + 9
+    generator = torch.Generator().manual_seed(2)
+    slots = torch.randperm((blocks - 5) * size, generator=generator)[:rows]  # the last five blocks: copies alone
+    slots[: rows // 2] = slots[: rows // 2].sort().values
+    source = int(slots[0]) // size
+    copies = torch.tensor([[source, blocks - 1, size], [blocks - 1, blocks - 2, size - 1],
+                           [0, blocks - 3, 1], [source, blocks - 4, 0]])  # fmt: skip
+    ours, theirs = pages(blocks, groups, dim, size), pages(blocks, groups, dim, size)
+    out = rope_write(*given, *ours, slots, copies, threads=threads, level=level)
+    assert same(out, rope_write_reference(*given, *theirs, slots, copies))
+    assert same(ours[0], theirs[0]) and same(ours[1], theirs[1])
+    assert ours[0][-5].isnan().all() and ours[1][-5].isnan().all()
+    turned = out.double().square().sum(-1)  # a rotation: the pairs keep their length
+    assert torch.allclose(turned, given[0].double().square().sum(-1), rtol=1e-5)
+
+
+def test_the_op_writes_the_same_with_both_backends():
+    given = rope_case(9, 4, 2, 6)
+    slots, copies = torch.arange(11, 20), torch.tensor([[1, 3, 5]])
+    results = []
+    for backend in ops.OPS["rope_write"]:
+        written = pages(4, 2, 6, 8)
+        results.append((backend.fn(*given, *written, slots, copies, 1), *written))
+    written = pages(4, 2, 6, 8)
+    results.append((ops.rope_write(*given, *written, slots, copies), *written))
+    assert all(same(a, b) for result in results[1:] for a, b in zip(results[0], result))
 
 
 # ---- wrong arguments -------------------------------------------------------------------------------------------------
@@ -323,6 +385,14 @@ def ints(*values):
     return np.array(values, np.int64)
 
 
+def items(at=None, item=None):
+    """Two rows of 2 and 3 chunks of which they share the second, item `at` being another."""
+    given = ints([1, 0, 0, 1], [2, 0, 1, 2], [3, 1, 0, 2], [4, 2, 1, 2])
+    if at is not None:
+        given[at] = item
+    return given
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -331,11 +401,21 @@ def ints(*values):
         ("key_pages", zeros(5, 2, 7, 8), r"key_pages has shape \[5, 2, 7, 8\]; expected \[-1, -1, 6, -1\]"),
         ("key_pages", zeros(5, 2, 8, 6).swapaxes(2, 3), "key_pages has strides"),
         ("value_pages", zeros(4, 2, 8, 6), r"value_pages has shape \[4, 2, 8, 6\]; expected \[5, 2, 8, 6\]"),
-        ("tables", zeros(2, 3, dtype=np.int32), "tables has dtype int32; expected int64"),
-        ("tables", ints([1, 5, 0], [1, 2, 3]), r"tables\[0, 1\] is 5; expected 0 or more and below 5"),
-        ("tables", ints([1, 2, 0], [-1, 2, 3]), r"tables\[1, 0\] is -1; expected 0 or more and below 5"),
-        ("positions", ints(1, 24), r"positions\[1\] is 24; expected 0 or more and below 24, the 3 chunks of 8"),
-        ("positions", ints(-1, 3), r"positions\[0\] is -1; expected 0 or more and below 24"),
+        ("items", zeros(3, 4, dtype=np.int32), "items has dtype int32; expected int64"),
+        ("items", ints([1, 0, 0]), r"items has shape \[1, 3\]; expected \[-1, 4\]"),
+        ("items", items(1, [5, 0, 1, 2]), r"items\[1\] has page 5; expected 0 or more and below 5"),
+        ("items", items(0, [-1, 0, 0, 1]), r"items\[0\] has page -1; expected 0 or more and below 5"),
+        ("items", items(2, [3, 1, 0, 3]), r"items\[2\] has rows 0 to 3; expected at least one of the 2 rows of q"),
+        ("items", items(2, [3, 1, -1, 2]), r"items\[2\] has rows -1 to 2"),
+        ("items", items(3, [3, 2, 1, 1]), r"items\[3\] has rows 1 to 1"),
+        ("items", items(2, [3, 2, 0, 2]), r"items\[2\] has chunk 2; expected 1, the next one of row 0"),
+        ("items", items(3, [4, 1, 1, 2]), r"items\[3\] has chunk 1; expected 2, the next one of row 1"),
+        ("items", items(0, [1, -1, 0, 1]), r"items\[0\] has chunk -1; expected 0, the next one of row 0"),
+        ("items", items()[[1, 0, 3, 2]], r"items\[2\] has chunk 2; expected 1, the next one of row 1"),
+        ("items", items()[:3], r"items have 2 chunks of row 1; expected 3 of 8 slots for its position 23"),
+        ("items", items(3, [4, 2, 0, 2]), r"items have 3 chunks of row 0; expected 2 of 8 slots for its position 9"),
+        ("positions", ints(9, 24), r"items have 3 chunks of row 1; expected 4 of 8 slots for its position 24"),
+        ("positions", ints(-1, 23), r"positions\[0\] is -1; expected 0 or more"),
         ("positions", ints(1, 2, 3), r"positions has shape \[3\]; expected \[2\]"),
         ("threads", 0, "threads is 0; expected at least 1"),
         ("level", "sse9", "level is 'sse9'; this CPU runs .*portable"),
@@ -348,8 +428,61 @@ def test_attention_refuses_a_wrong_argument_by_name(name, value, message):
 def attention_arguments():
     return {
         "q": zeros(2, 4, 6), "key_pages": zeros(5, 2, 6, 8), "value_pages": zeros(5, 2, 8, 6),
-        "tables": ints([1, 2, 0], [1, 2, 3]), "positions": ints(9, 23), "out": zeros(2, 4, 6), "threads": 1, "level": "",
+        "items": items(), "positions": ints(9, 23), "out": zeros(2, 4, 6), "threads": 1, "level": "",
     }  # fmt: skip
+
+
+def rope_arguments():
+    mixed = zeros(3, 8, 6)
+    return {
+        "q": mixed[:, :4], "k": mixed[:, 4:6], "v": mixed[:, 6:], "cos": zeros(3, 3), "sin": zeros(3, 3),
+        "key_pages": zeros(5, 2, 6, 8), "value_pages": zeros(5, 2, 8, 6), "slots": ints(8, 9, 39),
+        "copies": ints([1, 2, 8]), "out": zeros(3, 4, 6), "threads": 1, "level": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q", zeros(3, 4, 6, dtype=np.float64), "q has dtype float64; expected float32"),
+        ("q", zeros(3, 4, 12)[:, :, ::2], "q has strides .* bytes; expected contiguous rows"),
+        ("k", zeros(3, 6, 2).swapaxes(1, 2), "k has strides .* bytes; expected contiguous rows"),
+        ("v", zeros(3, 2, 6)[::-1], "v has strides .* bytes; expected contiguous rows"),
+        ("k", zeros(3, 4, 6), r"k has shape \[3, 4, 6\]; expected \[3, 2, 6\]"),
+        ("cos", zeros(3, 6), r"cos has shape \[3, 6\]; expected \[3, 3\]"),
+        ("sin", zeros(2, 3), r"sin has shape \[2, 3\]; expected \[3, 3\]"),
+        ("value_pages", zeros(4, 2, 8, 6), r"value_pages has shape \[4, 2, 8, 6\]; expected \[5, 2, 8, 6\]"),
+        ("slots", ints(8, 9, 40), r"slots\[2\] is 40; expected 0 or more and below 40, the 5 blocks of 8 slots"),
+        ("slots", ints(8, -1, 39), r"slots\[1\] is -1; expected 0 or more"),
+        ("copies", ints([1, 2]), r"copies has shape \[1, 2\]; expected \[-1, 3\]"),
+        ("copies", ints([1, 2, 8], [5, 2, 8]), r"copies\[1\] has block 5; expected 0 or more and below 5"),
+        ("copies", ints([1, -2, 8]), r"copies\[0\] has block -2; expected 0 or more and below 5"),
+        ("copies", ints([2, 2, 8]), r"copies\[0\] has source 2 and target 2; expected two blocks"),
+        ("copies", ints([1, 2, 9]), r"copies\[0\] has 9 tokens; expected 0 to 8"),
+        ("copies", ints([1, 2, -1]), r"copies\[0\] has -1 tokens; expected 0 to 8"),
+        ("threads", 0, "threads is 0; expected at least 1"),
+        ("level", "sse9", "level is 'sse9'; this CPU runs .*portable"),
+    ],
+)
+def test_rope_write_refuses_a_wrong_argument_by_name(name, value, message):
+    refused(_C.rope_write, rope_arguments(), name, value, message)
+
+
+def test_rope_write_refuses_what_no_single_argument_shows():
+    odd = {"q": zeros(3, 4, 7), "k": zeros(3, 2, 7), "v": zeros(3, 2, 7), "out": zeros(3, 4, 7),
+           "key_pages": zeros(5, 2, 7, 8), "value_pages": zeros(5, 2, 8, 7)}  # fmt: skip
+    with pytest.raises(ValueError, match=r"key_pages has shape \[5, 2, 7, 8\]; expected an even number of features"):
+        _C.rope_write(**(rope_arguments() | odd))
+    with pytest.raises(ValueError, match="q has 3 heads; expected a multiple of key_pages' 2 groups"):
+        _C.rope_write(**(rope_arguments() | {"q": zeros(3, 3, 6), "out": zeros(3, 3, 6)}))
+    good = rope_arguments() | {"q": zeros(3, 4, 6), "k": zeros(3, 2, 6)}
+    with pytest.raises(ValueError, match="out shares memory with v"):  # within the span of a view, behind its nbytes
+        _C.rope_write(**(good | {"out": good["v"].base.reshape(-1)[72:].reshape(3, 4, 6)}))
+    with pytest.raises(ValueError, match="value_pages shares memory with key_pages"):
+        _C.rope_write(**(good | {"value_pages": good["key_pages"].reshape(5, 2, 8, 6)}))
+    good["key_pages"].flags.writeable = False
+    with pytest.raises(ValueError, match="key_pages is read-only"):
+        _C.rope_write(**good)
 
 
 def test_attention_refuses_heads_that_the_groups_do_not_divide():
@@ -387,7 +520,7 @@ def fresh_choice(monkeypatch):
     ops.choose.cache_clear()
 
 
-ROW_OPS = ["rms_norm_rows", "swiglu_rows"]
+ROW_OPS = ["rms_norm_rows", "swiglu_rows", "chunk_attention", "rope_write"]
 
 
 @pytest.mark.parametrize("op", ROW_OPS)
@@ -412,17 +545,15 @@ def test_the_table_gives_the_native_kernel_for_fp32_on_the_cpu_and_says_why_not_
 def test_the_ops_run_the_kernels_and_the_torch_backend_agrees(fresh_choice):
     x, weight, gate_up = normal(3, 17), normal(17, seed=1).requires_grad_(), normal(3, 34)
     given = case(9, 4, 2, 16, 8, 3)
-    native = next(backend for backend in ops.OPS["chunk_attention"] if backend.name == "native")
     with torch.no_grad():
         assert same(ops.rms_norm_rows(x, weight, 1e-5, threads=2), rms_norm(x, weight.detach()))
         assert torch.allclose(ops.rms_norm_rows(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5), atol=1e-6)
     assert same(ops.swiglu_rows(gate_up), swiglu(gate_up))
     assert torch.allclose(ops.swiglu_rows(gate_up), swiglu_reference(gate_up), atol=1e-6)
-    assert same(native.fn(*given, 3), attend(*given))
-    pages = [torch.where(pages.isnan(), 0.0, pages) for pages in given[1:3]]
-    expected = chunk_attention_reference(given[0], *pages, given[3].clamp(min=0), given[4])
-    assert torch.allclose(native.fn(*given, 1), expected, atol=1e-5)
-    assert ops.choose("chunk_attention", "cpu").name == "torch"  # until the sampler's whole step is native
+    queries, keys, values, tables, positions = given
+    work = queries, keys, values, items_of(tables, positions, 8), positions
+    assert same(ops.chunk_attention(*work, threads=3), attend(*given))
+    assert torch.allclose(ops.chunk_attention(*work), chunk_attention_reference(*work), atol=1e-5)
 
 
 def test_gradients_flow_where_they_are_asked_for_and_the_trainers_ops_never_turn_native(fresh_choice):
