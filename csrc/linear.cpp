@@ -23,6 +23,7 @@
 
 #include "linear.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -154,10 +155,12 @@ LinearLevel linear_level(int index) {
 
 void linear(const LinearArguments& a, int threads, LinearPanels panels) {
   const int64_t count = (a.outputs + kPanel - 1) / kPanel;
-  // Below about 100 microseconds of work another thread does not pay: on a busy machine it may not be running, and the
-  // caller waits for it (a model of 0.8M parameters beside other work: 20,000 tokens a second on one thread, 6,000 on two).
-  const double work = double(a.rows < 8 ? 8 : a.rows) * double(count * kPanel) * double(a.depth);
-  if (work < 1.6e7) threads = 1;
+  // Below about 150 microseconds of work another thread does not pay: on a busy machine it may not be running, and the
+  // caller waits for it (a model of 0.8M parameters beside other work: 20,000 tokens a second on one thread, 6,000 on
+  // two). Microseconds at 130 multiply-adds and 40 bytes of weights a nanosecond:
+  const double weights = double(count * kPanel) * double(a.depth);
+  const double least = std::max(double(a.rows) * weights / 130e3, 4 * weights / 40e3);
+  if (least < 150) threads = 1;
   // Pieces of neighbouring panels, so that the fetch ahead is of use; several per thread, so that none waits long.
   const int64_t pieces = threads == 1 ? 1 : (count < 8 * threads ? count : 8 * threads);
   parallel_for(pieces, threads, [&](int64_t i) { panels(a, count * i / pieces, count * (i + 1) / pieces); });
