@@ -16,6 +16,7 @@
 #include "gumbel.h"
 #include "linear.h"
 #include "philox.h"
+#include "probe.h"
 #include "rms_norm.h"
 #include "rope_write.h"
 #include "sample.h"
@@ -398,6 +399,24 @@ void check_ragged(const char* offsets_name, const int64_t* offsets, int64_t rows
              "0 or more and below " + std::to_string(width) + ", the columns of logits");
 }
 
+double probe_fma(int64_t rounds, int threads, const std::string& level) {
+  check_threads(threads);
+  if (rounds < 1) refuse("rounds", std::to_string(rounds), "at least 1");
+  const selfreward::ProbeRun run = find_level(selfreward::probe_level, level).run;
+  py::gil_scoped_release release;
+  return selfreward::probe({nullptr, rounds}, threads, run);
+}
+
+double probe_read(const py::array& memory, int threads, const std::string& level) {
+  check<float>("memory", memory, {-1});
+  check_threads(threads);
+  if (memory.shape(0) < 128 * threads) refuse("memory", shape_text({memory.shape(0)}), "at least 128 floats a thread");
+  const selfreward::ProbeRun run = find_level(selfreward::probe_level, level).run;
+  const selfreward::ProbeArguments arguments{static_cast<const float*>(memory.data()), memory.shape(0)};
+  py::gil_scoped_release release;
+  return selfreward::probe(arguments, threads, run);
+}
+
 void check_rules(const selfreward::SampleArguments& a) {
   if (a.vocab < 1 || a.vocab > a.width)
     refuse("vocab", std::to_string(a.vocab), "1 to " + std::to_string(a.width) + ", the columns of logits");
@@ -531,6 +550,10 @@ PYBIND11_MODULE(_C, m) {
       "key_pages and value_pages with k, turned, and v [rows, groups, dim]; then copy the first tokens of blocks:\n"
       "copies int64 [copies, 3] of source, target, tokens. Rows of q, k and v may lie apart. level, threads as in\n"
       "rms_norm.");
+  m.def("probe_fma", &probe_fma, py::arg("rounds"), py::arg("threads"), py::arg("level") = "",
+        "GFLOP/s of fp32 multiply-adds in registers, `rounds` times 384 of them on each thread.");
+  m.def("probe_read", &probe_read, py::arg("memory"), py::arg("threads"), py::arg("level") = "",
+        "GB/s at which the threads read memory [n] fp32, each its own part.");
   m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
         py::arg("min_p"), py::arg("seeds"), py::arg("positions"), py::arg("candidates"), py::arg("vocab"),
         py::arg("forbidden_offsets"), py::arg("forbidden"), py::arg("label_offsets"), py::arg("label_ids"),

@@ -1,0 +1,1 @@
+"""Throughput of the engine at the loop's work, each idea with its ablation: `python -m benchmarks`."""

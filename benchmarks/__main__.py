@@ -1,0 +1,71 @@
+"""`python -m benchmarks sampling|judging`: tokens a second, what was saved, and what each idea gives."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.limits import Limits, machine
+from benchmarks.models import MODELS, random_model
+from benchmarks.throughput import measure
+from benchmarks.workloads import WORKLOADS
+from engine import InputError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("workload", choices=sorted(WORKLOADS))
+    parser.add_argument("--model", default="110M", help=f"a random Llama: {', '.join(MODELS)} (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of every variant, in turns (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of prompts (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="default: torch's number")
+    parser.add_argument("--json", type=Path, help="write machine, limits and rows to this file")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1 or not 0 < arguments.scale <= 100 or (arguments.threads or 1) < 1:
+        parser.error("--rounds and --threads are at least 1, --scale is above 0 and at most 100")
+    try:
+        model = random_model(arguments.model)
+    except InputError as error:
+        parser.error(str(error))
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    limits = Limits.measure(torch.get_num_threads())
+    result: dict[str, Any] = {
+        "command": f"python -m benchmarks {' '.join(sys.argv[1:])}",
+        "machine": machine(),
+        "limits": limits._asdict(),
+        "rows": measure(arguments.workload, model, arguments.rounds, arguments.scale, limits),
+    }
+    print(table(result))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"{result['machine']['cpu']}, {result['machine']['instructions']}, {result['machine']['threads']} threads; "
+        f"limits {result['limits']['gflops']:.0f} GFLOP/s, {result['limits']['gbps']:.1f} GB/s",
+        "",
+        "| variant | new tokens/s | time | prompt tokens computed | KV read, GB | of FLOP/s | scheduler | memory, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['variant']} | {row['new_tokens_per_second']:.0f} | {row['time_ratio']:.2f}x "
+            f"| {row['prompt_tokens_computed']:,} of {row['prompt_tokens']:,} "
+            f"| {row['kv_gb_read']:.1f} of {row['kv_gb_ungrouped']:.1f} | {row['share_of_flops']:.0%} "
+            f"| {row['scheduler_share']:.1%} | {row['peak_memory_gb']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+// What this machine can do at most, for benchmarks to stand beside: fp32 multiply-adds and reads from memory.
+#pragma once
+
+#include <cstdint>
+
+#include "level.h"
+
+namespace selfreward {
+
+struct ProbeArguments {
+  const float* memory;  // read from its beginning to its end; null: multiply-adds in registers
+  int64_t count;        // floats, a multiple of 16, or rounds of kProbeRound multiply-adds
+};
+
+constexpr int64_t kProbeRound = 16 * 24;  // 24 chains hide the latency of two units on every CPU so far
+
+// Does the work of one thread; returns a value that depends on all of it.
+using ProbeRun = float (*)(const ProbeArguments& a);
+
+Level<ProbeRun> probe_level(int index);
+
+// Billions of floating-point operations (2 a multiply-add), or of bytes, per second, on `threads` threads.
+double probe(const ProbeArguments& a, int threads, ProbeRun run);
+
+}  // namespace selfreward
