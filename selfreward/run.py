@@ -7,11 +7,20 @@ interrupted (Ctrl-C, SIGTERM). The same command on the same directory goes on wh
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import signal
 import sys
+
+if __name__ == "__main__":  # first: the imports below take a second, in which Ctrl-C would print a traceback
+
+    def _leave(number: int, frame: object) -> None:
+        os.write(2, b"stopped by SIGINT; the same command goes on with what was saved\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, _leave)
+
+import argparse
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator

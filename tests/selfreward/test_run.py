@@ -1,8 +1,11 @@
 """The whole command: a short tiny run, resumed and repeated, and a user's mistakes."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,6 +174,17 @@ def test_a_signal_ends_the_run_and_says_how_to_go_on(number, finished, tmp_path,
     assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().err
     assert signal.getsignal(number) is not None and command(out) == 0
     assert untimed_report(out) == untimed_report(finished)
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "selfreward.run", "--out", str(tmp_path / "out")]
+    ended = subprocess.run(
+        command, cwd=Path(run_module.__file__).parent.parent, env=os.environ | {"PYTHONPATH": path}, capture_output=True
+    )
+    assert ended.returncode == 130 and ended.stdout == b""
+    assert ended.stderr == b"stopped by SIGINT; the same command goes on with what was saved\n"
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(finished, capsys):
