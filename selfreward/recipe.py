@@ -317,7 +317,7 @@ class Recipe(Group):
     def paths(self) -> dict[str, Path]:
         """Every file or directory that the recipe names, by dotted key."""
         values = self.model_dump()
-        found = {key: _at(values, key) for key in _PATH_KEYS}
+        found = {key: _at(values, key) for key in PATH_KEYS}
         return {k: Path(v) for k, v in found.items() if v is not None and (k != "judge.template" or _is_path(v))}
 
     def dump(self) -> dict[str, Any]:
@@ -454,7 +454,7 @@ def _without_empty_groups(values: dict[str, Any]) -> dict[str, Any]:
     return {key: {} if value is None and key in groups else value for key, value in values.items()}
 
 
-_PATH_KEYS = (
+PATH_KEYS = (
     "model",
     "m1",
     "judge_model",
@@ -470,7 +470,7 @@ _PATH_KEYS = (
 
 def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Strings under path keys become absolute paths; values of a wrong type stay for the validation to name."""
-    for key in _PATH_KEYS:
+    for key in PATH_KEYS:
         value = _at(values, key)
         if not isinstance(value, str) or not value or (key == "judge.template" and not _is_path(value)):
             continue

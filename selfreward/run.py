@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -35,7 +36,7 @@ from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import stages
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import Recipe
+from selfreward.recipe import PATH_KEYS, Recipe
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
 from selfreward.state import RunDir, written_manifest
@@ -166,7 +167,7 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
     template = JudgeTemplate(recipe.judge.template)
     stages.check_inputs(recipe)
-    with RunDir(out, _manifest(recipe, tokenizer, template)) as directory:
+    with RunDir(out, _manifest(recipe, tokenizer, template), without_places) as directory:
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
         try:
             models = loop(Run(recipe, directory, tokenizer, template, report, stop))
@@ -207,6 +208,21 @@ def deciding(recipe: Recipe) -> Row:
     for group, key in UNDECIDING:
         del values[group][key]
     return values
+
+
+def without_places(manifest: Row) -> Row:
+    """The manifest as a resume compares it: what a path holds is compared by its hash, so of the path there remains the
+    name of a data file, after which rows without an id are named."""
+
+    def shortened(values: Any, prefix: str) -> Any:
+        if isinstance(values, dict):
+            return {key: shortened(value, f"{prefix}{key}.") for key, value in values.items()}
+        key = prefix[:-1]
+        if key not in PATH_KEYS or not isinstance(values, str):
+            return values
+        return Path(values).name if key.startswith(("data.", "prompts.")) else "a path"
+
+    return manifest | {"recipe": shortened(manifest.get("recipe"), "")}
 
 
 def _action(words: list[str]) -> tuple[str, list[str]]:

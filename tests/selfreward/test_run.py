@@ -265,6 +265,27 @@ def test_changed_weights_data_and_threads_are_refused_with_the_difference(tmp_pa
         assert difference in said
 
 
+def test_inputs_may_move_as_long_as_they_hold_the_same(tmp_path, capsys):
+    package, out = Path(run_module.__file__).parent, tmp_path / "out"
+    for place in ("here", "there"):
+        shutil.copytree(package / "tiny/m0", tmp_path / place / ("m0" if place == "here" else "base"))
+        shutil.copy(package / "tiny/data/ift.jsonl", tmp_path / place)
+
+    def given(model, ift):
+        return [f"model={tmp_path / model}", f"data.ift={tmp_path / ift}", "gates.min_pairs=1000"]
+
+    assert command(out, *given("here/m0", "here/ift.jsonl")) == 3
+    shutil.rmtree(tmp_path / "here")
+    capsys.readouterr()
+    assert command(out, *given("there/base", "there/ift.jsonl")) == 3
+    shutil.copy(tmp_path / "there/ift.jsonl", tmp_path / "seed.jsonl")
+    capsys.readouterr()
+    assert command(out, *given("there/base", "seed.jsonl")) == 2  # rows without an id are named after their file
+    assert 'recipe.data.ift is "ift.jsonl" there, "seed.jsonl" here' in capsys.readouterr().err
+    assert command(out, *given("there/base", "there/ift.jsonl"), "data.eft_heldout=null") == 2
+    assert "recipe.data.eft_heldout" in capsys.readouterr().err
+
+
 def test_a_bad_row_and_a_truncated_checkpoint_are_named(tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "copy a b c", "response": "a b c"}\n{"prompt": true, "response": "x"}\n')
