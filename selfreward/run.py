@@ -39,7 +39,7 @@ from selfreward.judge import JudgeTemplate
 from selfreward.recipe import PATH_KEYS, Recipe
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
-from selfreward.state import RunDir, written_manifest
+from selfreward.state import STAGES, RunDir, written_manifest
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
 BUILT = ("run",)
@@ -87,6 +87,7 @@ def loop(run: Run) -> list[Row]:
 def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
     """Run one stage unless it is finished; its counts and its time are recorded."""
     if run.dir.done(name):
+        _check_written(run, name)
         run.report.say(f"{name}: finished before")
         return run.dir.counts(name)
     run.check_stop()
@@ -98,6 +99,15 @@ def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
     run.dir.mark_done(name, counts)
     run.report.say(f"{name}: {seconds:.1f} s  {_short(counts)}")
     return run.dir.counts(name)
+
+
+def _check_written(run: Run, name: str) -> None:
+    for file in stages.written(name, run.dir.counts(name)):
+        if not run.dir.file(file).exists():
+            raise InputError(
+                f"{run.dir.file(file)} is missing; the finished stage {name!r} wrote it: restore it, or remove "
+                f"{name!r} from {run.dir.file(STAGES)}, and the same command runs that stage again"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,7 +174,7 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     threads = recipe.threads or began_with
     if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
         torch.set_num_threads(threads)
-    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
+    tokenizer = stages.load_tokenizer(recipe)
     template = JudgeTemplate(recipe.judge.template)
     stages.check_inputs(recipe)
     with RunDir(out, _manifest(recipe, tokenizer, template), without_places) as directory:

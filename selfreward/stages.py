@@ -16,8 +16,10 @@ from engine import (
     SamplingParams,
     SFTConfig,
     SFTRow,
+    Tokenizer,
     TrainingInterrupted,
     clear_state,
+    read_config,
     reference_logprobs,
     save_checkpoint,
     train,
@@ -52,6 +54,36 @@ def check_inputs(recipe: Recipe) -> None:
     known = _known_prompts(recipe)
     if recipe.prompts.mode == "file":
         take_prompts(recipe, 1, known)
+
+
+def load_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The run's tokenizer, once every model is seen to be a checkpoint with an embedding for each of its pieces."""
+    models = {"model": recipe.model, "m1": recipe.m1, "judge_model": recipe.judge_model}
+    configs = {key: read_config(path) for key, path in models.items() if path is not None}
+    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
+    for key, config in configs.items():
+        path = models[key]
+        assert path is not None
+        if key == "judge_model" and (path / "tokenizer.model").is_file():
+            continue  # it speaks its own vocabulary
+        if tokenizer.vocab_size > config.vocab_size:
+            raise InputError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, {key} ({path}) {config.vocab_size} embeddings: they "
+                f"do not belong together; give the one that this model was trained with (tokenizer=PATH)"
+            )
+    return tokenizer
+
+
+def written(stage: str, counts: Row) -> list[str]:
+    """What a finished stage left in the run that later stages and the report read."""
+    folder, _, last = stage.partition("/")
+    if folder == "evaluation" or "same_as" in counts:
+        return []
+    if stage == "eft":
+        return ["eft/train.jsonl"]
+    if last == "model":
+        return [stage]
+    return [f"{stage}.jsonl"] + ([f"{folder}/dropped.jsonl"] if last == "pairs" else [])
 
 
 def make_base(run: Run) -> Row:

@@ -132,7 +132,7 @@ DAMAGES = {
     "another architecture": (config(model_type="gpt2"), "model_type is 'gpt2'"),
     "another activation": (config(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "scaled rope": (config(rope_parameters={"rope_type": "yarn"}), "rope type 'yarn'"),
-    "another vocabulary": (config(vocab_size=40), "54 pieces, the model 40 embeddings"),
+    "another vocabulary": (config(vocab_size=40), "40 embeddings: they do not belong together"),
     "tokenizer cut": (cut("m0/tokenizer.model", 100), "tokenizer.model is not a SentencePiece model"),
     "tokenizer missing": (remove("m0/tokenizer.model"), "tokenizer.model: there is no such tokenizer"),
     # recipes

@@ -192,14 +192,46 @@ def test_a_changed_recipe_is_refused_with_the_difference(finished, capsys):
     assert "recipe.dpo.beta is 0.1 there, 0.2 here" in capsys.readouterr().err
 
 
-def test_a_model_that_is_gone_is_named_and_not_replaced_by_another(finished, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("gone", "stage"),
+    [
+        ("eft/train.jsonl", "eft"),
+        ("m1/model", "m1/model"),
+        ("iter_1/candidates.jsonl", "iter_1/candidates"),
+        ("iter_2/dropped.jsonl", "iter_2/pairs"),
+    ],
+)
+def test_what_a_finished_stage_wrote_and_is_gone_is_named_and_can_be_made_again(
+    gone, stage, finished, tmp_path, capsys
+):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    shutil.rmtree(out / "m1/model")
-    stages = json.loads((out / "stages.json").read_text())
-    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != "evaluation/M1"}))
+    (shutil.rmtree if gone.endswith("model") else os.unlink)(out / gone)
     assert command(out) == 2
-    assert "m1/model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{out / gone} is missing" in said and f"the finished stage {stage!r} wrote it" in said
+    stages = json.loads((out / "stages.json").read_text())
+    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != stage}))
+    assert command(out) == 0  # the advice
+    for name in (gone, "iter_2/model/model.safetensors"):
+        if (out / name).is_file():
+            assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_tokenizer_larger_than_the_model_is_named_before_anything_is_computed(tmp_path, capsys):
+    larger, package = tmp_path / "larger.model", Path(run_module.__file__).parent
+    proto = (package / "tiny/m0/tokenizer.model").read_bytes()
+    larger.write_bytes(proto + bytes([0x0A, 0x0A, 0x0A, 3]) + b"zzz" + bytes([0x15, 0, 0, 0, 0]))  # one more piece
+    assert command(tmp_path / "out", f"tokenizer={larger}") == 2
+    said = capsys.readouterr().err
+    assert "larger.model has 55 pieces" in said and f"model ({package / 'tiny/m0'}) 54 embeddings" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_something_else_is_no_model(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("x")
+    assert command(tmp_path / "out", f"model={tmp_path}") == 2
+    assert "config.json is missing; HF's layout has config.json, Meta's has params.json" in capsys.readouterr().err
 
 
 def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_path):
