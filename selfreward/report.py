@@ -28,6 +28,10 @@ class Reporter:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def warn(self, text: str) -> None:
+        """What is odd but no error is said in any case."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def progress(self, what: str, total: int) -> Callable[[int], None]:
         """A function to call with the number of newly finished items; prints at most every 5 seconds."""
         started = last = time.monotonic()

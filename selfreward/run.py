@@ -35,6 +35,7 @@ import torch
 from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import stages
 from selfreward.context import GateError, Row, Run, Stopped
+from selfreward.inputs import check_inputs, load_tokenizer
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import PATH_KEYS, Recipe
 from selfreward.report import Reporter, print_report
@@ -174,10 +175,12 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     threads = recipe.threads or began_with
     if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
         torch.set_num_threads(threads)
-    tokenizer = stages.load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe)
     template = JudgeTemplate(recipe.judge.template)
-    stages.check_inputs(recipe)
+    odd = check_inputs(recipe, tokenizer, template)
     with RunDir(out, _manifest(recipe, tokenizer, template), without_places) as directory:
+        for sentence in odd:
+            report.warn(sentence)
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
         try:
             models = loop(Run(recipe, directory, tokenizer, template, report, stop))

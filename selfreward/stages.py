@@ -16,10 +16,8 @@ from engine import (
     SamplingParams,
     SFTConfig,
     SFTRow,
-    Tokenizer,
     TrainingInterrupted,
     clear_state,
-    read_config,
     reference_logprobs,
     save_checkpoint,
     train,
@@ -29,11 +27,12 @@ from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.eft import select
 from selfreward.evaluate import judge_accuracy, longer_wins, mean_and_error
 from selfreward.formats import load_ift, load_prompts, load_ranked
+from selfreward.inputs import heldout_ranks, known_prompts
 from selfreward.judge import Judgement, mean_score
 from selfreward.judging import Item, judge_by_model, judge_candidates
 from selfreward.pairs import TOO_LONG, build_pair, positive
 from selfreward.prompts import take_prompts, write_prompts
-from selfreward.recipe import Candidates, Recipe
+from selfreward.recipe import Candidates
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
@@ -41,37 +40,6 @@ STEP0_PAIRS = 64
 
 
 # ---- SFT, EFT, M1 -----------------------------------------------------------------------------------------------------
-
-
-def check_inputs(recipe: Recipe) -> None:
-    """Read every data file before anything is computed: a bad row must not show after hours."""
-    data = recipe.data
-    groups = load_ranked(data.eft)[: data.eft_limit] if data.eft else []
-    held = {group["prompt"].strip() for group in _heldout_ranks(recipe)}
-    shared = next((group["id"] for group in groups if group["prompt"].strip() in held), None)
-    if shared is not None:
-        raise InputError(f"{data.eft}: group {shared} has a prompt of {data.eft_heldout}; keep them apart")
-    known = _known_prompts(recipe)
-    if recipe.prompts.mode == "file":
-        take_prompts(recipe, 1, known)
-
-
-def load_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The run's tokenizer, once every model is seen to be a checkpoint with an embedding for each of its pieces."""
-    models = {"model": recipe.model, "m1": recipe.m1, "judge_model": recipe.judge_model}
-    configs = {key: read_config(path) for key, path in models.items() if path is not None}
-    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
-    for key, config in configs.items():
-        path = models[key]
-        assert path is not None
-        if key == "judge_model" and (path / "tokenizer.model").is_file():
-            continue  # it speaks its own vocabulary
-        if tokenizer.vocab_size > config.vocab_size:
-            raise InputError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, {key} ({path}) {config.vocab_size} embeddings: they "
-                f"do not belong together; give the one that this model was trained with (tokenizer=PATH)"
-            )
-    return tokenizer
 
 
 def written(stage: str, counts: Row) -> list[str]:
@@ -103,7 +71,7 @@ def train_baseline(run: Run) -> Row:
 def build_eft(run: Run) -> Row:
     """The baseline judges human-ranked answers; what agrees with the ranks becomes judge data."""
     recipe = run.recipe
-    heldout = _heldout_ranks(run.recipe)
+    heldout = heldout_ranks(run.recipe)
     groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
     drawn = judge_by_model(
         run, "eft/judgements.jsonl", run.dir.file("sft/model"), _ranked_items(groups), recipe.eft, (0, "eft")
@@ -136,7 +104,7 @@ def train_m1(run: Run) -> Row:
 
 def new_prompts(run: Run, k: int) -> Row:
     """This round's prompts, none of which an earlier round, the seed data or the held-out data has."""
-    taken = _known_prompts(run.recipe)
+    taken = known_prompts(run.recipe)
     if run.recipe.prompts.mode == "file":
         rows, dropped = take_prompts(run.recipe, k, taken)
     else:
@@ -290,7 +258,7 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
             row["true_quality"], row["true_quality_se"] = mean_and_error([a["grade"] for a in answers])
             row["true_quality_greedy"], row["true_quality_greedy_se"] = mean_and_error([a["grade"] for a in greedy])
             row["true_quality_n"] = len(answers)
-    groups = _heldout_ranks(run.recipe)
+    groups = heldout_ranks(run.recipe)
     if groups:
         file, judge = f"{folder}/judgements.jsonl", run.recipe.judge
         drawn = _by_answer(groups, judge_by_model(run, file, path, _ranked_items(groups), judge, (0, "evaluation")))
@@ -397,11 +365,6 @@ def _mean(run: Run, rows: Sequence[Row]) -> float | None:
     return mean_score([Judgement(row["score"], row["status"]) for row in rows], run.recipe.judge.min_valid_draws)
 
 
-def _heldout_ranks(recipe: Recipe) -> list[Row]:
-    path = recipe.data.eft_heldout
-    return load_ranked(path)[: recipe.evaluation.judge_groups] if path else []
-
-
 def _ranked_items(groups: Sequence[Row]) -> list[list[Item]]:
     return [[Item(f"{g['id']}-{i}", g["prompt"], a["text"]) for i, a in enumerate(g["answers"])] for g in groups]
 
@@ -451,15 +414,6 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
             f"context {run.context}); bring shorter ones or raise data.max_tokens"
         )
     return rows, dict(counts)
-
-
-def _known_prompts(recipe: Recipe) -> set[str]:
-    """Prompts of seed and held-out data."""
-    data = recipe.data
-    rows = load_ift(data.ift, data.ift_limit) if data.ift else []
-    rows += load_prompts(data.heldout) if data.heldout else []
-    ranked = [group for path in (data.eft, data.eft_heldout) if path for group in load_ranked(path)]
-    return {row["prompt"].strip() for row in [*rows, *ranked]}
 
 
 def _pair_tokens(run: Run, pair: Row) -> int:

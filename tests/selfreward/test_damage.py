@@ -206,4 +206,6 @@ def test_the_undamaged_world_goes_through_to_a_gate(world, capsys):
     """What the damaged ones are compared with: all files are read, SFT runs, and the first gate is reached."""
     (world / "recipe.yaml").write_text(RECIPE + "sft: {max_steps: 1}\neft: {attempts: 1, max_tokens: 2}\n")
     code, said = run(world, capsys)
-    assert code == 3 and said.startswith("stopped: no judgement of the SFT baseline agrees")
+    *warnings, stopped = said.splitlines()
+    assert code == 3 and stopped.startswith("stopped: no judgement of the SFT baseline agrees")
+    assert [line[:9] for line in warnings] == ["warning: "]  # the lengths, which are set for larger models
