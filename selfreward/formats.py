@@ -114,12 +114,17 @@ def _prompt(where: str, row: Any) -> dict[str, str]:
 
 def _ranked_group(where: str, row: dict[str, Any]) -> dict[str, Any]:
     answers = row.get("answers")
-    if "prompt" not in row or not isinstance(answers, list):
+    if "prompt" not in row or "answers" not in row:
         _unknown_format(where, row, RANKED_FORMATS)
-    if len(answers) < 2 or not all(isinstance(answer, dict) for answer in answers):
-        raise InputError(
-            f"{where}: 'answers' holds {len(answers)} entries; expected two or more {{text, rank}} objects"
-        )
+    if not isinstance(answers, list):
+        raise InputError(f"{where}: 'answers' is {_kind(answers)}; expected a list of objects with 'text' and 'rank'")
+    for place, answer in enumerate(answers):
+        if not isinstance(answer, dict):
+            raise InputError(
+                f"{where}: 'answers[{place}]' is {_kind(answer)}; expected an object with 'text' and 'rank'"
+            )
+    if len(answers) < 2:
+        raise InputError(f"{where}: 'answers' has {'one entry' if answers else 'no entries'}; expected two or more")
     return {
         "id": _row_id(where, row.get("id")),
         "prompt": _text(where, row, "prompt"),

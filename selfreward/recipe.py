@@ -144,7 +144,8 @@ class Prompts(Sampling):
             raise NotBuiltError("mode 'few_shot' is not built yet; use 'continue' (the model goes on) or 'file'")
         if (self.mode == "file") != (self.file is not None):
             raise InputError(
-                f"mode is {self.mode!r} and file is {self.file}; a file belongs to mode 'file', and only there"
+                f"mode is {self.mode!r} and file is {'not ' if self.file is None else ''}set; a file belongs to mode "
+                "'file', and only there"
             )
         unused = self.model_fields_set & {"temperature", "top_p", "max_tokens"} if self.mode == "file" else ()
         if unused:

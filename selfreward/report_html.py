@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 
 from selfreward.formats import read_jsonl
-from selfreward.report import NONE, build_report, graded_instructions, model_table, number, with_error
-from selfreward.report_plots import Plot, draw_plots, reasons
+from selfreward.report import NONE, build_report, graded_instructions, model_table, number, reasons, with_error
+from selfreward.report_plots import Plot, draw_plots
 from selfreward.report_rounds import round_figures
 from selfreward.state import TIMING, RunDir
 

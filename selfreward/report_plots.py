@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfreward.judge import TOP_SCORE
 from selfreward.pairs import REASONS
+from selfreward.report import reasons
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,11 +135,6 @@ def dpo_curves(curves: Curves) -> Plot | None:
 def sft_curves(curves: Curves) -> Plot | None:
     """Loss of supervised fine-tuning over the steps."""
     return _curves("sft", "Supervised fine-tuning", {"loss": "loss"}, curves)
-
-
-def reasons(counts: Mapping[str, int]) -> str:
-    """ "tie 6, duplicate 2", or "none"."""
-    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()) or "none"
 
 
 # ---- shared -----------------------------------------------------------------------------------------------------------

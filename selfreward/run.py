@@ -52,6 +52,7 @@ UNDECIDING = (
     ("dpo", "save_every"),
     ("eft", "required"),
 )
+CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other key needs a new --out directory"
 MEMORY_KEYS = (
     "sampler.kv_cache_gb or sampler.max_batch_tokens (sampling; then resume), or sft.max_pack_tokens or "
     "dpo.max_pack_tokens (training; in a new directory: they decide the last bits)"
@@ -185,9 +186,10 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
         try:
             models = loop(Run(recipe, directory, tokenizer, template, report, stop))
         except GateError as error:
+            said = f"{error} ({CHANGEABLE})"
             with suppress(InputError, OSError):  # what the gate says matters more than the page
-                write_report(directory, [], stopped=str(error))
-            raise
+                write_report(directory, [], stopped=said)
+            raise GateError(said) from None
         print_report(write_report(directory, models), report.as_json)
         report.say(f"report: {directory.file('report.html')}")
 

@@ -32,11 +32,13 @@ from selfreward.judge import Judgement, mean_score
 from selfreward.judging import Item, judge_by_model, judge_candidates
 from selfreward.pairs import TOO_LONG, build_pair, positive
 from selfreward.prompts import take_prompts, write_prompts
-from selfreward.recipe import Candidates
+from selfreward.recipe import Candidates, Recipe
+from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
 STEP0_PAIRS = 64
+REFUSED = ("no_ranks", "unreadable", "order", "tie")  # why an attempt of the EFT builder is not kept
 
 
 # ---- SFT, EFT, M1 -----------------------------------------------------------------------------------------------------
@@ -83,10 +85,19 @@ def build_eft(run: Run) -> Row:
     if not rows and (recipe.eft.required or recipe.dpo.replay_weight):
         raise GateError(
             f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {recipe.data.eft} "
-            f"({dict(counts)}): raise eft.attempts or data.eft_limit, "
-            "or set eft.required=false (and dpo.replay_weight=0) to go without judge data"
+            f"({reasons({name: counts[name] for name in REFUSED if counts[name]})}): {_eft_advice(run, counts)}, or set "
+            f"eft.required=false{' and dpo.replay_weight=0' if recipe.dpo.replay_weight else ''} to go without judge data"
         )
     return {"groups": len(groups), "train": len(rows), "heldout": len(heldout), **counts}
+
+
+def _eft_advice(run: Run, counts: Counter[str]) -> str:
+    if 2 * counts["unreadable"] > sum(counts[name] for name in REFUSED):
+        return (
+            f"most are unreadable (see {run.dir.file('eft/judgements.jsonl')}): give a judge.template that this model can "
+            f"follow (it is {run.template.path}), or raise eft.max_tokens"
+        )
+    return "raise eft.attempts, or give more groups (data.eft, data.eft_limit)"
 
 
 def train_m1(run: Run) -> Row:
@@ -114,11 +125,19 @@ def new_prompts(run: Run, k: int) -> Row:
     dropped["prompt_too_long"] += len(rows) - len(fitting)
     if not fitting:
         raise GateError(
-            f"round {k} has no prompts left after the filters ({dict(+dropped)}): raise prompts.count, change the sampling "
-            "settings under prompts, or give prompts.mode=file with a larger prompts.file"
+            f"round {k} has no prompts left after the filters ({reasons(+dropped)}): {_prompts_advice(run)}"
         )
     run.dir.write_jsonl(f"iter_{k}/prompts.jsonl", fitting)
     return {"kept": len(fitting), "dropped": dict(+dropped)}
+
+
+def _prompts_advice(run: Run) -> str:
+    if run.recipe.prompts.mode == "file":
+        return f"give a prompts.file with shorter prompts (the model's context is {run.context} tokens)"
+    return (
+        "raise prompts.count or prompts.max_tokens, change prompts.temperature or prompts.top_p, or set prompts.mode=file "
+        "and prompts.file"
+    )
 
 
 def sample_candidates(run: Run, k: int) -> Row:
@@ -169,7 +188,7 @@ def judge_round(run: Run, k: int) -> Row:
     readable = statuses["ok"] / len(rows)
     if readable < run.recipe.gates.min_readable:
         raise GateError(
-            f"round {k}: {readable:.1%} of {len(rows)} judgements are readable ({dict(statuses)}), the floor is "
+            f"round {k}: {readable:.1%} of {len(rows)} judgements are readable ({reasons(statuses)}), the floor is "
             f"{run.recipe.gates.min_readable:.0%}: give the model judge data (data.eft), more room (judge.max_tokens), a "
             f"template that it can follow (judge.template), or lower gates.min_readable; what it wrote is in "
             f"{run.dir.file(f'iter_{k}/judgements.jsonl')}"
@@ -190,16 +209,23 @@ def build_pairs(run: Run, k: int) -> Row:
             pairs.append(pair)
         else:
             dropped.append({"id": prompt["id"], "prompt": prompt["prompt"], "reason": reason})
-    reasons = Counter(row["reason"] for row in dropped)
-    assert len(pairs) + sum(reasons.values()) == len(prompts)
+    without = Counter(row["reason"] for row in dropped)
+    assert len(pairs) + sum(without.values()) == len(prompts)
     run.dir.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
     run.dir.write_jsonl(f"iter_{k}/dropped.jsonl", dropped)
     if len(pairs) < recipe.gates.min_pairs and recipe.method == "dpo":
         raise GateError(
-            f"round {k} has {len(pairs)} pairs of {len(prompts)} prompts ({dict(reasons)}), the floor is "
-            f"{recipe.gates.min_pairs}: raise prompts.count, candidates.n or judge.draws, or lower gates.min_pairs"
+            f"round {k} has {len(pairs)} pairs of {len(prompts)} prompts (without one: {reasons(without)}), the floor is "
+            f"{recipe.gates.min_pairs}: lower gates.min_pairs, or raise {_more_prompts(recipe)}, candidates.n or judge.draws"
+            f"{', or dpo.max_pack_tokens' if without[TOO_LONG] else ''}"
         )
-    return {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(reasons)}
+    return {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
+
+
+def _more_prompts(recipe: Recipe) -> str:
+    if recipe.prompts.mode == "continue":
+        return "prompts.count"
+    return f"the number of prompts in {recipe.prompts.file}" + (" and prompts.count" if recipe.prompts.count else "")
 
 
 def train_round(run: Run, k: int) -> Row:
@@ -312,6 +338,9 @@ def _train(
         )
     except TrainingInterrupted:
         raise Stopped from None
+    except FloatingPointError as error:
+        key = "dpo.lr" if isinstance(config, DPOConfig) else "sft.lr"
+        raise FloatingPointError(f"{folder}/model: {error} (a changed {key} needs a new --out directory)") from None
     save_checkpoint(model, out / "model", run.tokenizer)
     clear_state(out)
     return result.steps
@@ -409,9 +438,10 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
         counts["ift"] += 1
         counts["ift_cut"] += len(answer) > room
     if not rows:
+        higher = " or raise data.max_tokens" if data.max_tokens < run.context else ""
         raise InputError(
             f"{data.ift}: no prompt is shorter than {limit} tokens (data.max_tokens is {data.max_tokens}, the model's "
-            f"context {run.context}); bring shorter ones or raise data.max_tokens"
+            f"context {run.context}); bring shorter ones{higher}, in a new --out directory"
         )
     return rows, dict(counts)
 

@@ -166,7 +166,7 @@ DAMAGES = {
     "file without rows": (content("eft_heldout.jsonl", "\n"), "eft_heldout.jsonl holds no usable rows"),
     "one ranked answer": (
         second_line("eft.jsonl", '{"prompt": "x", "answers": [{"text": "a", "rank": 0}]}'),
-        "eft.jsonl:2: 'answers' holds 1 entries",
+        "eft.jsonl:2: 'answers' has one entry",
     ),
     "rank that is no number": (
         second_line("eft.jsonl", '{"prompt": "x", "answers": [{"text": "a", "rank": 0}, {"text": "b", "rank": true}]}'),

@@ -195,13 +195,14 @@ def test_ranked_groups_keep_order_ranks_and_empty_answers(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ([{"text": "a", "rank": 0}], "'answers' holds 1 entries; expected two or more"),
-        ([{"text": "a", "rank": 0}, "b"], "expected two or more"),
+        ([{"text": "a", "rank": 0}], "'answers' has one entry; expected two or more"),
+        ([{"text": "a", "rank": 0}, "b"], r"'answers\[1\]' is a string; expected an object with 'text' and 'rank'"),
         ([{"text": "a", "rank": 0}, {"text": "b", "rank": True}], "'rank' is the boolean true"),
         ([{"text": "a", "rank": 0}, {"text": "b"}], "'rank' is missing or null"),
         ([{"text": "a", "rank": 0}, {"text": "b", "rank": 0.5}], "'rank' is the number 0.5"),
         ([{"text": "a", "rank": 0}, {"text": None, "rank": 1}], "'text' is missing or null"),
-        ("ab", "keys prompt, answers"),
+        ("ab", "'answers' is a string; expected a list of objects with 'text' and 'rank'"),
+        ([], "'answers' has no entries; expected two or more"),
     ],
 )
 def test_a_wrong_ranked_answer_is_named(answers: Any, message: str, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monke
         (["sft.lr=fast"], 2, "sft.lr"),
         (["frobnicate"], 2, "frobnicate"),
         (["threads=100000000"], 2, "threads"),
-        (["dpo.max_pack_tokens=20", "gates.min_pairs=1000"], 3, "'too_long': "),
+        (["dpo.max_pack_tokens=20", "gates.min_pairs=1000"], 3, "too long "),
         (["plan"], 2, "not built"),
         (["gates.min_pairs=1000000"], 3, "gates.min_pairs"),
         (["gates.min_readable=1.0", "judge.max_tokens=1"], 3, "judge.max_tokens"),
@@ -255,6 +255,29 @@ def test_a_damaged_count_of_threads_is_named(threads, tmp_path, capsys):
     capsys.readouterr()
     assert command(tmp_path / "run") == 2
     assert f"training_threads is {threads!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["eft.required=true", "eft.max_tokens=1"], 3, ["unreadable 72", "raise eft.max_tokens", "judge_tiny.jinja"]),
+        (["gates.min_pairs=1000"], 3, ["tie", "lower gates.min_pairs, or raise prompts.count"]),
+        (["prompts.max_tokens=1"], 3, ["prompts left after the filters (truncated ", "raise prompts.count"]),
+        (["sft.lr=1e30", "sft.min_lr=0"], 2, ["sft/model: step ", "a changed sft.lr needs a new --out directory"]),
+        (["data.max_tokens=3"], 2, ["no prompt is shorter than 3 tokens", "raise data.max_tokens, in a new --out"]),
+        (["sampler.kv_cache_gb=0.00001"], 2, ["raise sampler.kv_cache_gb"]),
+        (["sampler.kv_cache_gb=0.001"], 2, ["eft/judgements.jsonl: prompt ", "raise sampler.kv_cache_gb"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_what_stops_a_run_says_what_would_help_and_where(arguments, code, parts, tmp_path, capsys):
+    assert command(tmp_path / "run", *arguments) == code
+    said = capsys.readouterr().err
+    for part in parts:
+        assert part in said
+    assert "{" not in said and "None" not in said
+    if code == 3:
+        assert "gates.* and eft.required may be changed" in said and "any other key needs a new --out directory" in said
 
 
 def test_replay_without_judge_data_is_a_gate(tmp_path, capsys):
