@@ -58,6 +58,7 @@ def render(report: Row, plots: Sequence[Plot], examples: Sequence[Row], recipe: 
         graded=graded_instructions(report),
         names=[row["name"] for row in report["models"]],
         judge=_judge(recipe),
+        dropout=(recipe.get("dpo") or {}).get("dropout"),
         positives=_positives(report),
         rounds=[row["round"] for row in report["rounds"]],
         figures=round_table(report["rounds"]),

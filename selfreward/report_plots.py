@@ -83,7 +83,7 @@ def judge(models: Sequence[Row]) -> Plot | None:
         _over_models(axes, models, key, label, colour, style="--" if key == "longer_wins" else "-")
     _name_models(axes, models, "ranked pairs ordered rightly", legend=True)
     alt = "; ".join(f"{label}: {_by_model(models, key, '.3f')}" for label, key in series.items())
-    return _plot("judge", "Accuracy as a judge", f"Share of pairs ordered as humans did, by model. {alt}.", figure)
+    return _plot("judge", "Accuracy as a judge", f"Share of pairs ordered as they are ranked, by model. {alt}.", figure)
 
 
 def scores(rounds: Sequence[Row]) -> Plot | None:

@@ -37,7 +37,7 @@ from selfreward import stages
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.inputs import check_inputs, load_tokenizer
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import PATH_KEYS, Recipe
+from selfreward.recipe import PATH_KEYS, Recipe, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
 from selfreward.state import STAGES, RunDir, written_manifest
@@ -53,6 +53,23 @@ UNDECIDING = (
     ("eft", "required"),
 )
 CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other key needs a new --out directory"
+HELP = """\
+shipped recipes: {recipes} (a .yaml file of your own: begin with a copy of llama2-plain)
+
+keys that are often set (all of them, with their defaults: selfreward/recipe.py):
+    seed, rounds, threads
+    model                      a Llama 2 directory; m1 to begin with one that is already trained
+    data.ift, data.eft         instructions with answers; ranked answers
+    prompts.count              new prompts a round; prompts.file with prompts.mode=file
+    candidates.n               answers a prompt
+    judge.template             a shipped template or a .jinja file
+    sft.lr, dpo.lr, dpo.beta
+    sampler.kv_cache_gb        memory of the sampler's cache
+    gates.min_pairs            below it a round is not trained
+
+example: python -m selfreward.run --out runs/other seed=1 prompts.count=400
+The same command on the same directory goes on where it stopped.
+"""
 MEMORY_KEYS = (
     "sampler.kv_cache_gb or sampler.max_batch_tokens (sampling; then resume), or sft.max_pack_tokens or "
     "dpo.max_pack_tokens (training; in a new directory: they decide the last bits)"
@@ -95,12 +112,23 @@ def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
     run.check_stop()
     run.report.say(f"{name} ...")
     started = time.perf_counter()
-    counts = fn(run, *args)
-    seconds = time.perf_counter() - started
-    run.dir.append_timing({"stage": name, "seconds": round(seconds, 3)})
+    try:
+        counts = fn(run, *args)
+    except BaseException:
+        with suppress(InputError):  # a full disk, say: what stopped the stage matters more
+            _append_time(run, name, started)
+        raise
+    seconds = _append_time(run, name, started)
     run.dir.mark_done(name, counts)
     run.report.say(f"{name}: {seconds:.1f} s  {_short(counts)}")
     return run.dir.counts(name)
+
+
+def _append_time(run: Run, name: str, started: float) -> float:
+    """The seconds since then; what an interrupted stage took is added to what it takes when it goes on."""
+    seconds = time.perf_counter() - started
+    run.dir.append_timing({"stage": name, "seconds": round(seconds, 3)})
+    return seconds
 
 
 def _check_written(run: Run, name: str) -> None:
@@ -188,10 +216,13 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
         except GateError as error:
             said = f"{error} ({CHANGEABLE})"
             with suppress(InputError, OSError):  # what the gate says matters more than the page
-                write_report(directory, [], stopped=said)
+                written = write_report(directory, [], stopped=said)
+                if report.as_json:
+                    print_report(written, as_json=True)
             raise GateError(said) from None
         print_report(write_report(directory, models), report.as_json)
-        report.say(f"report: {directory.file('report.html')}")
+        if not report.as_json:
+            print(f"report: {directory.file('report.html')}", file=sys.stderr)
 
 
 def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
@@ -252,8 +283,14 @@ def _action(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m selfreward.run", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=f"actions: {', '.join(BUILT)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m selfreward.run",
+        description="The whole loop of self-rewarding: SFT, then rounds of prompts, answers, judgements, pairs and DPO.",
+        epilog=HELP.format(recipes=", ".join(recipe_names())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    words = f"actions built so far: {', '.join(BUILT)} (the whole loop, the default)"
+    parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=words)
     parser.add_argument("--recipe", default="tiny", metavar="NAME_OR_FILE", help="shipped recipe or YAML file (tiny)")
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="directory of the run, resumed if it is one")
     parser.add_argument("--quiet", action="store_true", help="no progress")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from selfreward import run as run_module
+from selfreward.recipe import recipe_keys
 from selfreward.run import main
 
 FAST = [
@@ -278,6 +280,48 @@ def test_what_stops_a_run_says_what_would_help_and_where(arguments, code, parts,
     assert "{" not in said and "None" not in said
     if code == 3:
         assert "gates.* and eft.required may be changed" in said and "any other key needs a new --out directory" in said
+
+
+def test_a_gate_is_in_the_json_too(tmp_path, capsys):
+    assert command(tmp_path / "run", "gates.min_pairs=1000", "--json") == 3
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert f"stopped: {report['stopped']}\n" == err and "gates.min_pairs" in report["stopped"]
+    assert report == json.loads((tmp_path / "run/report.json").read_text())
+
+
+def test_the_time_of_a_stage_that_was_interrupted_counts(tmp_path):
+    out = tmp_path / "run"
+    assert command(out, "gates.min_pairs=1000") == 3
+    assert command(out, "gates.min_pairs=1000") == 3
+    spent = [row["seconds"] for row in rows(out / "timing.jsonl") if row["stage"] == "iter_1/pairs"]
+    assert len(spent) == 2
+    assert json.loads((out / "report.json").read_text())["timing"]["seconds"]["iter_1/pairs"] == sum(spent)
+
+
+def test_the_last_line_says_where_the_report_is(finished, capsys):
+    assert command(finished) == 0
+    assert capsys.readouterr().err == f"report: {finished / 'report.html'}\n"
+    assert command(finished, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stopped"] is None
+
+
+def test_help_shows_actions_recipes_and_keys(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for part in (
+        "run",
+        "llama2-plain",
+        "tiny",
+        "rounds",
+        "prompts.count",
+        "dpo.beta",
+        "python -m selfreward.run --out",
+    ):
+        assert part in said
+    shown = set(re.findall(r"\b(?:data|prompts|candidates|judge|sft|dpo|sampler|gates)\.[a-z_]+", said))
+    assert len(shown) >= 10 and shown <= set(recipe_keys())
 
 
 def test_replay_without_judge_data_is_a_gate(tmp_path, capsys):
