@@ -259,6 +259,7 @@ def _write_tensors(model: Llama, directory: Path, max_shard_bytes: int) -> None:
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     # Row slices of a fused parameter are contiguous and do not overlap: safetensors writes them from where they are.
     save_file(tensors, str(path), metadata={"format": "pt"})
+    shutil.copymode(path.parent / "config.json", path)  # safetensors makes its file for the owner alone
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

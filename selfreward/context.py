@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from engine import LLM, Llama, Tokenizer, load_checkpoint, read_config
+from engine import LLM, InputError, Llama, Tokenizer, load_checkpoint, read_config
 from selfreward.formats import read_jsonl
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
@@ -19,6 +21,15 @@ Row = dict[str, Any]
 
 class GateError(Exception):
     """The run must not go on: what was found and what to do next (exit code 3)."""
+
+
+@contextmanager
+def keys_named(where: str = "") -> Iterator[None]:
+    """The sampler's complaints with the recipe's names of its knobs."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(where + str(error).replace("kv_cache_gb", "sampler.kv_cache_gb")) from None
 
 
 class Stopped(Exception):
@@ -62,7 +73,9 @@ class Run:
             tokenizer = self.tokenizer
             if path == self.recipe.judge_model and (path / "tokenizer.model").is_file():
                 tokenizer = Tokenizer(path)  # a judge from elsewhere speaks its own vocabulary
-            self._loaded = (path, LLM(load_checkpoint(path), tokenizer=tokenizer, **self.recipe.sampler.model_dump()))
+            model = load_checkpoint(path)
+            with keys_named():
+                self._loaded = (path, LLM(model, tokenizer=tokenizer, **self.recipe.sampler.model_dump()))
         return self._loaded[1]
 
     def fresh(self, path: Path) -> Llama:

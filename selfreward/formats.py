@@ -6,6 +6,7 @@ string or an integer), else the file's stem and the line number.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ def load_ift(path: str | Path, limit: int | None = None) -> list[dict[str, str]]
         else:
             rows.append(example)
     if unranked:
-        log.warning("%s: left out %d Open Assistant trees without a ranked reply, read %d", path, unranked, len(rows))
+        trees = "tree" if unranked == 1 else "trees"
+        _warn_once(f"{path}: left out {unranked} Open Assistant {trees} without a ranked reply, read {len(rows)}")
     return _identified(path, rows)
 
 
@@ -60,6 +62,12 @@ def load_ranked(path: str | Path) -> list[dict[str, Any]]:
     At least two answers each; an answer may be empty (it can be the worst), a prompt may not.
     """
     return _identified(Path(path), [_ranked_group(where, _mapping(where, row)) for where, row in _rows(Path(path))])
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A run reads a file several times."""
+    log.warning(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,12 +122,17 @@ def _prompt(where: str, row: Any) -> dict[str, str]:
 
 def _ranked_group(where: str, row: dict[str, Any]) -> dict[str, Any]:
     answers = row.get("answers")
-    if "prompt" not in row or not isinstance(answers, list):
+    if "prompt" not in row or "answers" not in row:
         _unknown_format(where, row, RANKED_FORMATS)
-    if len(answers) < 2 or not all(isinstance(answer, dict) for answer in answers):
-        raise InputError(
-            f"{where}: 'answers' holds {len(answers)} entries; expected two or more {{text, rank}} objects"
-        )
+    if not isinstance(answers, list):
+        raise InputError(f"{where}: 'answers' is {_kind(answers)}; expected a list of objects with 'text' and 'rank'")
+    for place, answer in enumerate(answers):
+        if not isinstance(answer, dict):
+            raise InputError(
+                f"{where}: 'answers[{place}]' is {_kind(answer)}; expected an object with 'text' and 'rank'"
+            )
+    if len(answers) < 2:
+        raise InputError(f"{where}: 'answers' has {'one entry' if answers else 'no entries'}; expected two or more")
     return {
         "id": _row_id(where, row.get("id")),
         "prompt": _text(where, row, "prompt"),

@@ -10,6 +10,7 @@ from selfreward import tiny
 from selfreward.context import Row, Run
 from selfreward.formats import load_prompts
 from selfreward.recipe import Recipe
+from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
@@ -75,10 +76,12 @@ def usable_prompts(
     pool: Sequence[Row], taken: set[str], is_valid: Callable[[str], bool]
 ) -> tuple[list[Row], Counter[str]]:
     """The prompts of a file that a run may use, each once, and how many of the others were dropped for which reason."""
-    seen, rows, dropped = set(taken), list[Row](), Counter[str]()
+    seen, rows, dropped = set[str](), list[Row](), Counter[str]()
     for row in pool:
         text = row["prompt"].strip()
-        if text in seen:
+        if text in taken:
+            dropped["known"] += 1
+        elif text in seen:
             dropped["duplicate"] += 1
         elif not is_valid(text):
             dropped["invalid"] += 1
@@ -95,8 +98,9 @@ def take_prompts(recipe: Recipe, k: int, taken: set[str]) -> tuple[list[Row], Co
     pool, dropped = usable_prompts(load_prompts(options.file), taken, validity(recipe))
     count = options.count or len(pool) // recipe.rounds
     if not 0 < count * recipe.rounds <= len(pool):
+        left_out = f" ({reasons(dropped)}{': in seed or held-out data' if dropped['known'] else ''})" if dropped else ""
         raise InputError(
-            f"{options.file} has {len(pool)} usable prompts ({dict(dropped)}); {recipe.rounds} rounds of "
+            f"{options.file} has {len(pool)} usable prompts{left_out}; {recipe.rounds} rounds of "
             f"{options.count or 'at least one'} need more: add some, or lower prompts.count or rounds"
         )
     return [row | {"id": f"{k}-{row['id']}"} for row in pool[(k - 1) * count : k * count]], dropped

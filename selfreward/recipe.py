@@ -144,7 +144,8 @@ class Prompts(Sampling):
             raise NotBuiltError("mode 'few_shot' is not built yet; use 'continue' (the model goes on) or 'file'")
         if (self.mode == "file") != (self.file is not None):
             raise InputError(
-                f"mode is {self.mode!r} and file is {self.file}; a file belongs to mode 'file', and only there"
+                f"mode is {self.mode!r} and file is {'not ' if self.file is None else ''}set; a file belongs to mode "
+                "'file', and only there"
             )
         unused = self.model_fields_set & {"temperature", "top_p", "max_tokens"} if self.mode == "file" else ()
         if unused:
@@ -317,7 +318,7 @@ class Recipe(Group):
     def paths(self) -> dict[str, Path]:
         """Every file or directory that the recipe names, by dotted key."""
         values = self.model_dump()
-        found = {key: _at(values, key) for key in _PATH_KEYS}
+        found = {key: _at(values, key) for key in PATH_KEYS}
         return {k: Path(v) for k, v in found.items() if v is not None and (k != "judge.template" or _is_path(v))}
 
     def dump(self) -> dict[str, Any]:
@@ -454,7 +455,7 @@ def _without_empty_groups(values: dict[str, Any]) -> dict[str, Any]:
     return {key: {} if value is None and key in groups else value for key, value in values.items()}
 
 
-_PATH_KEYS = (
+PATH_KEYS = (
     "model",
     "m1",
     "judge_model",
@@ -470,7 +471,7 @@ _PATH_KEYS = (
 
 def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Strings under path keys become absolute paths; values of a wrong type stay for the validation to name."""
-    for key in _PATH_KEYS:
+    for key in PATH_KEYS:
         value = _at(values, key)
         if not isinstance(value, str) or not value or (key == "judge.template" and not _is_path(value)):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +27,10 @@ class Reporter:
     def say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """What is odd but no error is said in any case."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def progress(self, what: str, total: int) -> Callable[[int], None]:
         """A function to call with the number of newly finished items; prints at most every 5 seconds."""
@@ -119,6 +123,11 @@ def with_error(value: float | None, error: float | None, spec: str = ".2f") -> s
     if value is None:
         return NONE
     return format(value, spec) + (f" +- {error:.2f}" if error is not None else "")
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """ "tie 6, duplicate 2", or "none"."""
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()) or "none"
 
 
 def graded_instructions(report: Row) -> int:

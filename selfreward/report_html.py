@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 
 from selfreward.formats import read_jsonl
-from selfreward.report import NONE, build_report, graded_instructions, model_table, number, with_error
-from selfreward.report_plots import Plot, draw_plots, reasons
+from selfreward.report import NONE, build_report, graded_instructions, model_table, number, reasons, with_error
+from selfreward.report_plots import Plot, draw_plots
 from selfreward.report_rounds import round_figures
 from selfreward.state import TIMING, RunDir
 
@@ -58,6 +58,7 @@ def render(report: Row, plots: Sequence[Plot], examples: Sequence[Row], recipe: 
         graded=graded_instructions(report),
         names=[row["name"] for row in report["models"]],
         judge=_judge(recipe),
+        dropout=(recipe.get("dpo") or {}).get("dropout"),
         positives=_positives(report),
         rounds=[row["round"] for row in report["rounds"]],
         figures=round_table(report["rounds"]),

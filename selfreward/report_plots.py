@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfreward.judge import TOP_SCORE
 from selfreward.pairs import REASONS
+from selfreward.report import reasons
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def judge(models: Sequence[Row]) -> Plot | None:
         _over_models(axes, models, key, label, colour, style="--" if key == "longer_wins" else "-")
     _name_models(axes, models, "ranked pairs ordered rightly", legend=True)
     alt = "; ".join(f"{label}: {_by_model(models, key, '.3f')}" for label, key in series.items())
-    return _plot("judge", "Accuracy as a judge", f"Share of pairs ordered as humans did, by model. {alt}.", figure)
+    return _plot("judge", "Accuracy as a judge", f"Share of pairs ordered as they are ranked, by model. {alt}.", figure)
 
 
 def scores(rounds: Sequence[Row]) -> Plot | None:
@@ -134,11 +135,6 @@ def dpo_curves(curves: Curves) -> Plot | None:
 def sft_curves(curves: Curves) -> Plot | None:
     """Loss of supervised fine-tuning over the steps."""
     return _curves("sft", "Supervised fine-tuning", {"loss": "loss"}, curves)
-
-
-def reasons(counts: Mapping[str, int]) -> str:
-    """ "tie 6, duplicate 2", or "none"."""
-    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()) or "none"
 
 
 # ---- shared -----------------------------------------------------------------------------------------------------------

@@ -7,16 +7,26 @@ interrupted (Ctrl-C, SIGTERM). The same command on the same directory goes on wh
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import signal
 import sys
+
+if __name__ == "__main__":  # first: the imports below take a second, in which Ctrl-C would print a traceback
+
+    def _leave(number: int, frame: object) -> None:
+        os.write(2, b"stopped by SIGINT; the same command goes on with what was saved\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, _leave)
+
+import argparse
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -25,11 +35,12 @@ import torch
 from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import stages
 from selfreward.context import GateError, Row, Run, Stopped
+from selfreward.inputs import check_inputs, load_tokenizer
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import Recipe
+from selfreward.recipe import PATH_KEYS, Recipe, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
-from selfreward.state import RunDir, written_manifest
+from selfreward.state import STAGES, RunDir, written_manifest
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
 BUILT = ("run",)
@@ -41,6 +52,24 @@ UNDECIDING = (
     ("dpo", "save_every"),
     ("eft", "required"),
 )
+CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other key needs a new --out directory"
+HELP = """\
+shipped recipes: {recipes} (a .yaml file of your own: begin with a copy of llama2-plain)
+
+keys that are often set (all of them, with their defaults: selfreward/recipe.py):
+    seed, rounds, threads
+    model                      a Llama 2 directory; m1 to begin with one that is already trained
+    data.ift, data.eft         instructions with answers; ranked answers
+    prompts.count              new prompts a round; prompts.file with prompts.mode=file
+    candidates.n               answers a prompt
+    judge.template             a shipped template or a .jinja file
+    sft.lr, dpo.lr, dpo.beta
+    sampler.kv_cache_gb        memory of the sampler's cache
+    gates.min_pairs            below it a round is not trained
+
+example: python -m selfreward.run --out runs/other seed=1 prompts.count=400
+The same command on the same directory goes on where it stopped.
+"""
 MEMORY_KEYS = (
     "sampler.kv_cache_gb or sampler.max_batch_tokens (sampling; then resume), or sft.max_pack_tokens or "
     "dpo.max_pack_tokens (training; in a new directory: they decide the last bits)"
@@ -77,17 +106,38 @@ def loop(run: Run) -> list[Row]:
 def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
     """Run one stage unless it is finished; its counts and its time are recorded."""
     if run.dir.done(name):
+        _check_written(run, name)
         run.report.say(f"{name}: finished before")
         return run.dir.counts(name)
     run.check_stop()
     run.report.say(f"{name} ...")
     started = time.perf_counter()
-    counts = fn(run, *args)
-    seconds = time.perf_counter() - started
-    run.dir.append_timing({"stage": name, "seconds": round(seconds, 3)})
+    try:
+        counts = fn(run, *args)
+    except BaseException:
+        with suppress(InputError):  # a full disk, say: what stopped the stage matters more
+            _append_time(run, name, started)
+        raise
+    seconds = _append_time(run, name, started)
     run.dir.mark_done(name, counts)
     run.report.say(f"{name}: {seconds:.1f} s  {_short(counts)}")
     return run.dir.counts(name)
+
+
+def _append_time(run: Run, name: str, started: float) -> float:
+    """The seconds since then; what an interrupted stage took is added to what it takes when it goes on."""
+    seconds = time.perf_counter() - started
+    run.dir.append_timing({"stage": name, "seconds": round(seconds, 3)})
+    return seconds
+
+
+def _check_written(run: Run, name: str) -> None:
+    for file in stages.written(name, run.dir.counts(name)):
+        if not run.dir.file(file).exists():
+            raise InputError(
+                f"{run.dir.file(file)} is missing; the finished stage {name!r} wrote it: restore it, or remove "
+                f"{name!r} from {run.dir.file(STAGES)}, and the same command runs that stage again"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,19 +204,25 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     threads = recipe.threads or began_with
     if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
         torch.set_num_threads(threads)
-    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
+    tokenizer = load_tokenizer(recipe)
     template = JudgeTemplate(recipe.judge.template)
-    stages.check_inputs(recipe)
-    with RunDir(out, _manifest(recipe, tokenizer, template)) as directory:
+    odd = check_inputs(recipe, tokenizer, template)
+    with RunDir(out, _manifest(recipe, tokenizer, template), without_places) as directory:
+        for sentence in odd:
+            report.warn(sentence)
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
         try:
             models = loop(Run(recipe, directory, tokenizer, template, report, stop))
         except GateError as error:
+            said = f"{error} ({CHANGEABLE})"
             with suppress(InputError, OSError):  # what the gate says matters more than the page
-                write_report(directory, [], stopped=str(error))
-            raise
+                written = write_report(directory, [], stopped=said)
+                if report.as_json:
+                    print_report(written, as_json=True)
+            raise GateError(said) from None
         print_report(write_report(directory, models), report.as_json)
-        report.say(f"report: {directory.file('report.html')}")
+        if not report.as_json:
+            print(f"report: {directory.file('report.html')}", file=sys.stderr)
 
 
 def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
@@ -200,6 +256,21 @@ def deciding(recipe: Recipe) -> Row:
     return values
 
 
+def without_places(manifest: Row) -> Row:
+    """The manifest as a resume compares it: what a path holds is compared by its hash, so of the path there remains the
+    name of a data file, after which rows without an id are named."""
+
+    def shortened(values: Any, prefix: str) -> Any:
+        if isinstance(values, dict):
+            return {key: shortened(value, f"{prefix}{key}.") for key, value in values.items()}
+        key = prefix[:-1]
+        if key not in PATH_KEYS or not isinstance(values, str):
+            return values
+        return Path(values).name if key.startswith(("data.", "prompts.")) else "a path"
+
+    return manifest | {"recipe": shortened(manifest.get("recipe"), "")}
+
+
 def _action(words: list[str]) -> tuple[str, list[str]]:
     """The action, the one word without "=" (default: the whole loop), and the overrides."""
     actions = [word for word in words if "=" not in word]
@@ -212,8 +283,14 @@ def _action(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m selfreward.run", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=f"actions: {', '.join(BUILT)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m selfreward.run",
+        description="The whole loop of self-rewarding: SFT, then rounds of prompts, answers, judgements, pairs and DPO.",
+        epilog=HELP.format(recipes=", ".join(recipe_names())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    words = f"actions built so far: {', '.join(BUILT)} (the whole loop, the default)"
+    parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=words)
     parser.add_argument("--recipe", default="tiny", metavar="NAME_OR_FILE", help="shipped recipe or YAML file (tiny)")
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="directory of the run, resumed if it is one")
     parser.add_argument("--quiet", action="store_true", help="no progress")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import LLM, RequestOutput, SamplingParams
-from selfreward.context import Row, Run
+from selfreward.context import Row, Run, keys_named
 
 GROUP = 64  # prompts
 
@@ -46,7 +46,8 @@ def sample_groups(
     progress(sum(map(len, groups[:done])))
     fresh = _finished(llm, groups[done:])
     while done < len(groups) and not (enough and done and enough(rows)):
-        group = next(fresh)
+        with keys_named(f"{name}: "):
+            group = next(fresh)
         run.dir.append_group(name, group)
         progress(len(groups[done]))
         rows, done = rows + group, done + 1

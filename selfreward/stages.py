@@ -27,31 +27,33 @@ from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.eft import select
 from selfreward.evaluate import judge_accuracy, longer_wins, mean_and_error
 from selfreward.formats import load_ift, load_prompts, load_ranked
+from selfreward.inputs import heldout_ranks, known_prompts
 from selfreward.judge import Judgement, mean_score
 from selfreward.judging import Item, judge_by_model, judge_candidates
 from selfreward.pairs import TOO_LONG, build_pair, positive
 from selfreward.prompts import take_prompts, write_prompts
 from selfreward.recipe import Candidates, Recipe
+from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
 STEP0_PAIRS = 64
+REFUSED = ("no_ranks", "unreadable", "order", "tie")  # why an attempt of the EFT builder is not kept
 
 
 # ---- SFT, EFT, M1 -----------------------------------------------------------------------------------------------------
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Read every data file before anything is computed: a bad row must not show after hours."""
-    data = recipe.data
-    groups = load_ranked(data.eft)[: data.eft_limit] if data.eft else []
-    held = {group["prompt"].strip() for group in _heldout_ranks(recipe)}
-    shared = next((group["id"] for group in groups if group["prompt"].strip() in held), None)
-    if shared is not None:
-        raise InputError(f"{data.eft}: group {shared} has a prompt of {data.eft_heldout}; keep them apart")
-    known = _known_prompts(recipe)
-    if recipe.prompts.mode == "file":
-        take_prompts(recipe, 1, known)
+def written(stage: str, counts: Row) -> list[str]:
+    """What a finished stage left in the run that later stages and the report read."""
+    folder, _, last = stage.partition("/")
+    if folder == "evaluation" or "same_as" in counts:
+        return []
+    if stage == "eft":
+        return ["eft/train.jsonl"]
+    if last == "model":
+        return [stage]
+    return [f"{stage}.jsonl"] + ([f"{folder}/dropped.jsonl"] if last == "pairs" else [])
 
 
 def make_base(run: Run) -> Row:
@@ -71,7 +73,7 @@ def train_baseline(run: Run) -> Row:
 def build_eft(run: Run) -> Row:
     """The baseline judges human-ranked answers; what agrees with the ranks becomes judge data."""
     recipe = run.recipe
-    heldout = _heldout_ranks(run.recipe)
+    heldout = heldout_ranks(run.recipe)
     groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
     drawn = judge_by_model(
         run, "eft/judgements.jsonl", run.dir.file("sft/model"), _ranked_items(groups), recipe.eft, (0, "eft")
@@ -83,10 +85,19 @@ def build_eft(run: Run) -> Row:
     if not rows and (recipe.eft.required or recipe.dpo.replay_weight):
         raise GateError(
             f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {recipe.data.eft} "
-            f"({dict(counts)}): raise eft.attempts or data.eft_limit, "
-            "or set eft.required=false (and dpo.replay_weight=0) to go without judge data"
+            f"({reasons({name: counts[name] for name in REFUSED if counts[name]})}): {_eft_advice(run, counts)}, or set "
+            f"eft.required=false{' and dpo.replay_weight=0' if recipe.dpo.replay_weight else ''} to go without judge data"
         )
     return {"groups": len(groups), "train": len(rows), "heldout": len(heldout), **counts}
+
+
+def _eft_advice(run: Run, counts: Counter[str]) -> str:
+    if 2 * counts["unreadable"] > sum(counts[name] for name in REFUSED):
+        return (
+            f"most are unreadable (see {run.dir.file('eft/judgements.jsonl')}): give a judge.template that this model can "
+            f"follow (it is {run.template.path}), or raise eft.max_tokens"
+        )
+    return "raise eft.attempts, or give more groups (data.eft, data.eft_limit)"
 
 
 def train_m1(run: Run) -> Row:
@@ -104,7 +115,7 @@ def train_m1(run: Run) -> Row:
 
 def new_prompts(run: Run, k: int) -> Row:
     """This round's prompts, none of which an earlier round, the seed data or the held-out data has."""
-    taken = _known_prompts(run.recipe)
+    taken = known_prompts(run.recipe)
     if run.recipe.prompts.mode == "file":
         rows, dropped = take_prompts(run.recipe, k, taken)
     else:
@@ -114,11 +125,19 @@ def new_prompts(run: Run, k: int) -> Row:
     dropped["prompt_too_long"] += len(rows) - len(fitting)
     if not fitting:
         raise GateError(
-            f"round {k} has no prompts left after the filters ({dict(+dropped)}): raise prompts.count, change the sampling "
-            "settings under prompts, or give prompts.mode=file with a larger prompts.file"
+            f"round {k} has no prompts left after the filters ({reasons(+dropped)}): {_prompts_advice(run)}"
         )
     run.dir.write_jsonl(f"iter_{k}/prompts.jsonl", fitting)
     return {"kept": len(fitting), "dropped": dict(+dropped)}
+
+
+def _prompts_advice(run: Run) -> str:
+    if run.recipe.prompts.mode == "file":
+        return f"give a prompts.file with shorter prompts (the model's context is {run.context} tokens)"
+    return (
+        "raise prompts.count or prompts.max_tokens, change prompts.temperature or prompts.top_p, or set prompts.mode=file "
+        "and prompts.file"
+    )
 
 
 def sample_candidates(run: Run, k: int) -> Row:
@@ -169,7 +188,7 @@ def judge_round(run: Run, k: int) -> Row:
     readable = statuses["ok"] / len(rows)
     if readable < run.recipe.gates.min_readable:
         raise GateError(
-            f"round {k}: {readable:.1%} of {len(rows)} judgements are readable ({dict(statuses)}), the floor is "
+            f"round {k}: {readable:.1%} of {len(rows)} judgements are readable ({reasons(statuses)}), the floor is "
             f"{run.recipe.gates.min_readable:.0%}: give the model judge data (data.eft), more room (judge.max_tokens), a "
             f"template that it can follow (judge.template), or lower gates.min_readable; what it wrote is in "
             f"{run.dir.file(f'iter_{k}/judgements.jsonl')}"
@@ -190,16 +209,23 @@ def build_pairs(run: Run, k: int) -> Row:
             pairs.append(pair)
         else:
             dropped.append({"id": prompt["id"], "prompt": prompt["prompt"], "reason": reason})
-    reasons = Counter(row["reason"] for row in dropped)
-    assert len(pairs) + sum(reasons.values()) == len(prompts)
+    without = Counter(row["reason"] for row in dropped)
+    assert len(pairs) + sum(without.values()) == len(prompts)
     run.dir.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
     run.dir.write_jsonl(f"iter_{k}/dropped.jsonl", dropped)
     if len(pairs) < recipe.gates.min_pairs and recipe.method == "dpo":
         raise GateError(
-            f"round {k} has {len(pairs)} pairs of {len(prompts)} prompts ({dict(reasons)}), the floor is "
-            f"{recipe.gates.min_pairs}: raise prompts.count, candidates.n or judge.draws, or lower gates.min_pairs"
+            f"round {k} has {len(pairs)} pairs of {len(prompts)} prompts (without one: {reasons(without)}), the floor is "
+            f"{recipe.gates.min_pairs}: lower gates.min_pairs, or raise {_more_prompts(recipe)}, candidates.n or judge.draws"
+            f"{', or dpo.max_pack_tokens' if without[TOO_LONG] else ''}"
         )
-    return {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(reasons)}
+    return {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
+
+
+def _more_prompts(recipe: Recipe) -> str:
+    if recipe.prompts.mode == "continue":
+        return "prompts.count"
+    return f"the number of prompts in {recipe.prompts.file}" + (" and prompts.count" if recipe.prompts.count else "")
 
 
 def train_round(run: Run, k: int) -> Row:
@@ -258,7 +284,7 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
             row["true_quality"], row["true_quality_se"] = mean_and_error([a["grade"] for a in answers])
             row["true_quality_greedy"], row["true_quality_greedy_se"] = mean_and_error([a["grade"] for a in greedy])
             row["true_quality_n"] = len(answers)
-    groups = _heldout_ranks(run.recipe)
+    groups = heldout_ranks(run.recipe)
     if groups:
         file, judge = f"{folder}/judgements.jsonl", run.recipe.judge
         drawn = _by_answer(groups, judge_by_model(run, file, path, _ranked_items(groups), judge, (0, "evaluation")))
@@ -312,6 +338,9 @@ def _train(
         )
     except TrainingInterrupted:
         raise Stopped from None
+    except FloatingPointError as error:
+        key = "dpo.lr" if isinstance(config, DPOConfig) else "sft.lr"
+        raise FloatingPointError(f"{folder}/model: {error} (a changed {key} needs a new --out directory)") from None
     save_checkpoint(model, out / "model", run.tokenizer)
     clear_state(out)
     return result.steps
@@ -365,11 +394,6 @@ def _mean(run: Run, rows: Sequence[Row]) -> float | None:
     return mean_score([Judgement(row["score"], row["status"]) for row in rows], run.recipe.judge.min_valid_draws)
 
 
-def _heldout_ranks(recipe: Recipe) -> list[Row]:
-    path = recipe.data.eft_heldout
-    return load_ranked(path)[: recipe.evaluation.judge_groups] if path else []
-
-
 def _ranked_items(groups: Sequence[Row]) -> list[list[Item]]:
     return [[Item(f"{g['id']}-{i}", g["prompt"], a["text"]) for i, a in enumerate(g["answers"])] for g in groups]
 
@@ -414,20 +438,12 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
         counts["ift"] += 1
         counts["ift_cut"] += len(answer) > room
     if not rows:
+        higher = " or raise data.max_tokens" if data.max_tokens < run.context else ""
         raise InputError(
             f"{data.ift}: no prompt is shorter than {limit} tokens (data.max_tokens is {data.max_tokens}, the model's "
-            f"context {run.context}); bring shorter ones or raise data.max_tokens"
+            f"context {run.context}); bring shorter ones{higher}, in a new --out directory"
         )
     return rows, dict(counts)
-
-
-def _known_prompts(recipe: Recipe) -> set[str]:
-    """Prompts of seed and held-out data."""
-    data = recipe.data
-    rows = load_ift(data.ift, data.ift_limit) if data.ift else []
-    rows += load_prompts(data.heldout) if data.heldout else []
-    ranked = [group for path in (data.eft, data.eft_heldout) if path for group in load_ranked(path)]
-    return {row["prompt"].strip() for row in [*rows, *ranked]}
 
 
 def _pair_tokens(run: Run, pair: Row) -> int:

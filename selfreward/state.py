@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -36,11 +36,18 @@ class RunDir:
     """A run's directory: made, or resumed if its manifest agrees. Use it as a context manager, or `close` it.
 
     InputError: the path is no directory; it holds files but no manifest; its manifest or stages cannot be read or
-    differ (every difference is listed); another process has it open.
+    differ (every difference is listed); another process has it open. `compared(manifest)` is what must agree (default:
+    all of it).
     """
 
-    def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: Mapping[str, Any],
+        compared: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         self.path = Path(path)
+        self._compared = compared
         self.manifest: dict[str, Any] = json.loads(_json(manifest))  # as it will be read back: tuples are lists
         self.resumed = self._inspect()
         self._lock = self._take_lock()
@@ -157,7 +164,8 @@ class RunDir:
             raise InputError(
                 f"{self.path} is not empty ({found[0]}) and has no {MANIFEST}, so it is not a run; give a new directory"
             )
-        differences = list(_differences(_read(self.file(MANIFEST)), self.manifest, ""))
+        there = _read(self.file(MANIFEST))
+        differences = list(_differences(self._compared(there), self._compared(self.manifest), ""))
         if differences:
             more = len(differences) - _SHOWN_DIFFERENCES
             raise InputError(

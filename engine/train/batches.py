@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +51,15 @@ def dpo_tree(row: DPORow, number: int, key: int = 0) -> TokenTree:
     return TokenTree(row.prompt, children=(chosen, rejected), key=key)
 
 
+def check_kinds(rows: Any, kind: type, expected: str, name: str = "row") -> None:
+    """Raise InputError unless `rows` is a sequence of this kind; `expected` ends the message about another one."""
+    if isinstance(rows, str) or not isinstance(rows, Sequence):
+        raise InputError(f"{name}s is a {type(rows).__name__}; expected a list of {kind.__name__}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, kind):
+            raise InputError(f"{name} {number} is a {type(row).__name__}; {expected}")
+
+
 def check_rows(
     rows: Sequence[SFTRow | DPORow], vocab_size: int, max_seq_len: int, max_pack_tokens: int, kind: str = "row"
 ) -> None:
@@ -58,6 +69,7 @@ def check_rows(
     for number, row in enumerate(rows):
         answers = _answers(row)
         for name, ids in {"prompt": row.prompt, **answers}.items():
+            _check_integers(f"{kind} {number}: {name}", ids)
             if len(ids) == 0:
                 raise InputError(f"{kind} {number}: {name} has no tokens; drop the row")
             if min(ids) < 0 or max(ids) >= vocab_size:
@@ -72,6 +84,18 @@ def check_rows(
             raise InputError(
                 f"{kind} {number} has {size} tokens in all; max_pack_tokens is {max_pack_tokens}: raise it, or cut the row"
             )
+
+
+def _check_integers(what: str, ids: Any) -> None:
+    if isinstance(ids, str):
+        raise InputError(f"{what} is text; give token ids, as Tokenizer.encode returns them")
+    try:
+        for token in ids:
+            operator.index(token)
+        len(ids)
+    except TypeError:
+        found = "None" if ids is None else f"a {type(ids).__name__}"
+        raise InputError(f"{what} is {found}; expected a sequence of token ids (integers)") from None
 
 
 def _answers(row: SFTRow | DPORow) -> dict[str, Sequence[int]]:

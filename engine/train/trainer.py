@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from engine.train.batches import (
     DPORow,
     SFTRow,
     batch_order,
+    check_kinds,
     check_rows,
     dpo_tree,
     replay_batch,
@@ -63,22 +65,20 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is {self.dropout}; expected a rate of at least 0 and below 1")
         for name in ("epochs", "batch_size", "max_pack_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"max_steps is {self.max_steps}; expected at least 1, or None for all epochs")
-        if self.save_every is not None and self.save_every < 1:
-            raise InputError(
-                f"save_every is {self.save_every}; expected at least 1, or None: when stopped and at the end"
-            )
-        for name in ("lr", "min_lr", "weight_decay", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a finite number of at least 0")
-        if not self.clip > 0:
-            raise InputError(f"clip is {self.clip}; expected a gradient norm above 0 (inf: never clip)")
+            _check_integer(name, getattr(self, name))
+        if self.max_steps is not None:
+            _check_integer("max_steps", self.max_steps, " (None: all epochs)")
+        if self.save_every is not None:
+            _check_integer("save_every", self.save_every, " (None: when stopped and at the end)")
+        _check_integer("warmup_steps", self.warmup_steps, low=0)
+        _check_integer("seed", self.seed, low=0)
+        for name in ("lr", "min_lr", "weight_decay"):
+            _check_number(name, getattr(self, name), lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+        _check_number("dropout", self.dropout, lambda x: 0 <= x < 1, "a rate of at least 0 and below 1")
+        _check_number("clip", self.clip, lambda x: x > 0, "a gradient norm above 0 (inf: never clip)")
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2 or not all(map(_is_beta, self.betas)):
+            raise InputError(f"betas is {self.betas!r}; expected two numbers of at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,24 @@ class DPOConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.beta < math.inf:
-            raise InputError(f"beta is {self.beta}; expected a finite number above 0")
-        if not 0 <= self.replay_weight < math.inf:
-            raise InputError(f"replay_weight is {self.replay_weight}; expected a finite number of at least 0 (0: off)")
-        if self.replay_batch_size < 1:
-            raise InputError(f"replay_batch_size is {self.replay_batch_size}; expected at least 1")
+        _check_number("beta", self.beta, lambda x: 0 < x < math.inf, "a finite number above 0")
+        expected = "a finite number of at least 0 (0: off)"
+        _check_number("replay_weight", self.replay_weight, lambda x: 0 <= x < math.inf, expected)
+        _check_integer("replay_batch_size", self.replay_batch_size)
+
+
+def _check_integer(name: str, value: Any, otherwise: str = "", low: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise InputError(f"{name} is {value!r}; expected an integer of at least {low}{otherwise}")
+
+
+def _check_number(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not fits(value):
+        raise InputError(f"{name} is {value!r}; expected {expected}")
+
+
+def _is_beta(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1
 
 
 @dataclass(frozen=True)
@@ -194,6 +206,8 @@ def learning_rate(config: SFTConfig, step: int, steps: int) -> float:
 
 def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: int = 4096) -> list[tuple[float, float]]:
     """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training."""
+    _check_model(model)
+    check_kinds(rows, DPORow, "expected a DPORow")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, max_pack_tokens)
     sums: list[float] = []
     with torch.no_grad():
@@ -208,28 +222,40 @@ def pack_logprobs(model: Llama, pack: Pack, dropout: Dropout = keep) -> torch.Te
     return ops.token_logprobs(hidden[pack.edges.row], model.head, pack.edges.target)[0]
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, Llama):
+        raise InputError(f"model is {model!r}; expected a Llama, as load_checkpoint returns it")
+
+
 def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTConfig) -> None:
-    check_rows(rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens)
+    _check_model(model)
+    if not isinstance(config, SFTConfig):
+        raise InputError(f"config is a {type(config).__name__}; expected an SFTConfig or a DPOConfig")
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow
+    check_kinds(rows, kind, f"{type(config).__name__} trains on {kind.__name__}")
+    check_rows(rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens)
     for number, row in enumerate(rows):
-        if not isinstance(row, kind):
-            raise InputError(
-                f"row {number} is a {type(row).__name__}; {type(config).__name__} trains on {kind.__name__}"
-            )
-        if isinstance(row, DPORow) and row.reference is None:
-            raise InputError(
-                f"row {number} has no reference log-probs; compute them with reference_logprobs(model, rows)"
-            )
+        if isinstance(row, DPORow):
+            _check_reference(number, row.reference)
     weight = config.replay_weight if isinstance(config, DPOConfig) else 0.0
     if bool(replay) != (weight > 0):
         raise InputError(
             f"there are {len(replay)} replay rows and replay_weight is {weight}; give both (in a DPOConfig) or neither"
         )
     if replay:
+        check_kinds(replay, SFTRow, "replay trains on SFTRow", "replay row")
         check_rows(replay, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "replay row")
-        for number, example in enumerate(replay):
-            if not isinstance(example, SFTRow):
-                raise InputError(f"replay row {number} is a {type(example).__name__}; replay trains on SFTRow")
+
+
+def _check_reference(number: int, reference: Any) -> None:
+    if reference is None:
+        raise InputError(f"row {number} has no reference log-probs; compute them with reference_logprobs(model, rows)")
+    try:
+        fits = len(reference) == 2 and all(math.isfinite(value) for value in reference)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise InputError(f"row {number}: reference is {reference!r}; expected two finite numbers (chosen, rejected)")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is loaded, whatever the sharding and dtype; every kind of damage is named."""
 
 import json
+import os
 import re
 import resource
 
@@ -328,6 +329,15 @@ def test_a_tokenizer_larger_than_the_model_is_named(tmp_path, saved):
     pieces = Tokenizer(saved).vocab_size
     assert pieces > 111
     rejected(saved, "tokenizer.model", f"{pieces} pieces", "111 embeddings")
+
+
+def test_weights_have_the_permissions_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(random_llama(small_config()), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "model").iterdir()} == {"0o640"}
 
 
 def test_save_creates_missing_parents(tmp_path):

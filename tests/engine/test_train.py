@@ -245,6 +245,59 @@ def test_mistakes_are_named():
         DPOConfig(beta=0.0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "config", "message"),
+    [
+        ([SFTRow("copy a", [2])], SFTConfig(), "row 0: prompt is text; give token ids"),
+        (
+            [SFTRow([1], [2]), SFTRow([1], ["a"])],
+            SFTConfig(),
+            "row 1: completion is a list; expected a sequence of token",
+        ),
+        ([SFTRow([1], None)], SFTConfig(), "row 0: completion is None; expected a sequence of token ids"),
+        ([SFTRow([1.5], [2])], SFTConfig(), "row 0: prompt is a list; expected a sequence of token ids"),
+        ([([1], [2])], SFTConfig(), "row 0 is a tuple; SFTConfig trains on SFTRow"),
+        ([DPORow([1], [2], [3])], SFTConfig(), "row 0 is a DPORow; SFTConfig trains on SFTRow"),
+        ([DPORow([1], [2], [3], (-1.0,))], DPOConfig(), "row 0: reference is .*; expected two finite numbers"),
+        ([DPORow([1], [2], [3], ("a", 0))], DPOConfig(), "row 0: reference is .*; expected two finite numbers"),
+        ([DPORow([1], [2], [3], (math.nan, 0.0))], DPOConfig(), "row 0: reference is .*; expected two finite numbers"),
+        (SFTRow([1], [2]), SFTConfig(), "rows is a SFTRow; expected a list of SFTRow"),
+        ("rows.jsonl", SFTConfig(), "rows is a str; expected a list of SFTRow"),
+        ([SFTRow([1], [2])], {"lr": 1e-3}, "config is a dict; expected an SFTConfig or a DPOConfig"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rows_and_configs_of_another_kind_are_named(rows, config, message):
+    with pytest.raises(InputError, match=message):
+        train(model(), rows, config)
+
+
+def test_a_path_is_not_a_model():
+    with pytest.raises(InputError, match="model is 'llama'; expected a Llama, as load_checkpoint returns it"):
+        train("llama", [SFTRow([1], [2])], SFTConfig())
+    with pytest.raises(InputError, match="model is 'llama'; expected a Llama"):
+        reference_logprobs("llama", pairs())
+    with pytest.raises(InputError, match="row 0 is a SFTRow; expected a DPORow"):
+        reference_logprobs(model(), [SFTRow([1], [2])])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"lr": "1e-3"}, {"min_lr": None}, {"weight_decay": True}, {"warmup_steps": 1.5}, {"epochs": "2"}, {"epochs": 1.0},
+        {"batch_size": None}, {"max_steps": "3"}, {"save_every": 2.5}, {"clip": "1"}, {"dropout": "0.1"}, {"seed": -1},
+        {"seed": "0"}, {"schedule": 3}, {"betas": 0.9}, {"betas": (0.9,)}, {"betas": ("a", "b")}, {"betas": (0.9, 1.0)},
+        {"beta": "0.1"}, {"replay_weight": None}, {"replay_batch_size": 2.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_option_of_another_type_is_named_with_what_was_expected(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(InputError) as caught:
+        DPOConfig(**bad)
+    assert str(caught.value).startswith(f"{name} is {value!r}; expected ")
+
+
 def test_sums_follow_the_sequences_that_are_in_the_pack():
     (pack,) = TokenTree.pack([dpo_tree(DPORow([1], [2, 3], [4]), 7)], 10)
     sums = sequence_logps(torch.tensor([1.0, 2.0, 4.0]), pack.edges, pack.edges.sequence.unique())

@@ -132,7 +132,7 @@ DAMAGES = {
     "another architecture": (config(model_type="gpt2"), "model_type is 'gpt2'"),
     "another activation": (config(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "scaled rope": (config(rope_parameters={"rope_type": "yarn"}), "rope type 'yarn'"),
-    "another vocabulary": (config(vocab_size=40), "54 pieces, the model 40 embeddings"),
+    "another vocabulary": (config(vocab_size=40), "40 embeddings: they do not belong together"),
     "tokenizer cut": (cut("m0/tokenizer.model", 100), "tokenizer.model is not a SentencePiece model"),
     "tokenizer missing": (remove("m0/tokenizer.model"), "tokenizer.model: there is no such tokenizer"),
     # recipes
@@ -166,7 +166,7 @@ DAMAGES = {
     "file without rows": (content("eft_heldout.jsonl", "\n"), "eft_heldout.jsonl holds no usable rows"),
     "one ranked answer": (
         second_line("eft.jsonl", '{"prompt": "x", "answers": [{"text": "a", "rank": 0}]}'),
-        "eft.jsonl:2: 'answers' holds 1 entries",
+        "eft.jsonl:2: 'answers' has one entry",
     ),
     "rank that is no number": (
         second_line("eft.jsonl", '{"prompt": "x", "answers": [{"text": "a", "rank": 0}, {"text": "b", "rank": true}]}'),
@@ -206,4 +206,6 @@ def test_the_undamaged_world_goes_through_to_a_gate(world, capsys):
     """What the damaged ones are compared with: all files are read, SFT runs, and the first gate is reached."""
     (world / "recipe.yaml").write_text(RECIPE + "sft: {max_steps: 1}\neft: {attempts: 1, max_tokens: 2}\n")
     code, said = run(world, capsys)
-    assert code == 3 and said.startswith("stopped: no judgement of the SFT baseline agrees")
+    *warnings, stopped = said.splitlines()
+    assert code == 3 and stopped.startswith("stopped: no judgement of the SFT baseline agrees")
+    assert [line[:9] for line in warnings] == ["warning: "]  # the lengths, which are set for larger models

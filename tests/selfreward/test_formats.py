@@ -113,8 +113,10 @@ def test_a_tree_gives_its_first_prompt_and_best_ranked_reply(tmp_path: Path) -> 
 def test_a_tree_without_ranks_is_left_out_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, tree("x", ("a", None), ("b", None)), tree("y", ("c", 0)), tree("z", ("d", 0), deleted=True))
     with caplog.at_level(logging.WARNING):
-        assert [row["id"] for row in load_ift(path, limit=5)] == ["y"]
-    assert "left out 2 Open Assistant trees" in caplog.text
+        assert [row["id"] for row in load_ift(path, limit=5)] == [row["id"] for row in load_ift(path, limit=5)] == ["y"]
+    assert caplog.text.count("left out 2 Open Assistant trees without a ranked reply, read 1") == 1
+    load_ift(write(tmp_path, tree("x", ("a", None)), tree("y", ("c", 0)), name="one.jsonl"))
+    assert "left out 1 Open Assistant tree without" in caplog.text
     with pytest.raises(InputError, match=r"no usable rows"):
         load_ift(write(tmp_path, tree("x", ("a", None))))
 
@@ -195,13 +197,14 @@ def test_ranked_groups_keep_order_ranks_and_empty_answers(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ([{"text": "a", "rank": 0}], "'answers' holds 1 entries; expected two or more"),
-        ([{"text": "a", "rank": 0}, "b"], "expected two or more"),
+        ([{"text": "a", "rank": 0}], "'answers' has one entry; expected two or more"),
+        ([{"text": "a", "rank": 0}, "b"], r"'answers\[1\]' is a string; expected an object with 'text' and 'rank'"),
         ([{"text": "a", "rank": 0}, {"text": "b", "rank": True}], "'rank' is the boolean true"),
         ([{"text": "a", "rank": 0}, {"text": "b"}], "'rank' is missing or null"),
         ([{"text": "a", "rank": 0}, {"text": "b", "rank": 0.5}], "'rank' is the number 0.5"),
         ([{"text": "a", "rank": 0}, {"text": None, "rank": 1}], "'text' is missing or null"),
-        ("ab", "keys prompt, answers"),
+        ("ab", "'answers' is a string; expected a list of objects with 'text' and 'rank'"),
+        ([], "'answers' has no entries; expected two or more"),
     ],
 )
 def test_a_wrong_ranked_answer_is_named(answers: Any, message: str, tmp_path: Path) -> None:
@@ -217,7 +220,9 @@ def test_a_wrong_ranked_answer_is_named(answers: Any, message: str, tmp_path: Pa
 def test_real_open_assistant_trees_give_their_best_replies(caplog: pytest.LogCaptureFixture) -> None:
     path = Path(DATA or "") / "oasst" / "en_100_tree.jsonl"
     rows = load_ift(path)
-    assert len(rows) == 99 and "left out 1 Open Assistant trees" in caplog.text  # one tree has three unranked replies
+    assert (
+        len(rows) == 99 and "left out 1 Open Assistant tree without" in caplog.text
+    )  # one tree has three unranked replies
     best = {
         t["message_tree_id"]: [r["text"] for r in t["prompt"]["replies"] if r.get("rank") == 0]
         for t in map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])

@@ -36,7 +36,7 @@ def test_every_prompt_of_a_file_is_usable_once_or_dropped_for_a_reason():
     pool = [{"id": str(i), "prompt": text} for i, text in enumerate(["x ", "old", "x", "bad", "z"])]
     rows, dropped = usable_prompts(pool, {"old"}, lambda text: text != "bad")
     assert rows == [{"id": "0", "prompt": "x"}, {"id": "4", "prompt": "z"}]
-    assert dropped == {"duplicate": 2, "invalid": 1}
+    assert dropped == {"known": 1, "duplicate": 1, "invalid": 1}
 
 
 @pytest.fixture
@@ -67,5 +67,5 @@ def test_every_round_takes_its_own_share_of_a_file(plain, override, share):
 
 @pytest.mark.parametrize("override", ["rounds=8", "prompts.count=4"])
 def test_a_file_with_too_few_prompts_is_refused_before_anything_is_computed(plain, override):
-    with pytest.raises(InputError, match=r"prompts\.jsonl has 6 usable prompts"):
+    with pytest.raises(InputError, match=r"prompts\.jsonl has 6 usable prompts \(known 1: in seed or held-out data\)"):
         take_prompts(plain([f"p{i}" for i in range(7)], override), 1, {"p0"})

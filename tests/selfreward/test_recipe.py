@@ -231,6 +231,8 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
         (["candidates.n=300"], "candidates.n is 300, above sampler.max_sequences (256)"),
         (["judge.draws=300"], "judge.draws is 300, above sampler.max_sequences (256)"),
+        (["prompts.mode=continue"], "mode is 'continue' and file is set"),
+        (["prompts.file=null"], "mode is 'file' and file is not set"),
         (["prompts.top_p=0.5"], "mode is 'file', where top_p has no effect"),
         (["model=null", "init.preset=7B"], "set tokenizer"),
         (["eft.required=true"], "data.eft is missing"),

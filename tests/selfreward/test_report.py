@@ -13,7 +13,7 @@ import pytest
 
 from selfreward.report import build_report, print_report
 from selfreward.report_html import SHOWN_CHARACTERS, example_pairs, render, write_report
-from selfreward.report_plots import draw_plots
+from selfreward.report_plots import Plot, draw_plots
 from selfreward.report_rounds import entropy_bits, judgement_figures, pair_figures, round_figures
 from selfreward.state import RunDir
 
@@ -364,6 +364,15 @@ def test_the_page_says_who_judged(recipe, says):
     page = Page(render(build_report(models, [], {}, timing), [], [], recipe))
     assert says in page.text
     assert ("never sees these grades" in page.text) == (recipe["judge"]["by"] != "oracle")
+
+
+def test_the_page_says_nothing_of_humans_and_why_dropout_starts_above_ln_2(tmp_path):
+    """In the tiny world a program ranked the answers; what others' data are made of, the page does not know."""
+    _, page = write(make_run(tmp_path / "run"), all_models())
+    assert "human" not in page.text and "starts above ln 2" not in page.text
+    models, pairs = all_models(1), [Plot("dpo", "DPO", "DPO", b"")]
+    page = Page(render(build_report(models, [], {}, []), pairs, [], {"dpo": {"dropout": 0.1}}))
+    assert "starts above ln 2 = 0.693" in page.text
 
 
 def test_many_rounds_are_drawn(tmp_path):

@@ -1,8 +1,12 @@
 """The whole command: a short tiny run, resumed and repeated, and a user's mistakes."""
 
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from selfreward import run as run_module
+from selfreward.recipe import recipe_keys
 from selfreward.run import main
 
 FAST = [
@@ -108,7 +113,7 @@ def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monke
         (["sft.lr=fast"], 2, "sft.lr"),
         (["frobnicate"], 2, "frobnicate"),
         (["threads=100000000"], 2, "threads"),
-        (["dpo.max_pack_tokens=20", "gates.min_pairs=1000"], 3, "'too_long': "),
+        (["dpo.max_pack_tokens=20", "gates.min_pairs=1000"], 3, "too long "),
         (["plan"], 2, "not built"),
         (["gates.min_pairs=1000000"], 3, "gates.min_pairs"),
         (["gates.min_readable=1.0", "judge.max_tokens=1"], 3, "judge.max_tokens"),
@@ -173,19 +178,62 @@ def test_a_signal_ends_the_run_and_says_how_to_go_on(number, finished, tmp_path,
     assert untimed_report(out) == untimed_report(finished)
 
 
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "selfreward.run", "--out", str(tmp_path / "out")]
+    ended = subprocess.run(
+        command, cwd=Path(run_module.__file__).parent.parent, env=os.environ | {"PYTHONPATH": path}, capture_output=True
+    )
+    assert ended.returncode == 130 and ended.stdout == b""
+    assert ended.stderr == b"stopped by SIGINT; the same command goes on with what was saved\n"
+
+
 def test_a_changed_recipe_is_refused_with_the_difference(finished, capsys):
     assert command(finished, "dpo.beta=0.2") == 2
     assert "recipe.dpo.beta is 0.1 there, 0.2 here" in capsys.readouterr().err
 
 
-def test_a_model_that_is_gone_is_named_and_not_replaced_by_another(finished, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("gone", "stage"),
+    [
+        ("eft/train.jsonl", "eft"),
+        ("m1/model", "m1/model"),
+        ("iter_1/candidates.jsonl", "iter_1/candidates"),
+        ("iter_2/dropped.jsonl", "iter_2/pairs"),
+    ],
+)
+def test_what_a_finished_stage_wrote_and_is_gone_is_named_and_can_be_made_again(
+    gone, stage, finished, tmp_path, capsys
+):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    shutil.rmtree(out / "m1/model")
-    stages = json.loads((out / "stages.json").read_text())
-    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != "evaluation/M1"}))
+    (shutil.rmtree if gone.endswith("model") else os.unlink)(out / gone)
     assert command(out) == 2
-    assert "m1/model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{out / gone} is missing" in said and f"the finished stage {stage!r} wrote it" in said
+    stages = json.loads((out / "stages.json").read_text())
+    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != stage}))
+    assert command(out) == 0  # the advice
+    for name in (gone, "iter_2/model/model.safetensors"):
+        if (out / name).is_file():
+            assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_tokenizer_larger_than_the_model_is_named_before_anything_is_computed(tmp_path, capsys):
+    larger, package = tmp_path / "larger.model", Path(run_module.__file__).parent
+    proto = (package / "tiny/m0/tokenizer.model").read_bytes()
+    larger.write_bytes(proto + bytes([0x0A, 0x0A, 0x0A, 3]) + b"zzz" + bytes([0x15, 0, 0, 0, 0]))  # one more piece
+    assert command(tmp_path / "out", f"tokenizer={larger}") == 2
+    said = capsys.readouterr().err
+    assert "larger.model has 55 pieces" in said and f"model ({package / 'tiny/m0'}) 54 embeddings" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_something_else_is_no_model(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("x")
+    assert command(tmp_path / "out", f"model={tmp_path}") == 2
+    assert "config.json is missing; HF's layout has config.json, Meta's has params.json" in capsys.readouterr().err
 
 
 def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_path):
@@ -209,6 +257,71 @@ def test_a_damaged_count_of_threads_is_named(threads, tmp_path, capsys):
     capsys.readouterr()
     assert command(tmp_path / "run") == 2
     assert f"training_threads is {threads!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["eft.required=true", "eft.max_tokens=1"], 3, ["unreadable 72", "raise eft.max_tokens", "judge_tiny.jinja"]),
+        (["gates.min_pairs=1000"], 3, ["tie", "lower gates.min_pairs, or raise prompts.count"]),
+        (["prompts.max_tokens=1"], 3, ["prompts left after the filters (truncated ", "raise prompts.count"]),
+        (["sft.lr=1e30", "sft.min_lr=0"], 2, ["sft/model: step ", "a changed sft.lr needs a new --out directory"]),
+        (["data.max_tokens=3"], 2, ["no prompt is shorter than 3 tokens", "raise data.max_tokens, in a new --out"]),
+        (["sampler.kv_cache_gb=0.00001"], 2, ["raise sampler.kv_cache_gb"]),
+        (["sampler.kv_cache_gb=0.001"], 2, ["eft/judgements.jsonl: prompt ", "raise sampler.kv_cache_gb"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_what_stops_a_run_says_what_would_help_and_where(arguments, code, parts, tmp_path, capsys):
+    assert command(tmp_path / "run", *arguments) == code
+    said = capsys.readouterr().err
+    for part in parts:
+        assert part in said
+    assert "{" not in said and "None" not in said
+    if code == 3:
+        assert "gates.* and eft.required may be changed" in said and "any other key needs a new --out directory" in said
+
+
+def test_a_gate_is_in_the_json_too(tmp_path, capsys):
+    assert command(tmp_path / "run", "gates.min_pairs=1000", "--json") == 3
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert f"stopped: {report['stopped']}\n" == err and "gates.min_pairs" in report["stopped"]
+    assert report == json.loads((tmp_path / "run/report.json").read_text())
+
+
+def test_the_time_of_a_stage_that_was_interrupted_counts(tmp_path):
+    out = tmp_path / "run"
+    assert command(out, "gates.min_pairs=1000") == 3
+    assert command(out, "gates.min_pairs=1000") == 3
+    spent = [row["seconds"] for row in rows(out / "timing.jsonl") if row["stage"] == "iter_1/pairs"]
+    assert len(spent) == 2
+    assert json.loads((out / "report.json").read_text())["timing"]["seconds"]["iter_1/pairs"] == sum(spent)
+
+
+def test_the_last_line_says_where_the_report_is(finished, capsys):
+    assert command(finished) == 0
+    assert capsys.readouterr().err == f"report: {finished / 'report.html'}\n"
+    assert command(finished, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stopped"] is None
+
+
+def test_help_shows_actions_recipes_and_keys(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for part in (
+        "run",
+        "llama2-plain",
+        "tiny",
+        "rounds",
+        "prompts.count",
+        "dpo.beta",
+        "python -m selfreward.run --out",
+    ):
+        assert part in said
+    shown = set(re.findall(r"\b(?:data|prompts|candidates|judge|sft|dpo|sampler|gates)\.[a-z_]+", said))
+    assert len(shown) >= 10 and shown <= set(recipe_keys())
 
 
 def test_replay_without_judge_data_is_a_gate(tmp_path, capsys):
@@ -249,6 +362,27 @@ def test_changed_weights_data_and_threads_are_refused_with_the_difference(tmp_pa
         f"training_threads is {other - 1} there, {other} here",
     ):
         assert difference in said
+
+
+def test_inputs_may_move_as_long_as_they_hold_the_same(tmp_path, capsys):
+    package, out = Path(run_module.__file__).parent, tmp_path / "out"
+    for place in ("here", "there"):
+        shutil.copytree(package / "tiny/m0", tmp_path / place / ("m0" if place == "here" else "base"))
+        shutil.copy(package / "tiny/data/ift.jsonl", tmp_path / place)
+
+    def given(model, ift):
+        return [f"model={tmp_path / model}", f"data.ift={tmp_path / ift}", "gates.min_pairs=1000"]
+
+    assert command(out, *given("here/m0", "here/ift.jsonl")) == 3
+    shutil.rmtree(tmp_path / "here")
+    capsys.readouterr()
+    assert command(out, *given("there/base", "there/ift.jsonl")) == 3
+    shutil.copy(tmp_path / "there/ift.jsonl", tmp_path / "seed.jsonl")
+    capsys.readouterr()
+    assert command(out, *given("there/base", "seed.jsonl")) == 2  # rows without an id are named after their file
+    assert 'recipe.data.ift is "ift.jsonl" there, "seed.jsonl" here' in capsys.readouterr().err
+    assert command(out, *given("there/base", "there/ift.jsonl"), "data.eft_heldout=null") == 2
+    assert "recipe.data.eft_heldout" in capsys.readouterr().err
 
 
 def test_a_bad_row_and_a_truncated_checkpoint_are_named(tmp_path, capsys):

@@ -63,6 +63,16 @@ def test_a_run_with_another_manifest_is_refused_with_every_difference(tmp_path: 
     assert files(tmp_path) == before
 
 
+def test_what_a_manifest_is_compared_by_may_be_less_than_what_it_says(tmp_path: Path) -> None:
+    def compared(manifest: Any) -> Any:
+        return {**manifest, "place": None}
+
+    RunDir(tmp_path, {"place": "a", "hash": 1}).close()
+    RunDir(tmp_path, {"place": "b", "hash": 1}, compared).close()
+    with pytest.raises(InputError, match=r"undo: hash is 1 there, 2 here$"):
+        RunDir(tmp_path, {"place": "b", "hash": 2}, compared)
+
+
 def test_true_is_not_one_in_a_manifest(tmp_path: Path) -> None:
     RunDir(tmp_path, {"required": True}).close()
     with pytest.raises(InputError, match=r"required is true there, 1 here"):

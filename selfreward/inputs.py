@@ -1,0 +1,152 @@
+"""What a run is given, looked at before anything is computed: a mistake must not show after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from engine import InputError, Tokenizer, read_config
+from selfreward.formats import load_ift, load_prompts, load_ranked
+from selfreward.judge import JudgeTemplate
+from selfreward.prompts import take_prompts
+from selfreward.recipe import Recipe
+
+Row = dict[str, Any]
+
+
+def load_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The run's tokenizer, once every model is seen to be a checkpoint with an embedding for each of its pieces."""
+    models = {"model": recipe.model, "m1": recipe.m1, "judge_model": recipe.judge_model}
+    configs = {key: read_config(path) for key, path in models.items() if path is not None}
+    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
+    for key, config in configs.items():
+        path = models[key]
+        assert path is not None
+        if key == "judge_model" and (path / "tokenizer.model").is_file():
+            continue  # it speaks its own vocabulary
+        if tokenizer.vocab_size > config.vocab_size:
+            raise InputError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, {key} ({path}) {config.vocab_size} embeddings: they "
+                "do not belong together; give the one that this model was trained with (tokenizer=PATH)"
+            )
+    return tokenizer
+
+
+def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> list[str]:
+    """Read every data file. InputError names what a run cannot use; the sentences returned, what it will use less of
+    than one might think."""
+    trained = recipe.m1 is None  # else instructions and ranked answers only tell which prompts are known
+    texts: dict[str, list[tuple[str, str]]] = {}  # file or template -> (row, text) of all that is tokenised
+    odd = []
+    if trained and recipe.data.ift:
+        rows = load_ift(recipe.data.ift, recipe.data.ift_limit)
+        texts[str(recipe.data.ift)] = [(row["id"], row[key]) for row in rows for key in ("prompt", "response")]
+    groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
+    heldout = heldout_ranks(recipe)
+    _check_apart(recipe, groups, heldout)
+    for key, ranked in (("data.eft", groups if trained else []), ("data.eft_heldout", heldout)):
+        if ranked:
+            path = recipe.paths()[key]
+            texts[str(path)] = [(g["id"], text) for g in ranked for text in (g["prompt"], *_answers(g))]
+            odd += _tied(key, path, ranked)
+    if recipe.data.heldout:
+        rows = load_prompts(recipe.data.heldout)[: recipe.evaluation.prompts]
+        texts[str(recipe.data.heldout)] = [(row["id"], row["prompt"]) for row in rows]
+    known = known_prompts(recipe)
+    if recipe.prompts.file is not None:
+        take_prompts(recipe, 1, known)
+        texts[str(recipe.prompts.file)] = [(row["id"], row["prompt"]) for row in load_prompts(recipe.prompts.file)]
+    if groups or heldout or (recipe.judge.by == "model" and recipe.judge_model is None):
+        rubric, _, _, cue = template.segments("a prompt", "an answer")
+        texts[f"judge template {template.path}"] = [("the rubric", rubric), ("the cue", cue)]
+    odd += [said for where, rows_of in texts.items() for said in _unknown(tokenizer, where, rows_of)]
+    return odd + _beyond_context(recipe, tokenizer)
+
+
+def known_prompts(recipe: Recipe) -> set[str]:
+    """Prompts of seed and held-out data."""
+    data = recipe.data
+    rows = load_ift(data.ift, data.ift_limit) if data.ift else []
+    rows += load_prompts(data.heldout) if data.heldout else []
+    ranked = [group for path in (data.eft, data.eft_heldout) if path for group in load_ranked(path)]
+    return {row["prompt"].strip() for row in [*rows, *ranked]}
+
+
+def heldout_ranks(recipe: Recipe) -> list[Row]:
+    """The ranked answers that measure the judge."""
+    path = recipe.data.eft_heldout
+    return load_ranked(path)[: recipe.evaluation.judge_groups] if path else []
+
+
+def _check_apart(recipe: Recipe, groups: list[Row], heldout: list[Row]) -> None:
+    held = {group["prompt"].strip() for group in heldout}
+    shared = next((group["id"] for group in groups if group["prompt"].strip() in held), None)
+    if shared is not None:
+        raise InputError(
+            f"{recipe.data.eft}: group {shared} has a prompt of {recipe.data.eft_heldout}; keep them apart"
+        )
+
+
+def _answers(group: Row) -> list[str]:
+    return [answer["text"] for answer in group["answers"]]
+
+
+def _tied(key: str, path: Path, groups: list[Row]) -> list[str]:
+    """Groups whose answers all have one rank say nothing: any judgement agrees with them."""
+    tied = [group["id"] for group in groups if len({answer["rank"] for answer in group["answers"]}) < 2]
+    if len(tied) == len(groups):
+        raise InputError(
+            f"{path}: in each of the {len(groups)} groups all answers have the same rank, which says nothing about a "
+            f"judge; rank them (0 the best), or set {key} to null and go without"
+        )
+    if tied:
+        return [
+            f"{path}: {len(tied)} of {len(groups)} groups are of no use, first {tied[0]}: their answers have one rank"
+        ]
+    return []
+
+
+def _unknown(tokenizer: Tokenizer, where: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    """A sentence if some words are unknown; InputError if half of them are, since then nothing can be learned.
+
+    Words, not tokens: SentencePiece makes one <unk> of neighbouring unknown ones.
+    """
+    known: dict[str, bool] = {}
+    unknown, total, first = 0, 0, ""
+    for row, text in rows:
+        for word in text.split():
+            if word not in known:
+                known[word] = tokenizer.unk_id not in tokenizer.encode(word)
+            total += 1
+            if not known[word]:
+                unknown += 1
+                first = first or f"{word[:20]!r} in {row}"
+    if not unknown:
+        return []
+    said = f"{where}: {unknown} of {total} words ({unknown / total:.1%}) are unknown to {tokenizer.path}, first {first}"
+    if 2 * unknown >= total:
+        raise InputError(f"{said}; give text in the words of this tokenizer, or the model whose tokenizer knows these")
+    return [f"{said}; the model sees <unk> there"]
+
+
+def _beyond_context(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
+    """The lengths that the recipe asks for and the model cannot reach."""
+    start = recipe.model or recipe.m1
+    if start is not None:
+        context = read_config(start).max_seq_len
+    else:
+        assert recipe.init is not None
+        context = recipe.init.config(tokenizer.vocab_size).max_seq_len
+    lengths = {
+        "data.max_tokens": recipe.data.max_tokens if recipe.m1 is None else 0,
+        "eft.max_tokens": recipe.eft.max_tokens if recipe.m1 is None and recipe.data.eft else 0,
+        "prompts.max_tokens": recipe.prompts.max_tokens if recipe.prompts.mode == "continue" else 0,
+        "candidates.max_tokens": recipe.candidates.max_tokens,
+        "judge.max_tokens": recipe.judge.max_tokens if recipe.judge.by == "model" and not recipe.judge_model else 0,
+        "evaluation.max_tokens": recipe.evaluation.max_tokens if recipe.data.heldout else 0,
+    }
+    beyond = [f"{key} is {length}" for key, length in lengths.items() if length > context]
+    if not beyond:
+        return []
+    return [f"{', '.join(beyond)}, above the model's context of {context} tokens: longer texts are cut there"]

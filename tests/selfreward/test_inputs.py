@@ -1,0 +1,73 @@
+"""What a run is given and cannot use, or can use less of than one might think, is said before anything is computed."""
+
+import json
+
+import pytest
+
+from selfreward.recipe import PACKAGE
+from selfreward.run import main
+
+DATA = PACKAGE / "tiny/data"
+STOP = ["gates.min_pairs=1000000", "prompts.count=8", "data.eft_limit=12", "evaluation.prompts=5", "rounds=1"]
+
+
+def said(capsys, out, *more, code=2):
+    """What the command prints to standard error."""
+    assert main(["--quiet", "--out", str(out), *STOP, *more]) == code
+    assert code != 2 or not out.exists()
+    return capsys.readouterr().err
+
+
+def ranked(path, ranks):
+    """A file of ranked answers, a group for each tuple of ranks."""
+    groups = [
+        {"prompt": f"copy {'abcdef'[i]} b", "answers": [{"text": "a b", "rank": rank} for rank in group]}
+        for i, group in enumerate(ranks)
+    ]
+    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    return path
+
+
+@pytest.mark.parametrize("key", ["ift", "eft", "heldout"])
+def test_a_file_in_words_that_the_tokenizer_does_not_know_is_refused(key, tmp_path, capsys):
+    row = {"prompt": "Wer malte das Bild?", "response": "Das war Vermeer."}
+    row["answers"] = [{"text": "Das war Vermeer.", "rank": 0}, {"text": "Niemand", "rank": 1}]
+    (tmp_path / "german.jsonl").write_text(json.dumps(row))
+    err = said(capsys, tmp_path / "out", f"data.{key}={tmp_path / 'german.jsonl'}")
+    assert "german.jsonl: " in err and " are unknown to " in err and "first 'Wer' in german-1; give text" in err
+    assert len(err.splitlines()) == 1 and err.startswith("error: ")
+
+
+def test_a_few_unknown_words_are_counted_and_said_once(tmp_path, capsys):
+    lines = (DATA / "ift.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "ift.jsonl").write_text("".join(lines[:10]) + '{"prompt": "copy a zebra", "response": "a"}\n')
+    err = said(capsys, tmp_path / "out", f"data.ift={tmp_path / 'ift.jsonl'}", code=3)
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert "ift.jsonl: 1 of " in warning and "first 'zebra' in ift-11; the model sees <unk> there" in warning
+
+
+def test_a_template_that_the_tokenizer_does_not_know_is_refused(tmp_path, capsys):
+    err = said(capsys, tmp_path / "out", "judge.template=llama2")
+    assert "judge_llama2.jinja: " in err and "in the rubric" in err
+
+
+def test_lengths_beyond_the_context_are_said(tmp_path, capsys):
+    err = said(capsys, tmp_path / "out", "candidates.max_tokens=500", "judge.max_tokens=128", code=3)
+    assert "warning: candidates.max_tokens is 500, above the model's context of 128 tokens: longer texts are cut" in err
+
+
+@pytest.mark.parametrize("key", ["eft", "eft_heldout"])
+def test_ranks_that_say_nothing_are_refused(key, tmp_path, capsys):
+    path = ranked(tmp_path / "tied.jsonl", [(0, 0), (3, 3, 3)])
+    err = said(capsys, tmp_path / "out", f"data.{key}={path}")
+    assert "tied.jsonl: in each of the 2 groups all answers have the same rank" in err
+    assert f"or set data.{key} to null" in err
+
+
+def test_groups_of_one_rank_among_others_are_counted(tmp_path, capsys):
+    path = ranked(tmp_path / "some.jsonl", [(0, 1), (0, 0), (1, 0)])
+    err = said(capsys, tmp_path / "out", f"data.eft={path}", "eft.required=false", code=3)
+    assert (
+        "warning: " in err
+        and "some.jsonl: 1 of 3 groups are of no use, first some-2: their answers have one rank" in err
+    )
