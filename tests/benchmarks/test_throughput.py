@@ -46,9 +46,11 @@ def test_rounds_have_prompts_of_their_own_and_the_rubric_is_shared():
 @pytest.mark.full
 def test_the_command_prints_a_table_and_writes_its_rows(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "sampling", "--model", "15M", "--rounds", "1", "--scale", "0.1"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "rows.json")], capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0 and "| no sharing |" in done.stdout
     result = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["variant"] for row in result["rows"]][0] == "engine" and result["limits"]["gflops"] > 0
+    assert next(row["variant"] for row in result["rows"]) == "engine" and result["limits"]["gflops"] > 0
     wrong = subprocess.run([*command[:4], "--model", "9T"], capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "expected one of 110M" in wrong.stderr

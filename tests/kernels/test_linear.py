@@ -330,3 +330,14 @@ def test_packed_weights_are_packed_once_and_again_after_an_update(monkeypatch):
 def test_packing_refuses_other_dtypes():
     with pytest.raises(InputError, match=r"torch.bfloat16; expected torch.float32"):
         ops.pack_linear(torch.zeros(3, 4, dtype=torch.bfloat16))
+
+
+def test_work_that_is_shared_out_to_threads_has_the_bits_of_one_thread():
+    """Small products stay on one thread whatever is asked for, so this one is large."""
+    x, weight = normal(200, 768), normal(2304, 768, seed=1)
+    packed = pack(weight)
+    one, *others = (np.full((200, 2304), np.nan, np.float32) for _ in range(3))
+    _C.linear(x, packed, one, 1)
+    for threads, out in enumerate(others, start=2):
+        _C.linear(x, packed, out, threads)
+        assert np.array_equal(out, one)

@@ -566,3 +566,11 @@ def test_gradients_flow_where_they_are_asked_for_and_the_trainers_ops_never_turn
     assert torch.equal(quiet[0], ops.rms_norm(x, weight, 1e-5))
     assert torch.equal(quiet[1], ops.swiglu(torch.cat([x, x], dim=1)))
     assert ops.backends()["rms_norm"] == ops.backends()["swiglu"] == "torch"
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_rows_that_are_shared_out_to_threads_have_the_bits_of_one_thread(threads):
+    """Little work stays on one thread whatever is asked for, so there are many rows."""
+    x, weight = torch.randn(6000, 512, generator=torch.Generator().manual_seed(0)), torch.ones(512)
+    assert torch.equal(ops.rms_norm_rows(x, weight, 1e-5, threads), ops.rms_norm_rows(x, weight, 1e-5, 1))
+    assert torch.equal(ops.swiglu_rows(x, threads), ops.swiglu_rows(x, 1))
