@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.limits import Limits, machine
 from benchmarks.models import MODELS, random_model
+from benchmarks.peers import PEERS, load_peer
 from benchmarks.throughput import measure
 from benchmarks.workloads import WORKLOADS
 from engine import InputError
@@ -24,12 +25,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of every variant, in turns (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of prompts (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: torch's number")
+    parser.add_argument("--peers", default="", help=f"also time these, in turns with the engine: {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, help="write machine, limits and rows to this file")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or not 0 < arguments.scale <= 100 or (arguments.threads or 1) < 1:
         parser.error("--rounds and --threads are at least 1, --scale is above 0 and at most 100")
     try:
         model = random_model(arguments.model)
+        peers = [load_peer(name, model) for name in arguments.peers.split(",") if name]
     except InputError as error:
         parser.error(str(error))
     if arguments.threads:
@@ -39,7 +42,7 @@ def main() -> int:
         "command": f"python -m benchmarks {' '.join(sys.argv[1:])}",
         "machine": machine(),
         "limits": limits._asdict(),
-        "rows": measure(arguments.workload, model, arguments.rounds, arguments.scale, limits),
+        "rows": measure(arguments.workload, model, arguments.rounds, arguments.scale, limits, peers),
     }
     print(table(result))
     if arguments.json:
@@ -58,6 +61,12 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
+        if "peer" in row:
+            lines.append(
+                f"| {row['peer']} {row['version']} | {row['new_tokens_per_second']:.0f} | {row['time_ratio']:.2f}x "
+                "| | | | | |"
+            )
+            continue
         lines.append(
             f"| {row['variant']} | {row['new_tokens_per_second']:.0f} | {row['time_ratio']:.2f}x "
             f"| {row['prompt_tokens_computed']:,} of {row['prompt_tokens']:,} "
