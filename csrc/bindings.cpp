@@ -317,12 +317,12 @@ void sample(const py::array& logits, const py::array& temperature, const py::arr
   check<float>("sampled", sampled, {rows});
   check<float>("labels", labels, {label_ids.shape(0)});
   const std::pair<const char*, const py::array*> inputs[] = {
-      {"logits", &logits},         {"temperature", &temperature},
-      {"top_k", &top_k},           {"top_p", &top_p},
-      {"min_p", &min_p},           {"seeds", &seeds},
-      {"positions", &positions},   {"candidates", &candidates},
-      {"forbidden", &forbidden},   {"forbidden_offsets", &forbidden_offsets},
-      {"label_ids", &label_ids},   {"label_offsets", &label_offsets}};
+      {"logits", &logits},       {"temperature", &temperature},
+      {"top_k", &top_k},         {"top_p", &top_p},
+      {"min_p", &min_p},         {"seeds", &seeds},
+      {"positions", &positions}, {"candidates", &candidates},
+      {"forbidden", &forbidden}, {"forbidden_offsets", &forbidden_offsets},
+      {"label_ids", &label_ids}, {"label_offsets", &label_offsets}};
   const std::pair<const char*, const py::array*> outputs[] = {
       {"ids", &ids}, {"raw", &raw}, {"sampled", &sampled}, {"labels", &labels}};
   for (size_t i = 0; i < std::size(outputs); ++i) {

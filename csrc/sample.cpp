@@ -91,6 +91,19 @@ float kth_largest(float* values, int64_t count, int64_t k) {
   return values[k - 1];
 }
 
+// For plain_exp: e^-700 = 1e-304 is nothing beside the largest weight, 1.
+ALWAYS_INLINE double not_below(double y) { return y < -700.0 ? -700.0 : y; }
+
+ALWAYS_INLINE int lowest_bit(uint32_t bits) {  // of bits != 0
+#ifdef __GNUC__
+  return __builtin_ctz(bits);
+#else
+  int place = 0;
+  while (!(bits >> place & 1)) ++place;
+  return place;
+#endif
+}
+
 // The exact value that a draw maximises.
 ALWAYS_INLINE double total_of(double x, double top, double temperature, uint32_t word) {
   return (x - top) / temperature + double(gumbel_of_word(word));

@@ -16,9 +16,9 @@ struct SampleArguments {
   const int64_t *seeds, *positions, *candidates;
   // Row r's ids are those from offsets[r] up to offsets[r + 1].
   const int64_t *forbidden_offsets, *forbidden, *label_offsets, *label_ids;
-  int64_t *ids;            // [rows]
-  float *raw, *sampled;    // [rows]
-  float* labels;           // one per label id
+  int64_t* ids;          // [rows]
+  float *raw, *sampled;  // [rows]
+  float* labels;         // one per label id
   int64_t rows, width, vocab;
 };
 

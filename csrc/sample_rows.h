@@ -1,5 +1,21 @@
 // One instruction level's sample: included by levels.h. `x` [count] are the logits of the tokens that may be drawn.
 
+// Which lanes of a are at least b: lane l in bit l.
+#if SELFREWARD_LANES == 16
+ALWAYS_INLINE uint32_t reaching(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+#elif SELFREWARD_LANES == 8
+ALWAYS_INLINE uint32_t reaching(Vec a, Vec b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ))) |
+         uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ))) << 8;
+}
+#else
+ALWAYS_INLINE uint32_t reaching(const Vec& a, const Vec& b) {
+  uint32_t lanes = 0;
+  for (int l = 0; l < kLanes; ++l) lanes |= uint32_t(a.lane[l] >= b.lane[l]) << l;
+  return lanes;
+}
+#endif
+
 constexpr int kFold = 64;    // vectors that a lane adds up in fp32 before its sum goes on in double precision
 constexpr int kGroups = 16;  // groups of 16 tokens, four Philox blocks each, whose words are made at once
 
@@ -51,9 +67,11 @@ ALWAYS_INLINE double weigh_exactly(const float* x, int64_t count, double top, do
   double lanes[kLanes] = {};
   for (int64_t i = 0; i < count; i += kLanes) {
     float logit[kLanes];
+    double y[kLanes];
     logits_at(x, i, count).store(logit);
+    for (int l = 0; l < kLanes; ++l) y[l] = not_below((double(logit[l]) - top) * inverse);
     for (int l = 0; l < kLanes; ++l) {
-      const double part = plain_exp((double(logit[l]) - top) * inverse);
+      const double part = plain_exp(y[l]);
       mass[i + l] = part;
       weight[i + l] = float(part);
       lanes[l] += part;
@@ -64,26 +82,20 @@ ALWAYS_INLINE double weigh_exactly(const float* x, int64_t count, double top, do
   return lanes[0];
 }
 
-ALWAYS_INLINE bool any_reaches(const float* value, float least) {
-  int any = 0;
-  for (int l = 0; l < kLanes; ++l) any |= value[l] >= least;
-  return any;
+// The ids whose value is at least `least`, which is above -inf, ascending; their number.
+ALWAYS_INLINE int64_t collect(const float* values, int64_t count, float least, int32_t* ids) {
+  const Vec bound = Vec::broadcast(least);
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kLanes)
+    for (uint32_t lanes = reaching(logits_at(values, i, count), bound); lanes; lanes &= lanes - 1)
+      ids[found++] = int32_t(i + lowest_bit(lanes));
+  return found;
 }
 
-// The ids whose value, of `values` padded to 16, is at least `least`, ascending; their number.
-ALWAYS_INLINE int64_t collect(const float* values, int64_t count, float least, int32_t* ids) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    float value[kLanes];
-    logits_at(values, i, count).store(value);
-    if (!any_reaches(value, least)) continue;
-    const int64_t end = std::min<int64_t>(kLanes, count - i);
-    for (int64_t l = 0; l < end; ++l) {
-      ids[found] = int32_t(i + l);
-      found += value[l] >= least;
-    }
-  }
-  return found;
+// The lowest id whose logit is the largest one, `top`.
+ALWAYS_INLINE int64_t likeliest(const float* x, int64_t count, float top) {
+  for (int64_t i = 0;; i += kLanes)
+    if (const uint32_t lanes = reaching(logits_at(x, i, count), Vec::broadcast(top))) return i + lowest_bit(lanes);
 }
 
 // A logit that at least k tokens reach: the k-th largest of the maxima of groups of 16. The smallest finite one if
@@ -129,6 +141,7 @@ ALWAYS_INLINE double truncate(const Row& row, const SampleScratch& scratch, doub
     // `mass` is free until the tokens are known.
     const float least = reached_by(row.x, row.count, row.top_k, reinterpret_cast<float*>(scratch.mass));
     tokens.count = collect(row.x, row.count, least, scratch.ids);
+    cut.tighten({least, INT32_MAX});
     if (tokens.count > row.top_k) cut.tighten(cut_at(row.x, tokens, double(row.top_k), scratch.order));
   }
   if (by_p) {
@@ -140,7 +153,7 @@ ALWAYS_INLINE double truncate(const Row& row, const SampleScratch& scratch, doub
         const int32_t id = scratch.ids[i];
         if (row.x[id] < cut.x || (row.x[id] == cut.x && id > cut.id)) continue;
         scratch.ids[kept] = id;
-        scratch.mass[kept] = plain_exp((double(row.x[id]) - row.top) / row.temperature);
+        scratch.mass[kept] = plain_exp(not_below((double(row.x[id]) - row.top) / row.temperature));
         total += scratch.mass[kept++];
       }
     } else {
@@ -152,7 +165,9 @@ ALWAYS_INLINE double truncate(const Row& row, const SampleScratch& scratch, doub
     tokens = {scratch.ids, scratch.mass, kept};
     cut.tighten(cut_at(row.x, tokens, row.top_p * total, scratch.order));
   }
-  if (row.min_p > 0.0) cut.tighten({lowest_logit(row.top, row.temperature, plain_log(row.min_p < 1e-300 ? 1e-300 : row.min_p)), INT32_MAX});
+  if (row.min_p > 0.0)
+    cut.tighten(
+        {lowest_logit(row.top, row.temperature, plain_log(row.min_p < 1e-300 ? 1e-300 : row.min_p)), INT32_MAX});
 
   float* weight = scratch.weight;
   const int64_t end = (row.count + kLanes - 1) / kLanes * kLanes;
@@ -206,26 +221,25 @@ ALWAYS_INLINE int64_t draw(const Row& row, const float* weight, int64_t first) {
   best.take(first, total_of(row.x[first], row.top, row.temperature, word.w[first % 4]));
 
   int64_t starts[kGroups] = {};
-  uint32_t blocks[4 * kGroups], words[16 * kGroups];
+  uint32_t blocks[4 * kGroups], words[kLanes * kGroups];
+  float halves[kLanes * kGroups];
   int groups = 0;
   for (int64_t start = 0; start < row.count; start += kLanes) {
-    if (any_reaches(weight + start, best.least)) starts[groups++] = start;
+    if (reaching(Vec::load(weight + start), Vec::broadcast(best.least))) starts[groups++] = start;
     if (groups < kGroups && start + kLanes < row.count) continue;
     for (int i = 0; i < 4 * kGroups; ++i) blocks[i] = uint32_t(starts[i / 4] / 4) + uint32_t(i % 4);
     for (int i = 0; i < 4 * kGroups; ++i) {
       const Words w = philox({{row.position, row.candidate, blocks[i], 0}}, key0, key1);
       for (int j = 0; j < 4; ++j) words[4 * i + j] = w.w[j];
     }
+    for (int i = 0; i < kLanes * kGroups; ++i) halves[i] = float(int32_t(words[i] >> 1));
     for (int group = 0; group < groups; ++group) {
-      const float* w = weight + starts[group];
-      const uint32_t* own = words + kLanes * group;
-      int any = 0;
-      for (int l = 0; l < kLanes; ++l) any |= float(int32_t(own[l] >> 1)) * best.per_word <= w[l];
-      if (!any) continue;
-      for (int l = 0; l < kLanes; ++l) {
-        if (!(float(int32_t(own[l] >> 1)) * best.per_word <= w[l])) continue;
+      const Vec own = Vec::load(weight + starts[group]), half = Vec::load(halves + kLanes * group);
+      for (uint32_t lanes = reaching(own, half * Vec::broadcast(best.per_word)); lanes; lanes &= lanes - 1) {
+        const int l = lowest_bit(lanes);
         const int64_t id = starts[group] + l;
-        const double total = total_of(row.x[id], row.top, row.temperature, own[l]);
+        if (weight[id] < halves[kLanes * group + l] * best.per_word) continue;  // the best may have risen
+        const double total = total_of(row.x[id], row.top, row.temperature, words[kLanes * group + l]);
         if (total > best.total || (total == best.total && id < best.id)) best.take(id, total);
       }
     }
@@ -274,8 +288,7 @@ ALWAYS_INLINE void sample_row(const SampleArguments& a, const SampleScratch& scr
   const auto raw = [&](int64_t id) { return float((double(logits[id]) - all_top) - log_sum); };
   for (int64_t i = labels; i < labels_end; ++i) a.labels[i] = raw(a.label_ids[i]);
 
-  int64_t id = 0;
-  while (row.x[id] != row.top) ++id;
+  int64_t id = likeliest(row.x, row.count, row.top);
   float sampled = 0.0f;
   if (row.temperature != 0.0f) {
     weight_sum = truncate(row, scratch, weight_sum);

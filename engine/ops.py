@@ -30,9 +30,8 @@ from engine.kernels import rope as _rope
 from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
-
-
-DrawRules, Draws, ragged = _sample.DrawRules, _sample.Draws, _sample.ragged
+from engine.kernels.sample import DrawRules, Draws
+from engine.kernels.sample import ragged as ragged
 
 
 class Case(NamedTuple):
@@ -121,13 +120,13 @@ def _native_chunk_attention(
     return out
 
 
-def _native_sample(logits: torch.Tensor, rules: _sample.DrawRules, threads: int) -> _sample.Draws:
+def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draws:
     rows = len(logits)
-    draws = _sample.Draws(
+    draws = Draws(
         torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows), torch.empty(len(rules.label_ids))
     )
-    given = [value if isinstance(value, int) else _array(value) for value in rules]
-    _C.sample(_array(logits), *given, *(x.numpy() for x in draws), threads)
+    given: list[Any] = [value if isinstance(value, int) else _array(value) for value in (logits, *rules, *draws)]
+    _C.sample(*given, threads)
     return draws
 
 

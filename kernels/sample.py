@@ -52,7 +52,8 @@ class Draws(NamedTuple):
 
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of ids, one per row -> offsets int64 [R + 1], ids int64, as `DrawRules` wants them."""
-    offsets, ids = [0], []
+    offsets = [0]
+    ids: list[int] = []
     for row in rows:
         ids.extend(row)
         offsets.append(len(ids))
@@ -60,7 +61,7 @@ def ragged(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sample_reference(logits: torch.Tensor, rules: DrawRules) -> Draws:
-    rows, width = logits.shape
+    width = logits.shape[1]
     x = logits.double()
     allowed = x.clone()
     allowed[:, rules.vocab :] = -torch.inf
