@@ -126,7 +126,8 @@ def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draw
         torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows), torch.empty(len(rules.label_ids))
     )
     given: list[Any] = [value if isinstance(value, int) else _array(value) for value in (logits, *rules, *draws)]
-    _C.sample(*given, threads)
+    given.append(threads)
+    _C.sample(*given)
     return draws
 
 
