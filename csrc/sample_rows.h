@@ -16,6 +16,8 @@ ALWAYS_INLINE uint32_t reaching(const Vec& a, const Vec& b) {
 }
 #endif
 
+#include "philox_lanes.h"
+
 constexpr int kFold = 64;    // vectors that a lane adds up in fp32 before its sum goes on in double precision
 constexpr int kGroups = 16;  // groups of 16 tokens, four Philox blocks each, whose words are made at once
 
@@ -215,8 +217,8 @@ struct Best {
 // argmax of y + noise over the tokens whose weight is not negative. A token with weight w beats a total t only if
 // w / E >= e^t, and E >= u: noise is worked out only where w >= u e^t, and words only where that can be.
 ALWAYS_INLINE int64_t draw(const Row& row, const float* weight, int64_t first) {
-  const uint32_t key0 = uint32_t(row.seed), key1 = uint32_t(row.seed >> 32);
-  const Words word = philox({{row.position, row.candidate, uint32_t(first / 4), 0}}, key0, key1);
+  const Words word =
+      philox({{row.position, row.candidate, uint32_t(first / 4), 0}}, uint32_t(row.seed), uint32_t(row.seed >> 32));
   Best best;
   best.take(first, total_of(row.x[first], row.top, row.temperature, word.w[first % 4]));
 
@@ -228,10 +230,8 @@ ALWAYS_INLINE int64_t draw(const Row& row, const float* weight, int64_t first) {
     if (reaching(Vec::load(weight + start), Vec::broadcast(best.least))) starts[groups++] = start;
     if (groups < kGroups && start + kLanes < row.count) continue;
     for (int i = 0; i < 4 * kGroups; ++i) blocks[i] = uint32_t(starts[i / 4] / 4) + uint32_t(i % 4);
-    for (int i = 0; i < 4 * kGroups; ++i) {
-      const Words w = philox({{row.position, row.candidate, blocks[i], 0}}, key0, key1);
-      for (int j = 0; j < 4; ++j) words[4 * i + j] = w.w[j];
-    }
+    for (int i = 0; i < 4 * kGroups; i += kLanes)
+      philox_lanes(row.position, row.candidate, blocks + i, row.seed, words + 4 * i);
     for (int i = 0; i < kLanes * kGroups; ++i) halves[i] = float(int32_t(words[i] >> 1));
     for (int group = 0; group < groups; ++group) {
       const Vec own = Vec::load(weight + starts[group]), half = Vec::load(halves + kLanes * group);

@@ -52,7 +52,7 @@ class Draws(NamedTuple):
 
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of ids, one per row -> offsets int64 [R + 1], ids int64, as `DrawRules` wants them."""
-    offsets: list[int] = [0]
+    offsets = [0]
     ids: list[int] = []
     for row in rows:
         ids.extend(row)
