@@ -22,7 +22,7 @@ def assert_near_tie(row, token):
 
 
 def replies_of(theirs, prompts):
-    """Their greedy tokens, and the logits from which they would continue behind every token of `prompts`."""
+    """Their greedy tokens behind prompts of one length."""
     ids = torch.tensor(prompts)
     reply = theirs.generate(
         ids,
