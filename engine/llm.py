@@ -57,7 +57,7 @@ class LLM:
     ) -> None:
         _check_options(device, dtype, quantization, deterministic, block_size)
         if not isinstance(model, (str, Path, Llama)):
-            raise InputError(f"model is a {type(model).__name__}; expected a model directory or a Llama")
+            raise InputError(f"model is {model!r:.60}; expected a Llama or the path of a checkpoint's directory")
         self.model = model if isinstance(model, Llama) else load_checkpoint(model)
         if self.model.embed.dtype != torch.float32:
             raise NotBuiltError(f"the model is {self.model.embed.dtype}; sampling runs in fp32 so far: load it as fp32")
@@ -235,10 +235,13 @@ class LLM:
     def _block_count(self, kv_cache_gb: float | None) -> int:
         block_bytes = self._slot_bytes * self.block_size
         full = self.max_sequences * -(-self.max_model_len // self.block_size)
+        available = available_memory()
         if kv_cache_gb is None:
-            blocks = min(full, available_memory() // 4 // block_bytes)
-        elif not kv_cache_gb > 0:
-            raise InputError(f"kv_cache_gb is {kv_cache_gb}; expected a size above 0")
+            blocks = min(full, available // 4 // block_bytes)
+        elif not isinstance(kv_cache_gb, (int, float)) or isinstance(kv_cache_gb, bool) or not kv_cache_gb > 0:
+            raise InputError(f"kv_cache_gb is {kv_cache_gb!r}; expected a size above 0")
+        elif kv_cache_gb * 2**30 > available:
+            raise InputError(f"kv_cache_gb is {kv_cache_gb}; {available / 2**30:.1f} GB of memory are free: lower it")
         else:
             blocks = int(kv_cache_gb * 2**30) // block_bytes
         if blocks < 1:
