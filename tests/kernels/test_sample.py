@@ -129,8 +129,14 @@ def agree(result, expected):
         assert torch.allclose(ours, theirs, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 111, 1023, 32000])
-@pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "one"])
+@pytest.mark.parametrize(
+    ("kind", "vocab"),
+    [
+        *((kind, vocab) for kind in ("flat", "peaked", "tied", "one") for vocab in (1, 2, 15, 16, 17, 111, 1023)),
+        ("peaked", 32000),
+        ("tied", 32000),
+    ],
+)
 def test_draws_equal_the_reference(kind, vocab):
     repeat = 1 if vocab == 32000 else 4
     rows = repeat * len(CHOICES)
@@ -163,10 +169,10 @@ def test_draws_with_forbidden_ids_and_a_padded_head_equal_the_reference(vocab):
 
 @pytest.mark.parametrize("vocab", [3, 111, 4096])
 def test_every_draw_is_the_argmax_over_all_tokens(vocab):
-    """Noise is worked out only for tokens that can win: none may be passed over, among 4,000 draws from each shape."""
+    """Noise is worked out only for tokens that can win: none may be passed over, among 2,000 draws from each shape."""
     for kind, choice in (("flat", {}), ("tied", {"temperature": 3.0}), ("peaked", {"temperature": 0.8})):
-        logits = shaped(kind, 1, vocab).expand(4000, -1).contiguous() if kind != "flat" else torch.zeros(4000, vocab)
-        given = rules(4000, vocab, seed=11, **choice)
+        logits = shaped(kind, 1, vocab).expand(2000, -1).contiguous() if kind != "flat" else torch.zeros(2000, vocab)
+        given = rules(2000, vocab, seed=11, **choice)
         noise = ops.gumbel_noise(given.seeds, given.positions, given.candidates, 0, vocab).double()
         y = (logits.double() - logits.double().amax(1, keepdim=True)) / given.temperature.double()[:, None]
         assert torch.equal(native(logits, given).ids, (y + noise).argmax(1))
