@@ -128,12 +128,35 @@ def test_score_equals_the_full_forward_and_what_generate_reported():
     for prompt, output, given in zip(prompts, outputs, scores, strict=True):
         for answer, logps in zip(output.outputs, given, strict=True):
             assert logps == answer.logprobs  # bit for bit: prefill and decode fold the same chunks
-            ids = torch.tensor([*prompt, *answer.token_ids])
-            logits = logits_of(MODEL, ids)
-            exact = torch.log_softmax(logits, -1)[:-1].gather(1, ids[1:, None]).squeeze(1)[len(prompt) - 1 :]
-            bound = 2e-5 * max(1.0, logits.square().mean().sqrt().item())
-            assert (torch.tensor(logps) - exact).abs().max() <= bound
+            assert_the_full_forwards(MODEL, prompt, answer)
     assert llm.score(prompts[0], [[5, 6], [7]]) == llm.score([prompts[0]], [[[5, 6], [7]]])[0]
+
+
+def assert_the_full_forwards(model, prompt, answer):
+    ids = torch.tensor([*prompt, *answer.token_ids])
+    logits = logits_of(model, ids)
+    exact = torch.log_softmax(logits, -1)[:-1].gather(1, ids[1:, None]).squeeze(1)[len(prompt) - 1 :]
+    bound = 2e-5 * max(1.0, logits.square().mean().sqrt().item())
+    assert (torch.tensor(answer.logprobs) - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
+def test_log_probs_up_to_the_full_context_after_hits_and_forks_are_the_full_forwards(heads):
+    model = random_llama(small_config(n_heads=heads[0], n_kv_heads=heads[1]), seed=sum(heads))
+    (head,) = random_prompts(1, low=399, high=400, seed=6)
+    prompts = [[*head[:shared], 5, 6][:size] for shared, size in ((0, 1), (63, 63), (63, 65), (130, 130), (400, 402))]
+    llm = LLM(model)
+    llm.generate([head], SamplingParams(max_tokens=2, seed=1))
+    params = SamplingParams(n=3, temperature=0.9, max_tokens=110, ignore_eos=True, seed=5, logprobs=1)
+    outputs = llm.generate(prompts, params)
+    stats = llm.stats()
+    assert stats["prefix_tokens_saved"] >= 500 and stats["fork_tokens_saved"] >= 1000
+    assert max(len(prompt) for prompt in prompts) + 110 == 512
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
+        for answer in output.outputs:
+            assert len(answer.token_ids) == 110
+            assert_the_full_forwards(model, prompt, answer)
 
 
 def test_greedy_follows_the_full_forward():

@@ -161,3 +161,9 @@ def test_eos_ends_an_answer_without_being_text_unless_it_is_ignored(tokenizer):
     assert (ended.text, ended.finish_reason, ended.token_ids) == ("ab", "stop", ids[:3])
     ignored = drive(ids, SamplingParams(stop="END", max_tokens=8, ignore_eos=True), tokenizer)
     assert (ignored.text, ignored.finish_reason, ignored.token_ids) == ("abcd", "stop", ids)
+
+
+def test_a_token_that_ends_an_answer_is_no_text_even_if_it_has_some(tokenizer):
+    ids = [3 + byte for byte in b"ab!c"]
+    answer = drive(ids, SamplingParams(stop="c", stop_token_ids=(ids[2],), max_tokens=4), tokenizer)
+    assert (answer.text, answer.finish_reason, answer.token_ids) == ("ab", "stop", ids[:3])
