@@ -132,3 +132,27 @@ def test_weights_changed_behind_the_engines_back_within_a_stream_end_it_and_anno
     assert len(llm._pool.free) == llm._pool.num_blocks - 1
     model.weights_changed()
     assert bits(llm) == bits(LLM(model))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llm: llm.generate(None),
+        lambda llm: llm.generate(5),
+        lambda llm: llm.score([1, 2], None),
+        lambda llm: llm.score(None, None),
+        lambda llm: llm.abort(5),
+        lambda llm: llm.update_weights(None),
+        lambda llm: llm.update_weights({"model.norm.weight": [1.0] * 64}),
+        lambda llm: LLM(MODEL, kv_cache_gb=math.inf),
+        lambda llm: LLM(MODEL, kv_cache_gb="1"),
+        lambda llm: LLM(MODEL, tokenizer=5),
+        lambda llm: LLM(MODEL, seed="x"),
+        lambda llm: SamplingParams(stop=5),
+        lambda llm: SamplingParams(stop_token_ids=5),
+        lambda llm: SamplingParams(ignore_eos="no"),
+    ],
+)
+def test_a_value_of_another_type_is_an_input_error(llm, call):
+    with pytest.raises(InputError):
+        call(llm)

@@ -189,3 +189,17 @@ def test_a_token_that_ends_an_answer_is_no_text_even_if_it_has_some(tokenizer):
     ids = [3 + byte for byte in b"ab!c"]
     answer = drive(ids, SamplingParams(stop="c", stop_token_ids=(ids[2],), max_tokens=4), tokenizer)
     assert (answer.text, answer.finish_reason, answer.token_ids) == ("ab", "stop", ids[:3])
+
+
+@pytest.mark.parametrize("least", [1, 2, 3, 4])
+def test_a_stop_string_behind_a_character_that_min_tokens_splits_ends_the_answer(tokenizer, least):
+    ids = [3 + byte for byte in "😀END!".encode()]
+    answer = drive(ids, SamplingParams(stop="END", max_tokens=len(ids), min_tokens=least), tokenizer)
+    assert (answer.text, answer.finish_reason, answer.token_ids) == ("😀", "stop", ids[:7])
+
+
+@pytest.mark.parametrize("count", [5, 30])
+def test_tokens_without_text_do_not_hide_a_stop_string(tokenizer, count):
+    ids = [3 + ord("E"), *[2] * count, 3 + ord("N"), 3 + ord("D"), 5]
+    answer = drive(ids, SamplingParams(stop="END", max_tokens=len(ids), ignore_eos=True), tokenizer)
+    assert (answer.text, answer.finish_reason, len(answer.token_ids)) == ("", "stop", count + 3)
