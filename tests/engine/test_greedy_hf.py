@@ -35,6 +35,15 @@ def replies_of(theirs, prompts):
     return reply[:, ids.shape[1] :].tolist()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For models so small two threads mostly wait for each other: 3 s, or 48 s beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
 def test_greedy_tokens_of_64_prompts_are_theirs(tmp_path, kv_heads):
     """Equal, or at the first difference the two best logits are a near tie; behind it, by teacher forcing, the best."""

@@ -63,7 +63,7 @@ def soak(count, streams, seed):
     llm = LLM(M0, block_size=BLOCK, kv_cache_gb=(blocks + 0.5) * BLOCK * SLOT_BYTES / 2**30)
     alone, memory = LLM(M0, block_size=BLOCK), []
     for part in parts:
-        chosen = {index: None for index in rng.sample(range(len(part)), 20 // streams)}
+        chosen = dict.fromkeys(rng.sample(range(len(part)), 20 // streams))
         seen = set()
         for output in llm.stream([prompt for prompt, _ in part], [params for _, params in part]):
             assert output.index not in seen

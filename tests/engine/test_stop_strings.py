@@ -14,7 +14,23 @@ from engine.scheduler import Group, Sequence
 from engine.tokenizer import Tokenizer
 
 PROMPT = [1, 5, 9]
-WORDS = ["stop", "stopping", "to", "top", "Score:", "Score: 5", "the end", "a", "ab", "abab", "\n\n", "  ", "é", "日本", "😀"]
+WORDS = [
+    "stop",
+    "stopping",
+    "to",
+    "top",
+    "Score:",
+    "Score: 5",
+    "the end",
+    "a",
+    "ab",
+    "abab",
+    "\n\n",
+    "  ",
+    "é",
+    "日本",
+    "😀",
+]
 
 
 @pytest.fixture(scope="module", params=["trained", "llama2"])
@@ -112,7 +128,9 @@ def test_the_text_is_cut_where_a_decode_of_everything_finds_the_first_stop_strin
         ignore_eos = rng.random() < 0.5
         least = rng.choice([0, 0, rng.randrange(len(ids) + 1)])
         if not ignore_eos:
-            ids = [token for place, token in enumerate(ids) if place >= least or token != 2] or [5]  # as `query` forbids
+            ids = [token for place, token in enumerate(ids) if place >= least or token != 2] or [
+                5
+            ]  # as `query` forbids
             least = min(least, len(ids))
         if splits_a_character(ids, least, tokenizer):
             continue
@@ -132,7 +150,11 @@ def test_a_long_answer_before_a_stop_string_of_bytes_is_searched_to_its_end(toke
     for stop in ("日本日本日本", " stop", "😀 Score: 5 😀", "\n\n", "é"):
         for length in range(60, 76):
             filler = [3 + byte for byte in ("日😀" * 20).encode()][:length]
-            tail = [3 + byte for byte in stop.encode()] if rng.random() < 0.5 else tokenizer.encode(stop, continuation=True)
+            tail = (
+                [3 + byte for byte in stop.encode()]
+                if rng.random() < 0.5
+                else tokenizer.encode(stop, continuation=True)
+            )
             ids = [*filler, *tail, 5]
             params = SamplingParams(stop=stop, max_tokens=len(ids))
             answer = drive(ids, params, tokenizer)
@@ -161,3 +183,23 @@ def test_eos_ends_an_answer_without_being_text_unless_it_is_ignored(tokenizer):
     assert (ended.text, ended.finish_reason, ended.token_ids) == ("ab", "stop", ids[:3])
     ignored = drive(ids, SamplingParams(stop="END", max_tokens=8, ignore_eos=True), tokenizer)
     assert (ignored.text, ignored.finish_reason, ignored.token_ids) == ("abcd", "stop", ids)
+
+
+def test_a_token_that_ends_an_answer_is_no_text_even_if_it_has_some(tokenizer):
+    ids = [3 + byte for byte in b"ab!c"]
+    answer = drive(ids, SamplingParams(stop="c", stop_token_ids=(ids[2],), max_tokens=4), tokenizer)
+    assert (answer.text, answer.finish_reason, answer.token_ids) == ("ab", "stop", ids[:3])
+
+
+@pytest.mark.parametrize("least", [1, 2, 3, 4])
+def test_a_stop_string_behind_a_character_that_min_tokens_splits_ends_the_answer(tokenizer, least):
+    ids = [3 + byte for byte in "😀END!".encode()]
+    answer = drive(ids, SamplingParams(stop="END", max_tokens=len(ids), min_tokens=least), tokenizer)
+    assert (answer.text, answer.finish_reason, answer.token_ids) == ("😀", "stop", ids[:7])
+
+
+@pytest.mark.parametrize("count", [5, 30])
+def test_tokens_without_text_do_not_hide_a_stop_string(tokenizer, count):
+    ids = [3 + ord("E"), *[2] * count, 3 + ord("N"), 3 + ord("D"), 5]
+    answer = drive(ids, SamplingParams(stop="END", max_tokens=len(ids), ignore_eos=True), tokenizer)
+    assert (answer.text, answer.finish_reason, len(answer.token_ids)) == ("", "stop", count + 3)
