@@ -57,21 +57,21 @@ def table(result: dict[str, Any]) -> str:
         f"{result['machine']['cpu']}, {result['machine']['instructions']}, {result['machine']['threads']} threads; "
         f"limits {result['limits']['gflops']:.0f} GFLOP/s, {result['limits']['gbps']:.1f} GB/s",
         "",
-        "| variant | new tokens/s | time | prompt tokens computed | KV read, GB | of FLOP/s | scheduler | memory, GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | new tokens/s | time | prompt tokens computed | KV read, GB | of FLOP/s | scheduler | Python | memory, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         if "peer" in row:
             lines.append(
                 f"| {row['peer']} {row['version']} | {row['new_tokens_per_second']:.0f} | {row['time_ratio']:.2f}x "
-                "| | | | | |"
+                "| | | | | | |"
             )
             continue
         lines.append(
             f"| {row['variant']} | {row['new_tokens_per_second']:.0f} | {row['time_ratio']:.2f}x "
             f"| {row['prompt_tokens_computed']:,} of {row['prompt_tokens']:,} "
             f"| {row['kv_gb_read']:.1f} of {row['kv_gb_ungrouped']:.1f} | {row['share_of_flops']:.0%} "
-            f"| {row['scheduler_share']:.1%} | {row['peak_memory_gb']:.2f} |"
+            f"| {row['scheduler_share']:.1%} | {row['host_share']:.1%} | {row['peak_memory_gb']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -92,7 +92,7 @@ def measure(
     runs: dict[str, list[Run]] = {variant.name: [] for variant in VARIANTS}
     for number in range(rounds):
         workload = WORKLOADS[name](number, scale)
-        for variant in VARIANTS:
+        for variant in VARIANTS[number % len(VARIANTS) :] + VARIANTS[: number % len(VARIANTS)]:
             runs[variant.name].append(run_once(model, variant, workload))
         told = {variant.name: runs[variant.name][-1].first_tokens for variant in VARIANTS if variant.block_size == 64}
         if any(tokens != told["engine"] for tokens in told.values()):
@@ -120,9 +120,8 @@ def _row(
     variant: Variant, runs: list[Run], engine: list[Run], model: Llama, workload: Workload, limits: Limits
 ) -> dict[str, Any]:
     seconds = statistics.median(run.seconds for run in runs)
-    stats = runs[0].stats
-    head = 2 * model.head.numel() * stats["new_tokens"]
-    flops = product_flops(model) * stats["computed_rows"] + head
+    stats = runs[0].stats  # counts are the same in every round
+    flops = product_flops(model) * stats["computed_rows"] + 2 * model.head.numel() * stats["head_rows"]
     return {
         "workload": workload.name,
         "variant": variant.name,
@@ -135,6 +134,7 @@ def _row(
         "prompt_tokens_computed": stats["computed_rows"] - (workload.new_tokens - sum(p.n for p in workload.params)),
         "kv_gb_read": stats["kv_bytes_read"] * 1e-9,
         "kv_gb_ungrouped": stats["kv_bytes_ungrouped"] * 1e-9,
+        "host_share": statistics.median(run.stats["host_seconds"] / run.stats["seconds"] for run in runs),
         "scheduler_share": statistics.median(run.stats["scheduler_seconds"] / run.stats["seconds"] for run in runs),
         "product_tflop": flops * 1e-12,
         "share_of_flops": flops / seconds / (limits.gflops * 1e9),

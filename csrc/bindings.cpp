@@ -21,6 +21,7 @@
 #include "rope_write.h"
 #include "sample.h"
 #include "swiglu.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -550,8 +551,11 @@ PYBIND11_MODULE(_C, m) {
       "key_pages and value_pages with k, turned, and v [rows, groups, dim]; then copy the first tokens of blocks:\n"
       "copies int64 [copies, 3] of source, target, tokens. Rows of q, k and v may lie apart. level, threads as in\n"
       "rms_norm.");
+  m.def("share_little", &selfreward::set_share_little, py::arg("share"),
+        "Share work out to threads however little it is, or (as at first) only where it pays. For tests: no bits "
+        "change.");
   m.def("probe_fma", &probe_fma, py::arg("rounds"), py::arg("threads"), py::arg("level") = "",
-        "GFLOP/s of fp32 multiply-adds in registers, `rounds` times 384 of them on each thread.");
+        "GFLOP/s of fp32 multiply-adds in registers, `rounds` times 192 of them on each thread.");
   m.def("probe_read", &probe_read, py::arg("memory"), py::arg("threads"), py::arg("level") = "",
         "GB/s at which the threads read memory [n] fp32, each its own part.");
   m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),

@@ -146,7 +146,8 @@ void chunk_attention(const ChunkAttentionArguments& a, int threads, ChunkAttenti
   int64_t keys = 0;
   for (int64_t row = 0; row < a.rows; ++row) keys += a.positions[row] + 1;
   // A thread is worth waking for 2^20 multiply-adds, some 40 microseconds.
-  const int64_t workers = std::clamp<int64_t>(2 * keys * a.dim * a.heads >> 20, 1, threads);
+  const int64_t paying = share_little() ? threads : 2 * keys * a.dim * a.heads >> 20;
+  const int64_t workers = std::clamp<int64_t>(paying, 1, threads);
   const Jobs jobs(a, workers);
   const int64_t count = jobs.count(a), floats = Scratch::floats(a, jobs.groups * jobs.rows * (a.heads / a.groups));
   const std::unique_ptr<float[]> memory(new float[size_t(workers * floats + kLine)]);

@@ -160,7 +160,7 @@ void linear(const LinearArguments& a, int threads, LinearPanels panels) {
   // two). Microseconds at 130 multiply-adds and 40 bytes of weights a nanosecond:
   const double weights = double(count * kPanel) * double(a.depth);
   const double least = std::max(double(a.rows) * weights / 130e3, 4 * weights / 40e3);
-  if (least < 150) threads = 1;
+  if (least < 150 && !share_little()) threads = 1;
   // Pieces of neighbouring panels, so that the fetch ahead is of use; several per thread, so that none waits long.
   const int64_t pieces = threads == 1 ? 1 : (count < 8 * threads ? count : 8 * threads);
   parallel_for(pieces, threads, [&](int64_t i) { panels(a, count * i / pieces, count * (i + 1) / pieces); });

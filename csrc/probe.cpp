@@ -3,8 +3,15 @@
 #include "probe.h"
 
 #include <chrono>
+#include <vector>
 
 #include "threads.h"
+
+#ifdef __GNUC__
+#define UNROLL _Pragma("GCC unroll 16")  // sums in an array that is not unrolled would live in memory
+#else
+#define UNROLL
+#endif
 
 #define SELFREWARD_BODY "probe_run.h"
 #include "levels.h"
@@ -14,10 +21,10 @@ namespace selfreward {
 Level<ProbeRun> probe_level(int index) { return level_at(index); }
 
 double probe(const ProbeArguments& a, int threads, ProbeRun run) {
-  volatile float kept = 0.0f;  // so that the work cannot be left out
+  std::vector<float> kept(size_t(threads), 0.0f);  // so that the work cannot be left out
   const int64_t share = a.count / threads / 128 * 128;
   const auto work = [&](int64_t thread) {
-    kept = run(a.memory ? ProbeArguments{a.memory + thread * share, share} : a);
+    kept[size_t(thread)] = run(a.memory ? ProbeArguments{a.memory + thread * share, share} : a);
   };
   const auto start = std::chrono::steady_clock::now();
   parallel_for(threads, threads, work);

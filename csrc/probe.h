@@ -12,7 +12,8 @@ struct ProbeArguments {
   int64_t count;        // floats, a multiple of 16, or rounds of kProbeRound multiply-adds
 };
 
-constexpr int64_t kProbeRound = 16 * 24;  // 24 chains hide the latency of two units on every CPU so far
+constexpr int kProbeChains = 12;  // enough to hide the latency of two units, few enough for registers
+constexpr int64_t kProbeRound = 16 * kProbeChains;
 
 // Does the work of one thread; returns a value that depends on all of it.
 using ProbeRun = float (*)(const ProbeArguments& a);

@@ -15,7 +15,7 @@ namespace selfreward {
 struct Runs {
   int64_t rows, length, count;
   Runs(int64_t rows, int64_t cost, int threads) : rows(rows) {
-    const int64_t least = 1 + (int64_t{1} << 22) / std::max<int64_t>(cost, 1);
+    const int64_t least = share_little() ? 1 : 1 + (int64_t{1} << 22) / std::max<int64_t>(cost, 1);
     length = std::max(least, 1 + (rows - 1) / (int64_t{4} * threads));
     count = rows > 0 ? 1 + (rows - 1) / length : 0;
   }

@@ -90,6 +90,13 @@ Pool& the_pool() {
 
 }  // namespace
 
+namespace {
+std::atomic<bool> sharing_little{false};
+}
+
+bool share_little() { return sharing_little; }
+void set_share_little(bool share) { sharing_little = share; }
+
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work) {
   const int64_t others = (threads < count ? threads : count) - 1;
   Job job{work, count, int(others > 0 ? others : 0)};

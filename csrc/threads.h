@@ -11,4 +11,8 @@ namespace selfreward {
 // Calls at the same time share the threads.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work);
 
+// Whether work is shared out however little it is, for tests of what threads do to the results. Normally it is not.
+bool share_little();
+void set_share_little(bool share);
+
 }  // namespace selfreward

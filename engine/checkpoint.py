@@ -172,6 +172,8 @@ def update_tensors(model: Llama, named_tensors: Mapping[str, torch.Tensor]) -> i
         if name not in places and name not in ignored:
             near = difflib.get_close_matches(name, places, n=1)
             raise InputError(f"the model has no tensor {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
         if name in places and tensor.shape != places[name].shape:
             raise InputError(f"{name} has shape {list(tensor.shape)}; the model's is {list(places[name].shape)}")
         if not tensor.is_floating_point():

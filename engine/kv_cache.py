@@ -30,7 +30,7 @@ class Block:
 
 @dataclass
 class BlockPool:
-    """`num_blocks` blocks; block 0 is scratch (rows without a place of their own write there) and never handed out."""
+    """`num_blocks` blocks; block 0 means none and is never handed out."""
 
     num_blocks: int
     block_size: int
@@ -40,14 +40,20 @@ class BlockPool:
     free: OrderedDict[int, None] = field(init=False)  # unreferenced blocks, the next to be reused first
 
     def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """As new: nobody holds anything, nothing is listed."""
         self.blocks = [Block() for _ in range(self.num_blocks)]
         self.free = OrderedDict.fromkeys(range(1, self.num_blocks))
+        self.by_hash.clear()
+        self.by_head.clear()
 
     # ---- names of contents ------------------------------------------------------------------------------------------
 
     def root(self, epoch: int) -> bytes:
         """The parent of a first block: what was computed from other weights is found under another one."""
-        return b"weights %d" % epoch
+        return b"weights %d:" % epoch
 
     def extend_chain(self, chain: list[bytes], tokens: Sequence[int], epoch: int) -> None:
         """Append the 128-bit hashes of the full blocks of `tokens` that the chain does not have yet.
@@ -63,7 +69,8 @@ class BlockPool:
     def list_block(self, block: int, parent: bytes, tokens: Sequence[int], key: bytes | None) -> None:
         """From now on the block is found as the one that holds, or will hold, these tokens (key: its hash if full).
 
-        A hash that another block has already keeps that block; a head names the block that was listed last.
+        A hash that another block has already keeps that block. Heads are listed when the tokens are filled in; one that
+        many blocks have names the last of them.
         """
         entry = self.blocks[block]
         self._unlist_heads(block)
@@ -71,8 +78,15 @@ class BlockPool:
         if key is not None and key not in self.by_hash:
             self.by_hash[key] = block
             entry.hash = key
-        for head in _heads(entry):
-            self.by_head[head] = block
+        if entry.filled >= len(entry.tokens):
+            self._list_heads(block)
+
+    def fill(self, block: int, slots: int) -> None:
+        """The first `slots` slots are computed, or will be when the planned step has run."""
+        entry = self.blocks[block]
+        before, entry.filled = entry.filled, max(entry.filled, slots)
+        if before < len(entry.tokens) <= entry.filled:
+            self._list_heads(block)
 
     # ---- finding ----------------------------------------------------------------------------------------------------
 
@@ -100,7 +114,7 @@ class BlockPool:
                 continue
             entry = self.blocks[block]
             common = length
-            while common < min(entry.filled, len(known), len(entry.tokens)) and entry.tokens[common] == known[common]:
+            while common < min(len(known), len(entry.tokens)) and entry.tokens[common] == known[common]:
                 common += 1
             best = max(best, (block, min(common, entry.filled)), key=lambda found: found[1])
         return best
@@ -163,7 +177,7 @@ class BlockPool:
             if not 0 <= block.filled <= self.block_size:
                 raise AssertionError(f"block {number} is filled up to slot {block.filled} of {self.block_size}")
         if 0 in self.free or counts[0] or self.blocks[0].tokens:
-            raise AssertionError("the scratch block 0 was handed out")
+            raise AssertionError("block 0, which means none, was handed out")
         stale = [block for key, block in self.by_hash.items() if self.blocks[block].hash != key]
         if stale:
             raise AssertionError(f"the index points to block {stale[0]}, which has another hash")
@@ -178,6 +192,10 @@ class BlockPool:
             del self.by_hash[entry.hash]
         self._unlist_heads(block)
         entry.hash, entry.tokens, entry.parent, entry.filled = None, (), b"", 0
+
+    def _list_heads(self, block: int) -> None:
+        for head in _heads(self.blocks[block]):
+            self.by_head[head] = block
 
     def _unlist_heads(self, block: int) -> None:
         for head in _heads(self.blocks[block]):

@@ -8,6 +8,7 @@ once, tokens are drawn, the scheduler commits. Every operation gives a row the s
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ class LLM:
         self._reader = Reader(self.tokenizer, config.vocab_size, self.max_model_len, seed)
         self._packed = PackedWeights(self.model)
         self._stats: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
+        self._kernel_seconds = 0.0  # of the step under way
         blocks = self._block_count(kv_cache_gb)
         self._pool = BlockPool(blocks, block_size)
         self._scheduler = Scheduler(self._pool, self.max_batch_tokens, self.max_sequences)
@@ -82,6 +84,7 @@ class LLM:
         self._asleep: str | None = None
         self._source = None if isinstance(model, Llama) else Path(model)
         self._loaded_epoch = self.model.weight_epoch
+        self._running: object | None = None  # the call of `_run` that is not over yet
         self._abort_lock = threading.Lock()
         self._to_abort: set[int] | None = set()  # indices of requests to end before the next step; None: all
 
@@ -99,8 +102,15 @@ class LLM:
         for done, output in enumerate(self._stream(requests), start=1):
             outputs[output.index] = output
             if progress:
-                print(f"\r{done}/{len(requests)} requests", end="\n" if done == len(requests) else "", flush=True)
-        return [output for output in outputs if output is not None]
+                print(
+                    f"\r{done}/{len(requests)} requests",
+                    end="\n" if done == len(requests) else "",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        finished = [output for output in outputs if output is not None]
+        assert len(finished) == len(requests), "a request was lost"
+        return finished
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -126,11 +136,12 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """Counters since construction, and the backend of every op.
 
-        computed_rows: tokens that went through the model, recomputed_tokens among them; prefix_tokens_saved: prompt tokens
-        that other requests had computed, fork_tokens_saved: that a request's first candidate had computed for the others.
-        seconds: time spent in steps, scheduler_seconds: of it in planning, laying out and committing.
-        kv_bytes_read: keys and values read by attention, kv_bytes_ungrouped: what they would be if every
-        sequence read its own.
+        computed_rows: tokens that went through the model, recomputed_tokens among them; head_rows: of those, through the
+        head; prefix_tokens_saved: prompt tokens that other requests had computed, fork_tokens_saved: that a request's first
+        candidate had computed for the others. seconds: time spent in steps; host_seconds: of it outside the model's
+        operations, among them scheduler_seconds, for planning, laying out and committing. tokens_per_second: new tokens;
+        scoring has none. kv_bytes_read: keys and values of the items of attention, each once; kv_bytes_ungrouped: what
+        they would be if every sequence read its own.
         """
         scheduler, stats = self._scheduler, self._stats
         return {
@@ -161,8 +172,10 @@ class LLM:
         """
         if self._asleep == "weights":
             raise InputError("the weights are asleep; call wake() before update_weights()")
-        if not self._scheduler.idle:
-            raise InputError("a stream is running on the old weights; finish, close or abort it before the update")
+        if self._running:
+            raise InputError("a stream is running on the old weights; finish or close it before the update")
+        if not isinstance(named_tensors, Iterable):
+            raise InputError(f"named_tensors is {named_tensors!r}; expected tensors by name")
         update_tensors(self.model, dict(named_tensors))
 
     def sleep(self, weights: bool = False) -> None:
@@ -170,8 +183,8 @@ class LLM:
 
         weights=True: also the weights themselves, if this LLM loaded them and they are unchanged.
         """
-        if not self._scheduler.idle:
-            raise InputError("a stream is running; finish, close or abort it before sleep()")
+        if self._running:
+            raise InputError("a stream is running; finish or close it before sleep()")
         if weights and (self._source is None or self.model.weight_epoch != self._loaded_epoch):
             whose = "belong to the caller" if self._source is None else "were updated since they were loaded"
             raise InputError(f"the weights {whose}, so wake() could not load them again; call sleep() without weights")
@@ -198,9 +211,12 @@ class LLM:
     def abort(self, indices: Iterable[int] | None = None) -> None:
         """End requests of the running generate or stream (None: all of them) after the step that is being computed.
 
-        May be called from another thread, or between two items of a stream. Their outputs come with what they have so
+        May be called from another thread, or between two items of a stream (or before the first: a stream begins when its
+        first item is asked for). Their outputs come with what they have so
         far, unfinished candidates with finish_reason "abort". Indices of no running request are ignored.
         """
+        if indices is not None and not isinstance(indices, Iterable):
+            raise InputError(f"indices is {indices!r}; expected the indices of requests, or None for all")
         with self._abort_lock:
             if indices is None:
                 self._to_abort = None
@@ -246,20 +262,24 @@ class LLM:
             blocks = int(kv_cache_gb * 2**30) // block_bytes
         if blocks < 1:
             raise InputError(f"the KV cache holds no block of {block_bytes / 2**20:.1f} MB; raise kv_cache_gb")
-        return int(blocks) + 1  # and the scratch block
+        return int(blocks) + 1  # and block 0
 
     def _allocate_pages(self) -> None:
         config, size = self.model.config, self.block_size
         pages = (config.n_layers, self._pool.num_blocks, config.n_kv_heads)
-        self._keys = torch.zeros(*pages, config.head_dim, size)  # [layers, blocks, G, D, B]
-        self._values = torch.zeros(*pages, size, config.head_dim)  # [layers, blocks, G, B, D]
+        # Not cleared, so that memory is taken as it is used: no slot is read before it is written.
+        self._keys = torch.empty(*pages, config.head_dim, size)  # [layers, blocks, G, D, B]
+        self._values = torch.empty(*pages, size, config.head_dim)  # [layers, blocks, G, B, D]
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
         by_index = {request.group.index: request for request in requests}
-        for group in self._run([request.group for request in requests], by_index, {}):
-            yield by_index[group.index].output(self.tokenizer, self.model.weight_epoch)
+        del requests  # so that what has been yielded can be forgotten: 3 KB a request
+        for group in self._run([request.group for request in by_index.values()], by_index, {}):
+            output = by_index.pop(group.index).output(self.tokenizer, self._scheduler.epoch)
+            group.sequences.clear()  # they point back to the group: a cycle would stay until the garbage collector comes
+            yield output
 
     def _run(
         self, groups: list[Group], requests: dict[int, Request], scores: dict[int, list[list[float]]]
@@ -268,16 +288,16 @@ class LLM:
         if self._asleep:
             raise InputError("this LLM is asleep; call wake() first")
         self.model.check_weights()
-        if not self._scheduler.idle:
+        if self._running:
             raise InputError("this LLM is still running an earlier stream; exhaust or close it first")
         if self._scheduler.epoch != self.model.weight_epoch:
             self._pool.reset()  # old blocks could not be found any more; make room for new ones
             self._scheduler.epoch = self.model.weight_epoch
-        self._scheduler.add(groups)
-        self._stats["requests"] += len(groups)
-        self._stats["prompt_tokens"] += sum(group.prompt_len for group in groups)
-        self._to_abort = set()  # what an earlier call was asked to end is over
+        self._running = object()
         try:
+            self._scheduler.add(groups)
+            self._count(requests=len(groups), prompt_tokens=sum(group.prompt_len for group in groups))
+            del groups  # the scheduler has them
             while not self._scheduler.idle:
                 yield from self._take_aborts(requests)
                 if self._scheduler.idle:
@@ -286,6 +306,9 @@ class LLM:
                 yield from self._step(requests, scores)
         finally:
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
+            with self._abort_lock:
+                self._to_abort = set()
+            self._running = None
 
     def _take_aborts(self, requests: dict[int, Request]) -> list[Group]:
         """End what `abort` asked for; scored groups run to their end."""
@@ -311,6 +334,8 @@ class LLM:
         planned = time.perf_counter()
         with torch.no_grad(), one_thread() as threads:
             hidden = self._forward(batch, threads)
+            forwarded = time.perf_counter()
+            self._kernel_seconds = forwarded - planned
             if requests:
                 drawn = self._draw(plan, hidden, requests, threads)
             else:
@@ -327,6 +352,7 @@ class LLM:
             kv_bytes_ungrouped=batch.slots_ungrouped * self._slot_bytes,
             seconds=ended - started,
             scheduler_seconds=planned - started + ended - computed,
+            host_seconds=ended - started - self._kernel_seconds,
         )
         return done
 
@@ -403,14 +429,22 @@ class LLM:
             part = queries[start : start + HEAD_ROWS]
             rows = sorted({query.row for query in part})
             place = {row: number for number, row in enumerate(rows)}
+            rules = draw_rules(part, vocab)
+            began = time.perf_counter()
             logits = self._packed(hidden[torch.tensor(rows)], self.model.head, threads)
             if len(rows) < len(part):  # the candidates of a prompt draw from one row
                 logits = logits[torch.tensor([place[query.row] for query in part])]
-            yield ops.sample_rows(logits, draw_rules(part, vocab), threads), slice(start, start + len(part))
+            draws = ops.sample_rows(logits, rules, threads)
+            self._kernel_seconds += time.perf_counter() - began
+            self._count(head_rows=len(rows))
+            yield draws, slice(start, start + len(part))
 
     def _refuse_nan(self, logp: float, index: int) -> None:
         if logp != logp:
-            raise FloatingPointError(f"prompt {index}: the model's logits are NaN; are its weights?")
+            raise FloatingPointError(
+                f"prompt {index}: the logits are NaN or infinite, or no token may be drawn (stop_token_ids and min_tokens); "
+                "are the model's weights finite?"
+            )
 
 
 _COUNTERS = (
@@ -418,11 +452,13 @@ _COUNTERS = (
     "prompt_tokens",
     "new_tokens",
     "computed_rows",
+    "head_rows",
     "steps",
     "kv_bytes_read",
     "kv_bytes_ungrouped",
     "seconds",
     "scheduler_seconds",
+    "host_seconds",
 )
 
 
@@ -430,6 +466,7 @@ _COUNTERS = (
 def one_thread() -> Iterator[int]:
     """Keep torch's small operations on one thread; yields the user's setting, which the kernels get.
 
+    The setting is the process's: another thread's torch operations run on one thread meanwhile, too.
     Two threads that meet after every addition wait for each other: beside other work on two cores a step of a small model
     took 36 ms so, 11 ms with one.
     """
@@ -478,6 +515,8 @@ def _check_options(
 def _find_tokenizer(model: Any, tokenizer: Tokenizer | str | Path | None) -> Tokenizer | None:
     if isinstance(tokenizer, (str, Path)):
         return Tokenizer(tokenizer)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise InputError(f"tokenizer is {tokenizer!r}; expected a Tokenizer or the path of one")
     if tokenizer is None and not isinstance(model, Llama) and (Path(model) / "tokenizer.model").is_file():
         return Tokenizer(model)
     return tokenizer

@@ -167,20 +167,21 @@ class Llama(nn.Module):
         return self.weight_epoch
 
     def check_weights(self) -> None:
-        """Raise if a parameter was written in place since the last announced change (writes through `.data` escape)."""
-        if self._versions() != self._announced:
-            raise RuntimeError(
-                "the model's parameters were changed in place without model.weights_changed(): "
-                "cached keys and values would be stale; call it after every update"
-            )
+        """Raise InputError if a parameter was written in place since the last announced change (`.data` escapes this)."""
+        for (name, _), found, announced in zip(self.named_parameters(), self._versions(), self._announced, strict=True):
+            if found != announced:
+                raise InputError(
+                    f"the parameter {name} was changed in place without model.weights_changed(): "
+                    "cached keys and values would be stale; call it after every update"
+                )
 
-    def _versions(self) -> int:
+    def _versions(self) -> list[int]:
         if any(parameter.is_inference() for parameter in self.parameters()):
             raise InputError(
                 "the model's parameters are inference tensors, whose changes cannot be seen; make the model outside "
                 "torch.inference_mode()"
             )
-        return sum(parameter._version for parameter in self.parameters())
+        return [parameter._version for parameter in self.parameters()]
 
 
 def rope_tables(config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:

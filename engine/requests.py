@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -123,15 +124,22 @@ class Request:
 def _before_stop(generated: list[int], params: SamplingParams, tokenizer: Tokenizer) -> str | None:
     """The text before the first stop string behind the first `min_tokens` tokens, or None.
 
-    Only the end is decoded while nothing is found: a stop string that the newest token completes has at most four tokens
-    a character (the bytes of one without a piece of its own).
+    While nothing is found only the end is decoded: as many tokens as it takes to have the longest stop string's
+    characters and a few more, since the first character may be a part of one, or a space that decoding drops.
     """
     stops = params.stop or ()
-    tail = tokenizer.decode(generated[-4 * max(len(stop) for stop in stops) - 8 :])
+    enough = max(len(stop) for stop in stops) + 4
+    count = 2 * enough
+    tail = tokenizer.decode(generated[-count:])
+    while len(tail) < enough and count < len(generated):
+        count *= 2
+        tail = tokenizer.decode(generated[-count:])
     if not any(stop in tail for stop in stops):
         return None
     text = tokenizer.decode(generated)
-    begin = len(tokenizer.decode(generated[: params.min_tokens])) if params.min_tokens else 0
+    before = tokenizer.decode(generated[: params.min_tokens]) if params.min_tokens else ""
+    # A character of which only some bytes are there is not there yet.
+    begin = len(os.path.commonprefix([before, text]))  # noqa: RUF071 (character by character is wanted)
     found = min((at for at in (text.find(stop, begin) for stop in stops) if at >= 0), default=None)
     return None if found is None else text[:found]
 
@@ -146,11 +154,15 @@ class Reader:
     """Turns what a caller gives into requests; InputError names the prompt, what was found and what was expected."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int, seed: int) -> None:
+        if not isinstance(seed, int):
+            raise InputError(f"seed is {seed!r}; expected an integer")
         self.tokenizer, self.vocab_size, self.max_model_len, self.seed = tokenizer, vocab_size, max_model_len, seed
         self._number = count()
 
     def requests(self, prompts: Any, params: Any) -> list[Request]:
-        many = [prompts] if isinstance(prompts, (str, Mapping)) or _is_ids(prompts) else list(prompts)
+        many = [prompts] if isinstance(prompts, (str, Mapping)) or _is_ids(prompts) else prompts
+        if not isinstance(many, Sequence):
+            raise InputError(f"prompts is {prompts!r:.60}; expected text, a list of token ids, or a list of those")
         each = list(params) if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(many)
         if len(each) != len(many):
             raise InputError(
@@ -160,14 +172,19 @@ class Reader:
 
     def scored(self, prompt: Any, completions: Any) -> tuple[list[Group], bool]:
         """Groups with given continuations, and whether a single prompt was asked for."""
-        single = isinstance(prompt, (str, Mapping)) or (bool(prompt) and isinstance(prompt[0], int))
+        single = isinstance(prompt, (str, Mapping)) or _is_ids(prompt)
         prompts, answers = ([prompt], [completions]) if single else (prompt, completions)
+        for name, given in (("prompt", prompts), ("completions", answers)):
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise InputError(
+                    f"{name} is {given!r:.60}; expected one prompt and a list of completions, or lists of both"
+                )
         if len(prompts) != len(answers):
             raise InputError(f"there are {len(prompts)} prompts and {len(answers)} lists of completions")
         groups = []
         for index, (one, given) in enumerate(zip(prompts, answers, strict=True)):
             ids = self._prompt_ids(one, index)
-            if isinstance(given, str) or _is_ids(given):
+            if isinstance(given, str) or not isinstance(given, Sequence) or _is_ids(given):
                 raise InputError(f"the completions of prompt {index} are {given!r:.40}; expected a list of completions")
             forced = [self._completion_ids(text, index) for text in given]
             if not forced:
@@ -181,12 +198,13 @@ class Reader:
         if params.stop and self.tokenizer is None:
             raise InputError(f"prompt {index} asks for stop strings; this LLM has no tokenizer to find them with")
         ids = self._prompt_ids(prompt, index)
-        bad = next((token for token in params.label_token_ids or () if token >= self.vocab_size), None)
-        if bad is not None:
-            raise InputError(f"prompt {index}: label_token_ids holds {bad}; {self._vocabulary()}")
+        for name in ("label_token_ids", "stop_token_ids"):
+            bad = next((token for token in getattr(params, name) if token >= self.vocab_size), None)
+            if bad is not None:
+                raise InputError(f"prompt {index}: {name} holds {bad}; {self._vocabulary()}")
         limit = min(params.max_tokens, self.max_model_len - len(ids))
         seed = params.seed if params.seed is not None else self._own_seed()
-        stops = [token for token in stop_ids(params, self.tokenizer) if token < self.vocab_size]
+        stops = [token for token in stop_ids(params, self.tokenizer) if token < self.vocab_size]  # EOS may be beyond
         return Request(Group(index, ids, [limit] * params.n), params, seed, stops)
 
     def _own_seed(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "label_token_ids"):  # None, as in vLLM, is no restriction
             value = getattr(self, name)
+            if not isinstance(value, (str, Sequence, NoneType)):
+                raise InputError(f"SamplingParams.{name} is {value!r}; expected a list")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        if not isinstance(self.ignore_eos, bool):
+            raise InputError(f"SamplingParams.ignore_eos is {self.ignore_eos!r}; expected True or False")
         self._integer("n", 1)
-        self._integer("top_k", 0)
+        self._integer("top_k", 0, 2**31 - 1)  # 0 is off
         self._integer("max_tokens", 1)
         self._integer("min_tokens", 0, self.max_tokens)
         self._integer("logprobs", 0, 1)

@@ -130,7 +130,8 @@ class Scheduler:
         self.prefix_tokens_saved = 0  # prompt tokens that another request had computed
         self.fork_tokens_saved = 0  # prompt tokens that candidates found computed by the first one
         self.recomputed_tokens = 0  # computed a second time after a preemption
-        self._planned: Plan | None = None  # the step that is under way
+        self._step: Plan | None = None  # the step that is under way
+        self._clean = True  # no step is being planned or under way: what the pool says is true
         self._order = 0
         self._longest = 0  # the most blocks that a candidate of any group so far can come to hold
 
@@ -154,8 +155,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def worst_case(self, group: Group) -> int:
-        """Blocks that one candidate of the group can ever hold; it runs alone if need be."""
-        return max(-(-(group.prompt_len + limit) // self.pool.block_size) for limit in group.limits)
+        """Blocks that one candidate of the group can ever hold; it runs alone if need be. Its last token is not computed."""
+        return max(-(-(group.prompt_len + limit - 1) // self.pool.block_size) for limit in group.limits)
 
     def abort(self, indices: Collection[int] | None) -> list[Group]:
         """End these groups (None: all) between two steps; what their candidates have so far stays. Returns those ended."""
@@ -173,19 +174,20 @@ class Scheduler:
         return ended
 
     def abort_all(self) -> None:
-        """Drop everything that waits or runs and give its blocks back."""
-        if self._planned:  # the step failed: blocks are marked as filled that were not
-            self.pool.release([copy.source for copy in self._planned.copies])
-            self._planned = None
-            self.pool.reset()
-        for sequence in self.running:
-            self._give_up(sequence)
+        """Drop everything that waits or runs and give its blocks back. After a step that failed anywhere, nothing that the
+        pool says can be trusted (blocks are marked as filled that were not): it begins anew."""
+        if self._clean:
+            for sequence in self.running:
+                self._give_up(sequence)
+        else:
+            self.pool.clear()
+        self._step, self._clean = None, True
         self.running.clear()
         self.waiting.clear()
 
     def check(self) -> None:
         """Verify the pool against everything that runs."""
-        sources = [[copy.source for copy in self._planned.copies]] if self._planned else []
+        sources = [[copy.source for copy in self._step.copies]] if self._step else []
         self.pool.check([*(sequence.blocks for sequence in self.running), *sources])
         for sequence in self.running:
             if len(sequence.blocks) * self.pool.block_size < sequence.computed:
@@ -205,7 +207,8 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """Rows of the next step, at most `max_batch_tokens`. Blocks count as filled from here on; `commit` must follow."""
-        assert self._planned is None, "the step before was not committed"
+        assert self._clean, "the step before was not committed"
+        self._clean = False
         self._make_room()
         budget = self.max_batch_tokens
         work: list[Work] = []
@@ -241,13 +244,13 @@ class Scheduler:
             work.append(self._advance(sequence, budget))
             budget -= work[-1].stop - work[-1].start
         work.sort(key=lambda item: item.sequence.key)
-        self._planned = Plan(tuple(work), tuple(copies))
-        return self._planned
+        self._step = Plan(tuple(work), tuple(copies))
+        return self._step
 
     def commit(self, plan: Plan, drawn: Drawn) -> list[Group]:
         """Record what was drawn in the planned step (nothing for scored groups). Returns the groups that are done."""
-        assert plan is self._planned
-        self._planned = None
+        assert plan is self._step
+        self._step = None
         self.pool.release([copy.source for copy in plan.copies])
         forked: list[Sequence] = []
         ended: list[Sequence] = []
@@ -265,7 +268,9 @@ class Scheduler:
                 if sequence.finished is not None:
                     ended.append(sequence)
         self._requeue(forked)
-        return self._retire(ended)
+        done = self._retire(ended)
+        self._clean = True
+        return done
 
     # ---- the rules --------------------------------------------------------------------------------------------------
 
@@ -305,17 +310,13 @@ class Scheduler:
         return forecast
 
     def _add_to(self, forecast: Forecast, sequence: Sequence, own: int, blocks: int) -> None:
-        group, size = sequence.group, self.pool.block_size
-        forecast.add(own, blocks, len(sequence.tokens), self._expected_end(sequence, sequence.candidate))
-        if not group.forked:  # its candidates will share the full blocks of the prompt
-            for candidate in range(1, len(group.limits)):
-                end = self._expected_end(sequence, candidate)
-                forecast.add(0, group.prompt_len // size, group.prompt_len, end)
+        """Candidates that are not forked yet are not counted: each of them is admitted by a forecast of its own."""
+        forecast.add(own, blocks, len(sequence.tokens), self._expected_end(sequence))
 
-    def _expected_end(self, sequence: Sequence, candidate: int) -> int:
-        """The length at which a candidate will stop: its limit, scaled by what finished ones used of theirs."""
+    def _expected_end(self, sequence: Sequence) -> int:
+        """How many tokens will be computed in the end: up to the limit, scaled by what finished candidates used of theirs."""
         group = sequence.group
-        limit = group.limits[candidate]
+        limit = group.limits[sequence.candidate] - 1
         if group.forced is not None:
             return group.prompt_len + limit
         added = len(sequence.tokens) - group.prompt_len + self.pool.block_size
@@ -339,7 +340,7 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=lambda other: other.key)
         if not head:
             return []
-        self.pool.blocks[blocks[0]].filled = head
+        self.pool.fill(blocks[0], head)
         return [Copy(source, blocks[0], head)]
 
     def _list(self, sequence: Sequence, number: int) -> None:
@@ -358,9 +359,9 @@ class Scheduler:
             start = self._first_missing(sequence)
         stop = min(goal, start + budget)
         for number in range(start // size, (stop - 1) // size + 1):
-            block = blocks[sequence.blocks[number]]
-            block.filled = max(block.filled, min(stop - number * size, size))
-            if block.filled == size and len(block.tokens) < size:  # filled by decoding
+            block = sequence.blocks[number]
+            self.pool.fill(block, min(stop - number * size, size))
+            if blocks[block].filled == size and len(blocks[block].tokens) < size:  # filled by decoding
                 self._list(sequence, number)
         if start > sequence.computed or start < sequence.reached:
             self._count(sequence, start, stop)

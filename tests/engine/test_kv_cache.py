@@ -21,7 +21,7 @@ def filled(pool, tokens, epoch=0):
         part = tokens[number * size : (number + 1) * size]
         parent = chain[number - 1] if number else pool.root(epoch)
         pool.list_block(block, parent, part, chain[number] if len(part) == size else None)
-        pool.blocks[block].filled = len(part)
+        pool.fill(block, len(part))
     return blocks
 
 

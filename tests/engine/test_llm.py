@@ -213,7 +213,6 @@ def test_nan_in_unused_pages_changes_nothing(batch):
     llm = LLM(MODEL)
     llm._keys.fill_(float("nan"))
     llm._values.fill_(float("nan"))
-    llm._keys[:, 0] = llm._values[:, 0] = 0.0  # the scratch block is ours
     assert [bits(output) for output in llm.generate(PROMPTS[:10], PARAMS[:10])] == batch[:10]
 
 
@@ -237,7 +236,7 @@ def test_new_weights_are_never_mixed_with_old_keys():
     llm.generate(PROMPTS[5], params)
     with torch.no_grad():
         model.blocks[0].attention.qkv.mul_(1.5)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(InputError, match="was changed in place"):
         llm.generate(PROMPTS[5], params)
     epoch = model.weights_changed()
     output = llm.generate(PROMPTS[5], params)[0]
@@ -529,3 +528,26 @@ def test_a_stream_forgets_the_requests_that_it_has_yielded():
             gc.collect()
             alive.append(sum(type(found) in (Request, Group) for found in gc.get_objects()))
     assert alive[0] - alive[1] >= 300
+
+
+def test_a_stream_that_is_not_exhausted_keeps_others_out_until_it_is_closed():
+    """Also between its last step and its last item, when the scheduler has nothing left to do."""
+    llm = LLM(MODEL)
+    params = SamplingParams(max_tokens=4, ignore_eos=True, seed=0)
+    outer = llm.stream([[1, 2], [3, 4]], params)
+    next(outer)
+    assert llm._scheduler.idle
+    for call in (lambda: next(llm.stream([[5, 6]], params)), lambda: llm.update_weights({}), llm.sleep):
+        with pytest.raises(InputError, match="stream"):
+            call()
+    assert [output.index for output in outer] == [1]
+    assert [output.index for output in llm.stream([[5, 6]], params)] == [0]
+
+
+def test_every_token_may_be_forbidden_only_by_mistake_and_the_message_says_so():
+    llm = LLM(MODEL)
+    with pytest.raises(FloatingPointError, match="no token may be drawn"):
+        llm.generate([[1, 2]], SamplingParams(min_tokens=1, stop_token_ids=tuple(range(111))))
+    with pytest.raises(InputError, match="stop_token_ids holds 111"):
+        llm.generate([[1, 2]], SamplingParams(stop_token_ids=(111,)))
+    assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, seed=0))

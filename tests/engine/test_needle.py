@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import ops
+from engine import _C, ops
 from engine.llm import LLM
 from engine.sampling import SamplingParams
 from tests.engine.helpers import random_llama, small_config
@@ -88,10 +88,12 @@ class Mix:
             llm._scheduler.used_share, llm._scheduler.finished_candidates = 0.01, 10**6
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
+        _C.share_little(True)  # else the kernels leave so small a model to one thread
         try:
             outputs = llm.generate(self.prompts, self.params)
         finally:
             torch.set_num_threads(before)
+            _C.share_little(False)
         llm._scheduler.check()
         return [bits(output) for output in outputs], llm.stats()
 

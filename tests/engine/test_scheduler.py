@@ -1,5 +1,6 @@
 """The scheduler against a model of what a request must see, with tiny blocks so that everything collides."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -301,6 +302,41 @@ def test_a_step_that_failed_leaves_nothing_to_be_found():
     scheduler.add([Group(1, [1] * 9, [1])])
     plan, _ = run_step(scheduler, pages, one_token)
     assert plan.rows == 9 and not plan.copies
+
+
+POOL_METHODS = ("find", "find_head", "hold", "allocate", "release", "list_block", "fill")
+
+
+@pytest.mark.parametrize("at", range(1, 120, 4))
+def test_an_interrupt_anywhere_in_a_step_leaves_nothing_to_be_found(at, monkeypatch):
+    """Ctrl-C may come between any two operations of the pool; what is generated afterwards must not see half a step."""
+    scheduler, pages = start(blocks=20, budget=7)
+    prompts = [[7, 7, 7, 7, index % 2, index] for index in range(6)]
+    calls = 0
+
+    def interrupted(method):
+        def call(*given):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return method(*given)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in POOL_METHODS:
+            patch.setattr(scheduler.pool, name, interrupted(getattr(scheduler.pool, name)))
+        scheduler.add(Group(index, prompt, [3, 3]) for index, prompt in enumerate(prompts))
+        with contextlib.suppress(KeyboardInterrupt):
+            while not scheduler.idle:
+                run_step(scheduler, pages, endless)
+    scheduler.abort_all()
+    scheduler.check()
+    assert len(scheduler.pool.free) == 19
+    scheduler.add(Group(10 + index, prompt, [3, 3]) for index, prompt in enumerate(prompts))
+    while not scheduler.idle:
+        run_step(scheduler, pages, endless)  # finds nothing that was not written
 
 
 def test_check_notices_a_sequence_without_its_blocks_and_one_that_runs_twice():
