@@ -268,7 +268,11 @@ def test_a_damaged_count_of_threads_is_named(threads, tmp_path, capsys):
         (["sft.lr=1e30", "sft.min_lr=0"], 2, ["sft/model: step ", "a changed sft.lr needs a new --out directory"]),
         (["data.max_tokens=3"], 2, ["no prompt is shorter than 3 tokens", "raise data.max_tokens, in a new --out"]),
         (["sampler.kv_cache_gb=0.00001"], 2, ["raise sampler.kv_cache_gb"]),
-        (["sampler.kv_cache_gb=0.001"], 2, ["eft/judgements.jsonl: prompt ", "raise sampler.kv_cache_gb"]),
+        (
+            ["sampler.block_size=8", "sampler.kv_cache_gb=0.0001"],
+            2,
+            ["eft/judgements.jsonl: prompt ", "raise sampler.kv_cache_gb"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
 )
