@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ def main() -> int:
     parser.add_argument("--peers", default="", help=f"also time these, in turns with the engine: {', '.join(PEERS)}")
     parser.add_argument("--json", type=Path, help="write machine, limits and rows to this file")
     arguments = parser.parse_args()
-    if arguments.rounds < 1 or not 0 < arguments.scale <= 100 or (arguments.threads or 1) < 1:
-        parser.error("--rounds and --threads are at least 1, --scale is above 0 and at most 100")
+    cores = os.cpu_count() or 1
+    if arguments.rounds < 1 or not 0 < arguments.scale <= 100 or not 1 <= (arguments.threads or 1) <= cores:
+        parser.error(f"--rounds is at least 1, --threads 1 to {cores}, --scale above 0 and at most 100")
+    if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        parser.error(f"--json {arguments.json}: expected a file in a directory that exists")
     try:
         model = random_model(arguments.model)
         peers = [load_peer(name, model) for name in arguments.peers.split(",") if name]
@@ -39,16 +43,21 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     limits = Limits.measure(torch.get_num_threads())
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks {' '.join(sys.argv[1:])}",
+        "command": f"python -m benchmarks {' '.join(_without_json(sys.argv[1:]))}",
         "machine": machine(),
         "limits": limits._asdict(),
         "rows": measure(arguments.workload, model, arguments.rounds, arguments.scale, limits, peers),
     }
     print(table(result))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _without_json(words: list[str]) -> list[str]:
+    """What was measured, not where it was written."""
+    at = next((number for number, word in enumerate(words) if word.startswith("--json")), len(words))
+    return words[:at] + words[at + (1 if "=" in "".join(words[at : at + 1]) else 2) :]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -174,9 +174,11 @@ class LLM:
             raise InputError("the weights are asleep; call wake() before update_weights()")
         if self._running:
             raise InputError("a stream is running on the old weights; finish or close it before the update")
-        if not isinstance(named_tensors, Iterable):
-            raise InputError(f"named_tensors is {named_tensors!r}; expected tensors by name")
-        update_tensors(self.model, dict(named_tensors))
+        try:
+            tensors = dict(named_tensors)
+        except (TypeError, ValueError):
+            raise InputError(f"named_tensors is {named_tensors!r:.60}; expected tensors by name") from None
+        update_tensors(self.model, tensors)
 
     def sleep(self, weights: bool = False) -> None:
         """Free the KV cache and the packed weights until `wake()`.
@@ -194,7 +196,7 @@ class LLM:
         if weights:
             for parameter in self.model.parameters():
                 parameter.data = torch.empty(0)
-        self._asleep = "weights" if weights else "cache"
+        self._asleep = "weights" if weights or self._asleep == "weights" else "cache"
 
     def wake(self) -> None:
         """Take the memory that `sleep` gave back and load the weights if they slept. Awake already: nothing happens."""
@@ -227,6 +229,9 @@ class LLM:
         requests = self._reader.requests(prompts, params)
         for request in requests:
             self._check_fit(request.group, request.group.prompt_len + 1)
+        if not self._running:
+            with self._abort_lock:
+                self._to_abort = set()  # what was asked while nothing ran is nothing to these requests
         return requests
 
     def _check_fit(self, group: Group, tokens: int) -> None:
@@ -498,9 +503,9 @@ def _limit(name: str, value: int | None, default: int, most: int | None = None) 
 def _check_options(
     device: str, dtype: str, quantization: str | None, deterministic: bool | None, block_size: int
 ) -> None:
-    if device not in ("auto", "cpu"):
+    if str(device) not in ("auto", "cpu"):
         raise NotBuiltError(f"device is {device!r}; the sampler runs on the CPU so far")
-    if dtype not in ("auto", "float32"):
+    if str(dtype) not in ("auto", "float32", "torch.float32"):
         raise NotBuiltError(f"dtype is {dtype!r}; the sampler runs in float32 so far")
     if quantization is not None:
         raise NotBuiltError(f"quantization is {quantization!r}; only None is built so far")

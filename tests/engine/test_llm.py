@@ -551,3 +551,24 @@ def test_every_token_may_be_forbidden_only_by_mistake_and_the_message_says_so():
     with pytest.raises(InputError, match="stop_token_ids holds 111"):
         llm.generate([[1, 2]], SamplingParams(stop_token_ids=(111,)))
     assert llm.generate([[1, 2]], SamplingParams(max_tokens=2, seed=0))
+
+
+def test_an_abort_while_nothing_runs_does_not_reach_the_next_call():
+    llm = LLM(MODEL)
+    llm.abort()
+    params = SamplingParams(max_tokens=3, ignore_eos=True, seed=0)
+    assert llm.generate([[1, 2]], params)[0].outputs[0].finish_reason == "length"
+    stream = llm.stream([[1, 2], [3, 4]], params)
+    llm.abort([0])  # before the first item: the stream is there
+    assert {output.index: output.outputs[0].finish_reason for output in stream} == {0: "abort", 1: "length"}
+
+
+def test_sleeping_twice_does_not_forget_that_the_weights_sleep(tmp_path):
+    save_checkpoint(MODEL, tmp_path / "model")
+    llm = LLM(tmp_path / "model")
+    params = SamplingParams(max_tokens=3, ignore_eos=True, seed=0)
+    before = bits(llm.generate([[1, 2]], params)[0])
+    llm.sleep(weights=True)
+    llm.sleep()
+    llm.wake()
+    assert bits(llm.generate([[1, 2]], params)[0]) == before
