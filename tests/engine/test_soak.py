@@ -61,7 +61,11 @@ def soak(count, streams, seed):
     parts = [requests[start::streams] for start in range(streams)]
     blocks = max(blocks_needed(part) for part in parts) // 20
     llm = LLM(M0, block_size=BLOCK, kv_cache_gb=(blocks + 0.5) * BLOCK * SLOT_BYTES / 2**30)
-    alone, memory = LLM(M0, block_size=BLOCK), []
+    alone = LLM(M0, block_size=BLOCK, kv_cache_gb=300 * BLOCK * SLOT_BYTES / 2**30)
+    for engine in (llm, alone):  # memory is taken as it is used: use all of it now
+        engine._keys.zero_()
+        engine._values.zero_()
+    memory = []
     for part in parts:
         chosen = dict.fromkeys(rng.sample(range(len(part)), 20 // streams))
         seen = set()
