@@ -115,6 +115,7 @@ def test_a_request_in_any_company_equals_the_request_alone(seed):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_200_more_mixes():
     assert [seed for seed in range(100, 300) if run_mix(seed)[0]] == []
 
