@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from engine import ops
+from engine.answers import Answers, Drawing, Scoring
 from engine.batch import Batch, make_batch
 from engine.checkpoint import load_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
@@ -27,7 +28,7 @@ from engine.model import Attend, Llama
 from engine.packed import PackedWeights
 from engine.requests import Prompt, Reader, Request, RequestOutput
 from engine.sampling import Query, SamplingParams, draw_rules
-from engine.scheduler import Drawn, Group, Plan, Scheduler
+from engine.scheduler import Group, Scheduler
 from engine.tokenizer import Tokenizer
 
 HEAD_ROWS = 256  # rows of logits at a time: at 32,000 tokens 33 MB
@@ -128,9 +129,9 @@ class LLM:
         for group in groups:
             self._check_fit(group, group.prompt_len + max(group.limits))
         scores = {index: [[0.0] * limit for limit in group.limits] for index, group in enumerate(groups)}
-        for _ in self._run(groups, {}, scores):
+        for _ in self._run(groups, Scoring(scores)):
             pass
-        results = [scores[index] for index in range(len(groups))]
+        results = list(scores.values())
         return results[0] if single else results
 
     def stats(self) -> dict[str, Any]:
@@ -213,9 +214,8 @@ class LLM:
     def abort(self, indices: Iterable[int] | None = None) -> None:
         """End requests of the running generate or stream (None: all of them) after the step that is being computed.
 
-        May be called from another thread, or between two items of a stream (or before the first: a stream begins when its
-        first item is asked for). Their outputs come with what they have so
-        far, unfinished candidates with finish_reason "abort". Indices of no running request are ignored.
+        May be called from another thread, between two items of a stream, or before its first. Their outputs come with what
+        they have so far, unfinished candidates with finish_reason "abort". Indices of no running request are ignored.
         """
         if indices is not None and not isinstance(indices, Iterable):
             raise InputError(f"indices is {indices!r}; expected the indices of requests, or None for all")
@@ -281,15 +281,14 @@ class LLM:
     def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
         by_index = {request.group.index: request for request in requests}
         del requests  # so that what has been yielded can be forgotten: 3 KB a request
-        for group in self._run([request.group for request in by_index.values()], by_index, {}):
+        groups = [request.group for request in by_index.values()]
+        for group in self._run(groups, Drawing(by_index, self.tokenizer)):
             output = by_index.pop(group.index).output(self.tokenizer, self._scheduler.epoch)
             group.sequences.clear()  # they point back to the group: a cycle would stay until the garbage collector comes
             yield output
 
-    def _run(
-        self, groups: list[Group], requests: dict[int, Request], scores: dict[int, list[list[float]]]
-    ) -> Iterator[Group]:
-        """Run all groups to their end; yields each when it is finished. Scored groups have no entry in `requests`."""
+    def _run(self, groups: list[Group], reader: Drawing | Scoring) -> Iterator[Group]:
+        """Run all groups to their end; yields each when it is finished. Empties the list: the scheduler has them."""
         if self._asleep:
             raise InputError("this LLM is asleep; call wake() first")
         self.model.check_weights()
@@ -302,28 +301,29 @@ class LLM:
         try:
             self._scheduler.add(groups)
             self._count(requests=len(groups), prompt_tokens=sum(group.prompt_len for group in groups))
-            del groups  # the scheduler has them
+            groups.clear()
             while not self._scheduler.idle:
-                yield from self._take_aborts(requests)
-                if self._scheduler.idle:
-                    break
-                self._check_epoch()
-                yield from self._step(requests, scores)
+                done = self._take_aborts(reader) or self._step(reader)
+                if done:
+                    yield from done
+                    self._check_epoch()
         finally:
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
             with self._abort_lock:
                 self._to_abort = set()
             self._running = None
 
-    def _take_aborts(self, requests: dict[int, Request]) -> list[Group]:
+    def _take_aborts(self, reader: Drawing | Scoring) -> list[Group]:
         """End what `abort` asked for; scored groups run to their end."""
         with self._abort_lock:
             wanted, self._to_abort = self._to_abort, set()
-        indices = requests.keys() if wanted is None else wanted & requests.keys()
+        indices = reader.requests.keys() if wanted is None else wanted & reader.requests.keys()
         return self._scheduler.abort(indices) if indices else []
 
     def _check_epoch(self) -> None:
         """Between two items of a stream the caller may train: what runs then holds keys and values of the old weights."""
+        if self._scheduler.idle:
+            return
         self.model.check_weights()
         if self._scheduler.epoch != self.model.weight_epoch:
             raise InputError(
@@ -331,7 +331,7 @@ class LLM:
                 "running: finish or close the stream before the update"
             )
 
-    def _step(self, requests: dict[int, Request], scores: dict[int, list[list[float]]]) -> list[Group]:
+    def _step(self, reader: Drawing | Scoring) -> list[Group]:
         started = time.perf_counter()
         plan = self._scheduler.plan()
         assert plan.work, "the scheduler planned nothing although requests are waiting"
@@ -341,11 +341,7 @@ class LLM:
             hidden = self._forward(batch, threads)
             forwarded = time.perf_counter()
             self._kernel_seconds = forwarded - planned
-            if requests:
-                drawn = self._draw(plan, hidden, requests, threads)
-            else:
-                drawn = {}
-                self._score(plan, hidden, scores, threads)
+            drawn = reader.take(self._answer(reader.queries(plan), hidden, threads))
         computed = time.perf_counter()
         done = self._scheduler.commit(plan, drawn)
         ended = time.perf_counter()
@@ -379,57 +375,11 @@ class LLM:
 
         return attend
 
-    def _draw(self, plan: Plan, hidden: torch.Tensor, requests: dict[int, Request], threads: int) -> Drawn:
-        """Sample for every (last row, candidate) of the plan."""
-        owners, queries = [], []
-        row = -1
-        for work in plan.work:
-            row += work.stop - work.start
-            request = requests[work.sequence.group.index]
-            for candidate in work.draws:
-                owners.append((request, work.sequence.tokens, candidate))
-                queries.append(request.query(row, candidate, len(work.sequence.tokens)))
-        drawn: Drawn = {}
-        for draws, part in self._draws(hidden, queries, threads):
-            labels = iter(draws.labels.tolist())
-            rows = zip(owners[part], draws.ids.tolist(), draws.raw.tolist(), draws.sampled.tolist(), strict=True)
-            for (request, tokens, candidate), token, raw, sampled in rows:
-                self._refuse_nan(raw, request.group.index)
-                drawn[request.group.index, candidate] = (
-                    token,
-                    request.take(candidate, tokens, token, raw, sampled, labels, self.tokenizer),
-                )
-        return drawn
-
-    def _score(self, plan: Plan, hidden: torch.Tensor, scores: dict[int, list[list[float]]], threads: int) -> None:
-        """Log-probs of the given next tokens of every computed row that has one."""
-        queries, places = [], []  # one place per label: group, candidate, place in the completion
-        row = 0
-        for work in plan.work:
-            group, tokens = work.sequence.group, work.sequence.tokens
-            assert group.forced is not None
-            if group.forked:
-                first = max(work.start, group.prompt_len - 1)  # a sequence that was preempted computes its prompt again
-                for position in range(first, work.stop):
-                    queries.append(Query(row + position - work.start, labels=(tokens[position + 1],)))
-                    places.append((group.index, work.sequence.candidate, position + 1 - group.prompt_len))
-            elif work.draws:
-                firsts = tuple(group.forced[candidate][0] for candidate in work.draws)
-                queries.append(Query(row + work.stop - work.start - 1, labels=firsts))
-                places += [(group.index, candidate, 0) for candidate in work.draws]
-            row += work.stop - work.start
-        at = 0
-        for draws, _ in self._draws(hidden, queries, threads):
-            for value in draws.labels.tolist():
-                group_index, candidate, place = places[at]
-                self._refuse_nan(value, group_index)
-                scores[group_index][candidate][place] = value
-                at += 1
-
-    def _draws(self, hidden: torch.Tensor, queries: list[Query], threads: int) -> Iterator[tuple[ops.Draws, slice]]:
-        """What the queries ask of the logits of their rows, some rows at a time, each with the part of the queries."""
+    def _answer(self, queries: list[Query], hidden: torch.Tensor, threads: int) -> Answers:
+        """What the queries ask of the logits of their rows, some rows at a time."""
         config = self.model.config
         vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
+        answers = Answers([], [], [], [])
         for start in range(0, len(queries), HEAD_ROWS):
             part = queries[start : start + HEAD_ROWS]
             rows = sorted({query.row for query in part})
@@ -442,14 +392,11 @@ class LLM:
             draws = ops.sample_rows(logits, rules, threads)
             self._kernel_seconds += time.perf_counter() - began
             self._count(head_rows=len(rows))
-            yield draws, slice(start, start + len(part))
-
-    def _refuse_nan(self, logp: float, index: int) -> None:
-        if logp != logp:
-            raise FloatingPointError(
-                f"prompt {index}: the logits are NaN or infinite, or no token may be drawn (stop_token_ids and min_tokens); "
-                "are the model's weights finite?"
-            )
+            answers.ids.extend(draws.ids.tolist())
+            answers.raw.extend(draws.raw.tolist())
+            answers.sampled.extend(draws.sampled.tolist())
+            answers.labels.extend(draws.labels.tolist())
+        return answers
 
 
 _COUNTERS = (
