@@ -50,12 +50,6 @@
 
 #include "threads.h"
 
-#ifdef __GNUC__
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) (void)(address)
-#endif
-
 namespace selfreward {
 namespace {
 

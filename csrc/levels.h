@@ -6,21 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
 #include "level.h"
-
-#ifdef __FAST_MATH__
-#error "built with -ffast-math: the results would differ between instruction levels"
-#endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SELFREWARD_X86 1
 #include <immintrin.h>
-#endif
-
-#ifdef __GNUC__
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#else
-#define ALWAYS_INLINE inline
 #endif
 
 namespace selfreward {

@@ -27,23 +27,12 @@
 #include <cmath>
 #include <cstring>
 
+#include "compiler.h"
 #include "threads.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SELFREWARD_X86 1
 #include <immintrin.h>
-#endif
-
-#ifdef __FAST_MATH__
-#error "built with -ffast-math: the sums would differ between instruction levels"
-#endif
-
-#ifdef __GNUC__
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define ALWAYS_INLINE inline
-#define PREFETCH(address) (void)(address)
 #endif
 
 namespace selfreward {

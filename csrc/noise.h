@@ -6,15 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __FAST_MATH__
-#error "built with -ffast-math: the noise would differ between instruction levels"
-#endif
-
-#ifdef __GNUC__
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#else
-#define ALWAYS_INLINE inline
-#endif
+#include "compiler.h"
 
 namespace selfreward {
 

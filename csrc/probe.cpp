@@ -7,12 +7,6 @@
 
 #include "threads.h"
 
-#ifdef __GNUC__
-#define UNROLL _Pragma("GCC unroll 16")  // sums in an array that is not unrolled would live in memory
-#else
-#define UNROLL
-#endif
-
 #define SELFREWARD_BODY "probe_run.h"
 #include "levels.h"
 

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import engine._C as _C
 from engine.errors import InputError, NotBuiltError
@@ -175,8 +176,8 @@ def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch
     return out
 
 
-def _tiles_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
-    return _linear.linear_tiles(x, packed.weight)
+def _torch_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    return F.linear(x, packed.weight)
 
 
 OPS: dict[str, tuple[Backend, ...]] = {
@@ -203,7 +204,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
     "linear": (
         Backend("native", _native, _native_linear),
-        Backend("torch", _always, _tiles_linear),
+        Backend("torch", _always, _torch_linear),
     ),
     "gumbel_noise": (
         Backend("native", _native, _native_gumbel_noise),
@@ -267,7 +268,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int = 1) -> torch.Tensor:
     """x [N, dim], weight [dim] -> [N, dim] for sampling. Native: a row's bits depend on the row alone, on no neighbour
-    and not on `threads`; the torch backend keeps that only in tiles of one shape under one torch thread."""
+    and not on `threads`."""
     return _for_rows("rms_norm_rows", x, weight).fn(x, weight, eps, threads)
 
 
@@ -357,7 +358,7 @@ def pack_linear(weight: torch.Tensor) -> PackedWeight:
 def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Tensor:
     """x [N, depth] fp32 times the weight -> [N, outputs]. A row's bits depend neither on the other rows nor on `threads`.
 
-    Not differentiable: for sampling. The torch backend keeps the promise under one torch thread, with bits of its own.
+    Not differentiable: for sampling. Only the native backend keeps the promise.
     """
     return choose("linear", x.device.type).fn(x, packed, threads)
 
@@ -372,7 +373,10 @@ def logprob_loss(hidden: torch.Tensor, weight: torch.Tensor, edges: Any, loss: A
 def gumbel_noise(
     seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
 ) -> torch.Tensor:
-    """Gumbel noise as a function of (seed, position, candidate, token, stream): three [rows] int64 -> fp32 [rows, vocab]."""
+    """Gumbel noise as a function of (seed, position, candidate, token, stream): three [rows] int64 -> fp32 [rows, vocab].
+
+    The noise of `sample_rows`, which makes its own where a token can win, by itself: to check draws, or to draw elsewhere.
+    """
     return choose("gumbel_noise", seeds.device.type).fn(seeds, positions, candidates, stream, vocab)
 
 

@@ -12,11 +12,9 @@ Shapes: x [N, K], weight [O, K] -> y [N, O], all fp32. Packed weight: [ceil(O / 
 """
 
 import torch
-import torch.nn.functional as F
 
 BLOCK = 256  # along k
 PANEL = 64  # outputs
-TILE = 64  # rows
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -28,14 +26,6 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             chain = fma(x[:, k, None], weight[None, :, k], chain)
         total = total + chain if start else chain
     return total
-
-
-def linear_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """torch's product on tiles of exactly 64 rows, the last padded with zeros: other bits than the contract's, but with
-    one torch thread also the same for a row whatever the other rows."""
-    padded = F.pad(x, (0, 0, 0, -len(x) % TILE))
-    tiles = [F.linear(tile, weight) for tile in padded.split(TILE)] if len(x) else [F.linear(x, weight)]
-    return torch.cat(tiles)[: len(x)]
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

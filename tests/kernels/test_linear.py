@@ -272,18 +272,6 @@ def test_flops_and_bytes_count_padded_panels_once():
     assert kernel.bytes(3, 65, 10) == 4 * (128 * 10 + 3 * 10 + 3 * 65)
 
 
-def test_the_tiled_fallback_gives_a_row_the_same_bits_in_any_batch():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        x, weight = torch.from_numpy(normal(150, 96)), torch.from_numpy(normal(130, 96, seed=1))
-        whole = kernel.linear_tiles(x, weight)
-        for start, end in ((0, 0), (0, 1), (3, 10), (70, 150), (149, 150)):
-            assert torch.equal(kernel.linear_tiles(x[start:end], weight), whole[start:end])
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_the_table_takes_the_native_linear_on_the_cpu():
     assert ops.choose("linear", "cpu").name == "native"
     reason = ops.OPS["linear"][0].why_not(ops.Case("cuda", torch.float32, False))

@@ -1,0 +1,17 @@
+// What the kernels need of the compiler: inlining into each instruction level's code, prefetching, unrolling, and IEEE
+// arithmetic.
+#pragma once
+
+#ifdef __FAST_MATH__
+#error "built with -ffast-math: results would differ between instruction levels"
+#endif
+
+#ifdef __GNUC__
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define PREFETCH(address) __builtin_prefetch(address)
+#define UNROLL _Pragma("GCC unroll 16")  // sums in an array that is not unrolled would live in memory
+#else
+#define ALWAYS_INLINE inline
+#define PREFETCH(address) (void)(address)
+#define UNROLL
+#endif
