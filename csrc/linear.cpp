@@ -145,8 +145,7 @@ LinearLevel linear_level(int index) {
 void linear(const LinearArguments& a, int threads, LinearPanels panels) {
   const int64_t count = (a.outputs + kPanel - 1) / kPanel;
   // Below about 150 microseconds of work another thread does not pay: on a busy machine it may not be running, and the
-  // caller waits for it (a model of 0.8M parameters beside other work: 20,000 tokens a second on one thread, 6,000 on
-  // two). Microseconds at 130 multiply-adds and 40 bytes of weights a nanosecond:
+  // caller waits for it. Microseconds at 130 multiply-adds and 40 bytes of weights a nanosecond:
   const double weights = double(count * kPanel) * double(a.depth);
   const double least = std::max(double(a.rows) * weights / 130e3, 4 * weights / 40e3);
   if (least < 150 && !share_little()) threads = 1;
