@@ -29,6 +29,7 @@ from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
+from engine.kernels import rope_write as _rope_write
 from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
@@ -199,7 +200,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     "rope_write": (
         Backend("native", _native_fp32, _native_rope_write),
-        Backend("torch", _always, _without_threads(_rope.rope_write_reference)),
+        Backend("torch", _always, _without_threads(_rope_write.rope_write_reference)),
     ),
     "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
     "linear": (

@@ -7,6 +7,10 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is imported: many short
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels then run on CPU tensors, for their values
 
 
 @pytest.fixture(scope="session")

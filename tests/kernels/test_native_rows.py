@@ -16,7 +16,7 @@ from engine import _C, ops
 from engine.errors import InputError
 from engine.kernels.chunk_attention import chunk_attention_reference
 from engine.kernels.rms_norm import rms_norm_reference
-from engine.kernels.rope import rope_write_reference
+from engine.kernels.rope_write import rope_write_reference
 from engine.kernels.swiglu import swiglu_reference
 
 from .test_chunk_attention import case as chunk_case
