@@ -33,10 +33,11 @@ class Kernels(NamedTuple):
 
     linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # x, weight, eps
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, branch, weight, eps -> their sum, its norm
     swiglu: Callable[[torch.Tensor], torch.Tensor]  # [N, 2 * ffn], gate first
 
 
-TRAINING = Kernels(F.linear, ops.rms_norm, ops.swiglu)
+TRAINING = Kernels(F.linear, ops.rms_norm, ops.add_rms_norm, ops.swiglu)
 
 
 def keep(site: int, x: torch.Tensor) -> torch.Tensor:
@@ -50,8 +51,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor, kernels: Kernels = TRAINING) -> torch.Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None = None, kernels: Kernels = TRAINING
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream x [N, dim], with `branch` added, and its norm."""
+        if branch is None:
+            return x, kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.add_rms_norm(x, branch, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -86,6 +92,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """What a block adds to the residual stream waits for the norm that reads it, here or in the next block: the addition
+    and the norm are one kernel where the device has one."""
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -96,16 +105,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        branch: torch.Tensor | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
         layer: int,
         attend: Attend,
         kernels: Kernels,
         dropout: Dropout,
-    ) -> torch.Tensor:
-        normed = self.attention_norm(x, kernels)
-        x = x + dropout(2 * layer + 1, self.attention(normed, cos, sin, layer, attend, kernels))
-        return x + dropout(2 * layer + 2, self.mlp(self.mlp_norm(x, kernels), kernels))
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, dim] and what is to be added to it (None: nothing) -> the same for the next block."""
+        x, normed = self.attention_norm(x, branch, kernels)
+        branch = dropout(2 * layer + 1, self.attention(normed, cos, sin, layer, attend, kernels))
+        x, normed = self.mlp_norm(x, branch, kernels)
+        return x, dropout(2 * layer + 2, self.mlp(normed, kernels))
 
 
 class Llama(nn.Module):
@@ -144,9 +156,10 @@ class Llama(nn.Module):
         `token_logprobs(hidden, model.head, targets)`, or `kernels.linear(hidden, model.head)` for logits [N, vocab]."""
         x = dropout(0, F.embedding(tokens, self.embed))  # [N, dim]
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [N, D/2]
+        branch = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, layer, attend, kernels, dropout)
-        return self.norm(x, kernels)
+            x, branch = block(x, branch, cos, sin, layer, attend, kernels, dropout)
+        return self.norm(x, branch, kernels)[1]
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, std: float = 0.02) -> Llama:

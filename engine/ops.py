@@ -25,6 +25,7 @@ from engine.errors import InputError, NotBuiltError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
 from engine.kernels import gumbel as _gumbel
+from engine.kernels import jit as _jit
 from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
@@ -54,6 +55,13 @@ class Backend(NamedTuple):
 
 def _always(case: Case) -> str | None:
     return None
+
+
+def _triton(case: Case) -> str | None:
+    reason = _jit.why_not(case.device)
+    if reason is None and case.device == "cpu" and os.environ.get("SELFREWARD_BACKEND") != "triton":
+        return "Triton's interpreter is for tests: SELFREWARD_BACKEND=triton asks for it"
+    return reason
 
 
 def _native(case: Case) -> str | None:
@@ -182,15 +190,30 @@ def _torch_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.
 
 
 OPS: dict[str, tuple[Backend, ...]] = {
-    "rms_norm": (Backend("torch", _always, _rms_norm.rms_norm_reference),),
-    "rope": (Backend("torch", _always, _rope.rope_reference),),
-    "swiglu": (Backend("torch", _always, _swiglu.swiglu_reference),),
+    "rms_norm": (
+        Backend("triton", _triton, _rms_norm.rms_norm),
+        Backend("torch", _always, _rms_norm.rms_norm_reference),
+    ),
+    "add_rms_norm": (
+        Backend("triton", _triton, _rms_norm.add_rms_norm),
+        Backend("torch", _always, _rms_norm.add_rms_norm_reference),
+    ),
+    "rope": (
+        Backend("triton", _triton, _rope.rope),
+        Backend("torch", _always, _rope.rope_reference),
+    ),
+    "swiglu": (
+        Backend("triton", _triton, _swiglu.swiglu),
+        Backend("torch", _always, _swiglu.swiglu_reference),
+    ),
     "tree_attention": (Backend("torch", _always, _tree.tree_attention_windows),),
     "rms_norm_rows": (
+        Backend("triton", _triton, _without_threads(_rms_norm.rms_norm)),
         Backend("native", _native_fp32, _native_rms_norm),
         Backend("torch", _always, _without_threads(_rms_norm.rms_norm_reference)),
     ),
     "swiglu_rows": (
+        Backend("triton", _triton, _without_threads(_swiglu.swiglu)),
         Backend("native", _native_fp32, _native_swiglu),
         Backend("torch", _always, _without_threads(_swiglu.swiglu_reference)),
     ),
@@ -257,6 +280,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return choose("rms_norm", x.device.type).fn(x, weight, eps)
 
 
+def add_rms_norm(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and branch [N, dim], weight [dim] -> x + branch, in x's dtype, and its norm, both [N, dim]."""
+    return choose("add_rms_norm", x.device.type).fn(x, branch, weight, eps)
+
+
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [N, heads, D], cos and sin [N, D/2] -> [N, heads, D]."""
     return choose("rope", x.device.type).fn(x, cos, sin)
@@ -271,6 +301,16 @@ def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: in
     """x [N, dim], weight [dim] -> [N, dim] for sampling. Native: a row's bits depend on the row alone, on no neighbour
     and not on `threads`."""
     return _for_rows("rms_norm_rows", x, weight).fn(x, weight, eps, threads)
+
+
+def add_rms_norm_rows(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, threads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + branch and its norm, with the promise of `rms_norm_rows`."""
+    if x.device.type != "cpu":
+        return add_rms_norm(x, branch, weight, eps)
+    total = x + branch
+    return total, rms_norm_rows(total, weight, eps, threads)
 
 
 def swiglu_rows(gate_up: torch.Tensor, threads: int = 1) -> torch.Tensor:

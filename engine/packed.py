@@ -37,6 +37,7 @@ class PackedWeights:
         return Kernels(
             linear=lambda x, weight: self(x, weight, threads),
             rms_norm=lambda x, weight, eps: ops.rms_norm_rows(x, weight, eps, threads),
+            add_rms_norm=lambda x, branch, weight, eps: ops.add_rms_norm_rows(x, branch, weight, eps, threads),
             swiglu=lambda gate_up: ops.swiglu_rows(gate_up, threads),
         )
 

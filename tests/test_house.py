@@ -90,7 +90,12 @@ def test_every_import_is_declared_and_every_requirement_is_imported():
     declared = {re.split(r"[^A-Za-z0-9_-]", name)[0].lower() for name in PROJECT["dependencies"]}
     declared = {IMPORT_NAMES.get(name, name) for name in declared}
     found = {name.split(".")[0] for path in sources(*SHIPPED) for name in imports(path)}
-    assert found - set(sys.stdlib_module_names) - {"engine", "selfreward"} == declared
+    assert found - set(sys.stdlib_module_names) - {"engine", "selfreward", "triton"} == declared
+
+
+def test_only_one_file_imports_triton_which_need_not_be_installed():
+    importers = {path.name for path in sources("kernels", "engine", "selfreward") if "triton" in set(imports(path))}
+    assert importers == {"jit.py"}
 
 
 def test_only_the_op_table_imports_kernels_and_the_extension():
