@@ -13,7 +13,7 @@ What differs between training and sampling comes in as arguments of `Llama.forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -205,13 +205,13 @@ def rope_tables(config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return angle.cos(), angle.sin()
 
 
-def tree_attend(end: torch.Tensor) -> Attend:
-    """The trainer's `attend`: tree attention over one pack, `end` [N] int64 (`Pack.end`)."""
-    windows = ops.tree_windows(end)
+def tree_attend(end: torch.Tensor, chains: Sequence[int] | None = None) -> Attend:
+    """The trainer's `attend`: tree attention over one pack, by its `Pack.end` [N] int64 and `Pack.chains`."""
+    mask = ops.TreeMask(end, chains)
 
     def attend(
         layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        return ops.tree_attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v, windows)
+        return ops.tree_attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v, mask)
 
     return attend

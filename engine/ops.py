@@ -1,7 +1,8 @@
 """The op table: for every operation its backends in order of preference, and why one does not apply.
 
 A backend is `(name, why_not, fn)`; `why_not(case)` returns None or one sentence. `SELFREWARD_BACKEND=torch` forces the
-references. `backends()` tells which one each op uses, so that a fallback can be seen and tested.
+references, `triton` the GPU's kernels (on a CPU: in Triton's interpreter), other names likewise. `backends()` tells which
+one each op uses, so that a fallback can be seen and tested.
 
 RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same torch function
 with and without gradients, so that reference log-probs and the policy's are the same numbers. `rms_norm_rows` and
@@ -13,8 +14,10 @@ the extension's compiler, do not promise that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ import engine._C as _C
 from engine.errors import InputError, NotBuiltError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
+from engine.kernels import flash as _flash
 from engine.kernels import gumbel as _gumbel
 from engine.kernels import jit as _jit
 from engine.kernels import linear as _linear
@@ -40,11 +44,14 @@ ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of 
 
 
 class Case(NamedTuple):
-    """What a choice may depend on: where the tensors are, their dtype, and whether a gradient will be asked for."""
+    """What a choice may depend on: where the tensors are, their dtype, whether a gradient will be asked for, and whether
+    the attention's mask is that of plain causal sequences; and the backend that SELFREWARD_BACKEND asks for."""
 
     device: str
     dtype: torch.dtype
     gradients: bool
+    causal: bool = False
+    asked: str | None = None
 
 
 class Backend(NamedTuple):
@@ -59,7 +66,7 @@ def _always(case: Case) -> str | None:
 
 def _triton(case: Case) -> str | None:
     reason = _jit.why_not(case.device)
-    if reason is None and case.device == "cpu" and os.environ.get("SELFREWARD_BACKEND") != "triton":
+    if reason is None and case.device == "cpu" and case.asked != "triton":
         return "Triton's interpreter is for tests: SELFREWARD_BACKEND=triton asks for it"
     return reason
 
@@ -171,6 +178,22 @@ def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *given: fn(*given[:-1])
 
 
+def _windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
+    return _tree.tree_attention_windows(q, k, v, mask.windows)
+
+
+def _flash_attention(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
+    varlen = _flash.find(name)
+    assert varlen is not None and mask.chains is not None
+    return varlen(q, k, v, mask.bounds, max(mask.chains))
+
+
+def _flash_why_not(name: str, case: Case) -> str | None:
+    if case.asked != name:
+        return f"not measured beside the project's own kernel yet: SELFREWARD_BACKEND={name} asks for it"
+    return _flash.why_not(name, case.device, case.dtype, case.causal)
+
+
 class PackedWeight(NamedTuple):
     """A linear's weight as `linear` wants it: panels of 64 outputs for the native backend, itself for the other."""
 
@@ -206,7 +229,10 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", _triton, _swiglu.swiglu),
         Backend("torch", _always, _swiglu.swiglu_reference),
     ),
-    "tree_attention": (Backend("torch", _always, _tree.tree_attention_windows),),
+    "tree_attention": (
+        *(Backend(name, partial(_flash_why_not, name), partial(_flash_attention, name)) for name in _flash.ADAPTERS),
+        Backend("torch", _always, _windowed_attention),
+    ),
     "rms_norm_rows": (
         Backend("triton", _triton, _without_threads(_rms_norm.rms_norm)),
         Backend("native", _native_fp32, _native_rms_norm),
@@ -246,22 +272,35 @@ OPS: dict[str, tuple[Backend, ...]] = {
 
 
 @cache
-def choose(op: str, device: str, dtype: torch.dtype = torch.float32, gradients: bool = False) -> Backend:
+def choose(
+    op: str, device: str, dtype: torch.dtype = torch.float32, gradients: bool = False, causal: bool = False
+) -> Backend:
     """The first backend of `op` that applies on `device` ("cpu", "cuda"); an error with all the reasons if none does.
 
-    Ops whose backends depend on dtype and gradients pass them; for the others the defaults stand. Remembered per case.
+    Ops whose backends depend on dtype, gradients or the mask pass them; for the others the defaults stand. Remembered
+    per case.
     """
-    case = Case(device, dtype, gradients)
-    forced = os.environ.get("SELFREWARD_BACKEND")
+    asked = _asked(op)
+    case = Case(device, dtype, gradients, causal, asked)
     reasons = []
     for backend in OPS[op]:
         reason = backend.why_not(case)
-        if forced and backend.name != forced:
-            reason = f"SELFREWARD_BACKEND={forced}"
+        if asked and backend.name != asked:
+            reason = f"SELFREWARD_BACKEND={asked}"
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise InputError(f"no backend of {op} runs on {device} ({'; '.join(reasons)})")
+
+
+def _asked(op: str) -> str | None:
+    """SELFREWARD_BACKEND, for the ops that have a backend of that name; several with commas, the first that the op has."""
+    names = {backend.name for backends in OPS.values() for backend in backends}
+    wanted = [name for name in os.environ.get("SELFREWARD_BACKEND", "").split(",") if name]
+    for name in wanted:
+        if name not in names:
+            raise InputError(f"SELFREWARD_BACKEND asks for {name!r}; expected some of {', '.join(sorted(names))}")
+    return next((name for name in wanted if any(name == backend.name for backend in OPS[op])), None)
 
 
 def _for_rows(op: str, *tensors: torch.Tensor) -> Backend:
@@ -318,14 +357,28 @@ def swiglu_rows(gate_up: torch.Tensor, threads: int = 1) -> torch.Tensor:
     return _for_rows("swiglu_rows", gate_up).fn(gate_up, threads)
 
 
-def tree_windows(end: torch.Tensor) -> _tree.TreeWindows:
-    """What `tree_attention` needs to know of a pack, computed once for all layers. end [N] int64."""
-    return _tree.tree_windows(end)
+@dataclass(frozen=True)
+class TreeMask:
+    """Who sees whom in a pack: `Pack.end` [N] int64, and `Pack.chains`, the lengths of its sequences where no tree
+    branches. In the form that a backend of `tree_attention` wants it, made once for all layers."""
+
+    end: torch.Tensor
+    chains: Sequence[int] | None = None
+
+    @cached_property
+    def windows(self) -> _tree.TreeWindows:
+        return _tree.tree_windows(self.end)
+
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """Where each sequence begins, and their end: int32 [sequences + 1]."""
+        assert self.chains is not None
+        return torch.tensor([0, *accumulate(self.chains)], dtype=torch.int32, device=self.end.device)
 
 
-def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: _tree.TreeWindows) -> torch.Tensor:
+def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
     """q [N, H, D], k and v [N, G, D] -> [N, H, D]; query i sees key j iff j <= i < end[j]. Differentiable."""
-    return choose("tree_attention", q.device.type).fn(q, k, v, windows)
+    return choose("tree_attention", q.device.type, q.dtype, causal=mask.chains is not None).fn(q, k, v, mask)
 
 
 def rope_write(

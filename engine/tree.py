@@ -40,6 +40,11 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens) + sum(len(child) for child in self.children)
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether nothing branches: one sequence, however many segments it has."""
+        return len(self.children) == 0 or (len(self.children) == 1 and self.children[0].is_chain)
+
     @staticmethod
     def pack(trees: Iterable[TokenTree], budget: int) -> list[Pack]:
         """Put whole trees, in the given order, into packs of at most `budget` tokens."""
@@ -55,6 +60,7 @@ class TokenTree:
                 packs.append(builder.finish())
                 builder = _Builder()
             builder.add(tree)
+            builder.chains.append(size if tree.is_chain else 0)
         if builder.tokens:
             packs.append(builder.finish())
         return packs
@@ -72,19 +78,28 @@ class Edges:
     def __len__(self) -> int:
         return len(self.row)
 
+    def to(self, device: str | torch.device) -> Edges:
+        return Edges(*(x.to(device) for x in (self.row, self.target, self.weight, self.sequence)))
+
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees in pre-order: tokens, position, end and key (of the token's segment) are int64 [N]."""
+    """Trees in pre-order: tokens, position, end and key (of the token's segment) are int64 [N]. `chains`: how many tokens
+    each tree has, where none branches: then the pack is plain causal sequences, one after the other."""
 
     tokens: torch.Tensor
     position: torch.Tensor
     end: torch.Tensor
     key: torch.Tensor
     edges: Edges
+    chains: tuple[int, ...] | None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def to(self, device: str | torch.device) -> Pack:
+        tokens, position, end, key = (x.to(device) for x in (self.tokens, self.position, self.end, self.key))
+        return Pack(tokens, position, end, key, self.edges.to(device), self.chains)
 
 
 @dataclass
@@ -94,6 +109,7 @@ class _Builder:
     end: list[int] = field(default_factory=list)
     key: list[int] = field(default_factory=list)
     edges: list[tuple[int, int, float, int]] = field(default_factory=list)
+    chains: list[int] = field(default_factory=list)  # tokens of each tree, 0 for one that branches
 
     def add(self, tree: TokenTree, parent: int = -1, depth: int = 0) -> None:
         """Append the segment, then its children; `parent` is the row of the token before the segment (-1: none)."""
@@ -112,7 +128,8 @@ class _Builder:
     def finish(self) -> Pack:
         row, target, weight, sequence = zip(*self.edges, strict=True) if self.edges else ((), (), (), ())
         edges = Edges(_ints(row), _ints(target), torch.tensor(weight, dtype=torch.float32), _ints(sequence))
-        return Pack(_ints(self.tokens), _ints(self.position), _ints(self.end), _ints(self.key), edges)
+        chains = tuple(self.chains) if all(self.chains) else None
+        return Pack(_ints(self.tokens), _ints(self.position), _ints(self.end), _ints(self.key), edges, chains)
 
 
 def _weighted(tree: TokenTree) -> Iterator[tuple[int, float]]:

@@ -4,11 +4,13 @@ Three calling conventions for one thing; each adapter takes q [N, H, D], k and v
 that lie one after the other, `bounds` int32 [S + 1] (where each begins, and N) and the longest one's length. All ask for
 the deterministic backward. A tree with branches is not theirs to do: `engine/ops.py` asks first.
 
-| name  | from                                        | causal is written         |
-|-------|---------------------------------------------|---------------------------|
-| fa3   | flash_attn_interface.flash_attn_varlen_func | causal=True               |
-| fa2   | flash_attn.flash_attn_varlen_func           | causal=True               |
-| torch | torch.nn.attention.varlen.varlen_attn       | window_size=(-1, 0), or is_causal=True before torch 2.11 |
+| name         | from                                        | causal is written                                   |
+|--------------|---------------------------------------------|-----------------------------------------------------|
+| fa3          | flash_attn_interface.flash_attn_varlen_func | causal=True                                         |
+| fa2          | flash_attn.flash_attn_varlen_func           | causal=True                                         |
+| torch_varlen | torch.nn.attention.varlen.varlen_attn       | window_size=(-1, 0); is_causal=True where it has that |
+
+Which one an engine takes is in `engine/ops.py`: none unless asked for, as long as none was measured beside our kernel.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def _torch_varlen(function: Any) -> Varlen:
 ADAPTERS: dict[str, tuple[str, str, Callable[[Any], Varlen]]] = {
     "fa3": ("flash_attn_interface", "flash_attn_varlen_func", _tri_dao),
     "fa2": ("flash_attn", "flash_attn_varlen_func", _tri_dao),
-    "torch": ("torch.nn.attention.varlen", "varlen_attn", _torch_varlen),
+    "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn", _torch_varlen),
 }
 
 

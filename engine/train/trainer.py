@@ -212,13 +212,14 @@ def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: in
     sums: list[float] = []
     with torch.no_grad():
         for pack in TokenTree.pack((dpo_tree(row, number) for number, row in enumerate(rows)), max_pack_tokens):
+            pack = pack.to(model.embed.device)
             sums.extend(sequence_logps(pack_logprobs(model, pack), pack.edges, pack.edges.sequence.unique()).tolist())
     return list(zip(sums[::2], sums[1::2], strict=True))
 
 
 def pack_logprobs(model: Llama, pack: Pack, dropout: Dropout = keep) -> torch.Tensor:
     """Log-prob of every edge of a pack [E] fp32, differentiable."""
-    hidden = model(pack.tokens, pack.position, tree_attend(pack.end), dropout=dropout)  # [N, dim]
+    hidden = model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains), dropout=dropout)  # [N, dim]
     return ops.token_logprobs(hidden[pack.edges.row], model.head, pack.edges.target)[0]
 
 
@@ -298,7 +299,7 @@ def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, i
     """Add the gradient of the batch's mean loss to the parameters, pack by pack: as many packs as the tokens need."""
     metrics: Metrics = {}
     tokens = 0
-    for pack, loss_of in _packs(batch, config):
+    for pack, loss_of in _packs(batch, config, model.embed.device):
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
         loss, part = loss_of(pack_logprobs(model, pack, dropout))
         loss.backward()
@@ -311,25 +312,30 @@ def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, i
 LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, Metrics]]
 
 
-def _packs(batch: Batch, config: SFTConfig) -> Iterator[tuple[Pack, LossOf]]:
+def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[tuple[Pack, LossOf]]:
     """The packs of one batch, each with its loss as a function of the per-edge log-probs."""
     if not isinstance(config, DPOConfig):
         examples = [(row_key(number), row) for number, row in batch.rows if isinstance(row, SFTRow)]
-        yield from _sft_packs(examples, sft_loss, config.max_pack_tokens)
+        yield from _sft_packs(examples, sft_loss, config.max_pack_tokens, device)
         return
     pairs = [(row_key(number), row) for number, row in batch.rows if isinstance(row, DPORow)]
-    reference = torch.tensor([row.reference for _, row in pairs], dtype=torch.float32)  # [pairs, 2]
+    reference = torch.tensor([row.reference for _, row in pairs], dtype=torch.float32, device=device)  # [pairs, 2]
     trees = [dpo_tree(row, place, key) for place, (key, row) in enumerate(pairs)]
     for pack in TokenTree.pack(trees, config.max_pack_tokens):
+        pack = pack.to(device)
         yield pack, partial(dpo_loss, edges=pack.edges, reference=reference, beta=config.beta, total_pairs=len(pairs))
     replayed = [(row_key(-1 - number), row) for number, row in batch.replay]
-    yield from _sft_packs(replayed, partial(replay_loss, weight=config.replay_weight), config.max_pack_tokens)
+    yield from _sft_packs(replayed, partial(replay_loss, weight=config.replay_weight), config.max_pack_tokens, device)
 
 
 def _sft_packs(
-    rows: list[tuple[int, SFTRow]], loss: Callable[..., tuple[torch.Tensor, Metrics]], budget: int
+    rows: list[tuple[int, SFTRow]],
+    loss: Callable[..., tuple[torch.Tensor, Metrics]],
+    budget: int,
+    device: torch.device,
 ) -> Iterator[tuple[Pack, LossOf]]:
     """Rows with their dropout keys; `loss` is divided by the number of all their target tokens."""
     total = float(sum(len(row.completion) for _, row in rows))
     for pack in TokenTree.pack([sft_tree(row, place, key) for place, (key, row) in enumerate(rows)], budget):
+        pack = pack.to(device)
         yield pack, partial(loss, edges=pack.edges, total_weight=total)

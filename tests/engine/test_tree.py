@@ -44,3 +44,11 @@ def test_mistakes_are_named():
         TokenTree([])
     with pytest.raises(InputError, match="2 tokens has 1 loss weights"):
         TokenTree([1, 2], weight=[1.0])
+
+
+def test_chains_are_the_lengths_of_trees_that_do_not_branch():
+    line = TokenTree([1, 2], children=(TokenTree([3]),))
+    fork = TokenTree([1], children=(TokenTree([2]), TokenTree([3])))
+    assert TokenTree.pack([line, TokenTree([4, 5, 6, 7])], 99)[0].chains == (3, 4)
+    first, second = TokenTree.pack([line, fork, line], 6)
+    assert first.chains is None and second.chains == (3,)

@@ -53,8 +53,8 @@ STAND_INS = {
     "fa2": ("fa2", fa(False)),
     "fa3": ("fa3", fa(False)),
     "fa3 with lse": ("fa3", fa(True)),
-    "torch 2.13": ("torch", varlen_2_13),
-    "torch 2.10": ("torch", varlen_2_10),
+    "torch 2.13": ("torch_varlen", varlen_2_13),
+    "torch 2.10": ("torch_varlen", varlen_2_10),
 }
 
 
@@ -82,7 +82,7 @@ def test_torchs_own_has_the_arguments_that_the_adapter_passes():
     known = list(inspect.signature(varlen_attn).parameters)
     assert known[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert {"window_size", "is_causal"} & set(known)
-    assert flash.find("torch") is not None
+    assert flash.find("torch_varlen") is not None
 
 
 def test_what_is_not_installed_says_so():
@@ -100,4 +100,4 @@ def test_what_is_not_installed_says_so():
     ],
 )
 def test_the_reasons_not_to_take_it(device, dtype, causal, words):
-    assert words in flash.why_not("torch", device, dtype, causal)
+    assert words in flash.why_not("torch_varlen", device, dtype, causal)

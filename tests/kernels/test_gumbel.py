@@ -193,6 +193,31 @@ def test_choose_takes_the_reference_where_the_environment_asks_for_it(fresh_choi
     assert set(ops.backends().values()) == {"torch"}
 
 
+def test_a_backend_that_no_op_has_is_refused_by_name(fresh_choice, monkeypatch):
+    monkeypatch.setenv("SELFREWARD_BACKEND", "trtion")
+    with pytest.raises(InputError, match=r"SELFREWARD_BACKEND asks for 'trtion'; expected some of .*native.*triton"):
+        ops.choose("gumbel_noise", "cpu")
+
+
+def test_an_op_without_the_backend_that_is_asked_for_takes_its_own(fresh_choice, monkeypatch):
+    monkeypatch.setenv("SELFREWARD_BACKEND", "triton,torch")
+    assert ops.choose("rms_norm", "cpu").name == "triton"
+    assert ops.choose("dropout_mask", "cpu").name == "torch"
+    ops.choose.cache_clear()
+    monkeypatch.setenv("SELFREWARD_BACKEND", "triton")
+    assert ops.choose("dropout_mask", "cpu").name == "native"
+
+
+def test_other_peoples_flash_attention_runs_only_where_it_is_asked_for_and_able(fresh_choice, monkeypatch):
+    half = torch.bfloat16
+    assert ops.choose("tree_attention", "cuda", half, causal=True).name not in ("fa2", "fa3", "torch_varlen")
+    ops.choose.cache_clear()
+    monkeypatch.setenv("SELFREWARD_BACKEND", "torch_varlen")
+    assert ops.choose("tree_attention", "cuda", half, causal=True).name == "torch_varlen"
+    with pytest.raises(InputError, match="torch_varlen: FlashAttention knows no trees"):
+        ops.choose("tree_attention", "cuda", half, causal=False)
+
+
 def test_choose_says_why_no_backend_applies(fresh_choice, monkeypatch):
     monkeypatch.setenv("SELFREWARD_BACKEND", "native")
     with pytest.raises(InputError, match=r"native: the native kernels run on the CPU.*torch: SELFREWARD_BACKEND"):
