@@ -33,8 +33,8 @@ install: $(STAMPS)/run
 test: $(STAMPS)/test lint
 	$(PY) -m pytest -m "not full"
 
-test-full: $(STAMPS)/test
-	$(PY) -m pytest -m full --durations=10
+test-full: $(STAMPS)/test $(STAMPS)/triton-3.6.0
+	SELFREWARD_OLD_TRITON=$(abspath $(STAMPS)/triton-3.6.0) $(PY) -m pytest -m full --durations=10
 
 lint: $(STAMPS)/test
 	$(PY) -m ruff check .
@@ -64,3 +64,8 @@ $(STAMPS)/run: $(STAMPS)/torch $(SOURCES)
 $(STAMPS)/test: $(STAMPS)/torch $(SOURCES)
 	$(PIP) -e '.[test]'
 	touch $@ $(STAMPS)/run
+
+# The oldest Triton that kernels are compiled with, beside the one that is installed.
+$(STAMPS)/triton-3.6.0: $(STAMPS)/test
+	$(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps --target $@ triton==3.6.0
+	touch $@

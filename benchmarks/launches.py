@@ -19,6 +19,7 @@ from engine.kernels.swiglu import swiglu
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 TOKENS = 8192
+WIDE: frozenset[str] = frozenset()  # kernels whose products have 64 rows or more: 16-bit ones are wgmma's on sm_90
 
 
 class Launch(NamedTuple):

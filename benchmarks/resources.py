@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.launches import LAUNCHES
+from benchmarks.launches import LAUNCHES, WIDE
 
 SHARED_KB = {90: 227, 80: 163}  # of one program; a multiprocessor has one KB more, and each program takes one
 
@@ -92,6 +92,7 @@ def resources(kernel: Any) -> dict[str, Any]:
         "spills": usage["STACK"] + usage["LOCAL"],
         "shared": meta.shared,
         "occupancy": _warps_held(meta.num_warps, usage["REG"], meta.shared, meta.target.arch) / 64,
+        "wide": kernel.name in WIDE,
         "product": next((kind for kind in ("wgmma.mma_async", "mma.sync") if kind in ptx), "-"),
     }
 

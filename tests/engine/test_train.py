@@ -128,7 +128,11 @@ def gradient(rows, numbers, dtype, **options):
     config = (DPOConfig if isinstance(rows[0], DPORow) else SFTConfig)(**options)
     batch = Batch.take(rows, (), config, 0, numbers)
     metrics, _ = _backward(llama, batch, config)
-    return metrics, torch.cat([p.grad.flatten() for p in llama.parameters()]), len(list(_packs(batch, config)))
+    return (
+        metrics,
+        torch.cat([p.grad.flatten() for p in llama.parameters()]),
+        len(list(_packs(batch, config, llama.embed.device))),
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
