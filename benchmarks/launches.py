@@ -37,9 +37,12 @@ def backward(*outputs: torch.Tensor) -> None:
 
 
 def norm(dim: int, dtype: torch.dtype) -> None:
-    x, weight = meta(TOKENS, dim, dtype=dtype, grad=True), meta(dim, dtype=dtype, grad=True)
-    backward(rms_norm(x, weight, 1e-5))
-    backward(*add_rms_norm(x, meta(TOKENS, dim, dtype=dtype, grad=True), weight, 1e-5))
+    backward(rms_norm(meta(TOKENS, dim, dtype=dtype, grad=True), meta(dim, dtype=dtype, grad=True), 1e-5))
+
+
+def add_norm(dim: int, dtype: torch.dtype) -> None:
+    x, branch = (meta(TOKENS, dim, dtype=dtype, grad=True) for _ in range(2))
+    backward(*add_rms_norm(x, branch, meta(dim, dtype=dtype, grad=True), 1e-5))
 
 
 def rotary(heads: int, dim: int, dtype: torch.dtype) -> None:
@@ -52,7 +55,8 @@ def activation(ffn: int, dtype: torch.dtype) -> None:
 
 
 LAUNCHES = (
-    *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 5120, 8192)),
+    *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 8192)),
+    *(Launch(f"add + rms_norm, dim {dim}", ALL, partial(add_norm, dim)) for dim in (4096, 5120, 8192)),
     *(Launch(f"rope, {heads} x {dim}", ALL, partial(rotary, heads, dim)) for heads, dim in ((32, 128), (8, 128))),
     Launch("swiglu, ffn 11008", ALL, partial(activation, 11008)),
 )

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,17 +115,27 @@ def _warps_held(warps: int, registers: int, shared: int, capability: int) -> int
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """As Markdown: a row for each kernel and dtype of a launch, with sm_90 / sm_80 side by side."""
     lines = [
-        "| launch | dtype | kernel | sm | warps | stages | registers | spilled, B | shared, KB | occupancy | product |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| launch | dtype | kernel | warps | stages | registers | spilled, B | shared, KB | occupancy | product |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    sides: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
     for row in found:
-        lines.append(
-            f"| {row['launch']} | {row['dtype']} | `{row['kernel']}` | {row['arch']} | {row['warps']} | {row['stages']} "
-            f"| {row['registers']} | {row['spills']} | {row['shared'] / 1024:.1f} | {row['occupancy']:.0%} "
-            f"| {row['product'].split('.')[0]} |"
-        )
+        key = (row["launch"], row["dtype"], row["kernel"])
+        sides.setdefault(key, {}).setdefault(row["arch"], []).append(row)
+    for (launch, dtype, kernel), by_arch in sides.items():
+        for variants in zip(*by_arch.values(), strict=True):
+
+            def both(text: Callable[[dict[str, Any]], str], variants: Any = variants) -> str:
+                return " / ".join(dict.fromkeys(map(text, variants)))
+
+            lines.append(
+                f"| {launch} | {dtype} | `{kernel}` | {both(lambda row: str(row['warps']))} "
+                f"| {both(lambda row: str(row['stages']))} | {both(lambda row: str(row['registers']))} "
+                f"| {both(lambda row: str(row['spills']))} | {both(lambda row: format(row['shared'] / 1024, '.1f'))} "
+                f"| {both(lambda row: format(row['occupancy'], '.0%'))} | {both(lambda row: row['product'].split('.')[0])} |"
+            )
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ def add_rms_norm(
 
 
 @jit
-def _forward(  # type: ignore[no-untyped-def]
+def _rms_norm_forward(  # type: ignore[no-untyped-def]
     x_ptr, branch_ptr, weight_ptr, total_ptr, y_ptr, scale_ptr, dim, eps,
     ADD: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward(  # type: ignore[no-untyped-def]
+def _rms_norm_backward(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, scale_ptr, dy_ptr, dtotal_ptr, dx_ptr, dweight_ptr, rows, dim,
     ADD: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def _run_forward(x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Ten
     scale = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     block = power_of_two(dim)
     if rows:
-        _forward[(rows,)](
+        _rms_norm_forward[(rows,)](
             x, x if branch is None else branch, weight, total, y, scale, dim, eps,
             ADD=branch is not None, BLOCK=block, ACC=acc(x.dtype), num_warps=_warps(block),
         )  # fmt: skip
@@ -123,7 +123,7 @@ def _run_backward(
     dweight = torch.empty(parts, dim, dtype=scale.dtype, device=x.device)
     block = power_of_two(dim)
     if rows:
-        _backward[(parts,)](
+        _rms_norm_backward[(parts,)](
             x, weight, scale, dy, dy if dtotal is None else dtotal, dx, dweight, rows, dim,
             ADD=dtotal is not None, BLOCK=block, ACC=acc(x.dtype), num_warps=_warps(block),
         )  # fmt: skip

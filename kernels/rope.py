@@ -28,7 +28,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _turn(  # type: ignore[no-untyped-def]
+def _rope(  # type: ignore[no-untyped-def]
     x_ptr, cos_ptr, sin_ptr, out_ptr, x_stride, heads,
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS_BLOCK: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> t
     half_block = power_of_two(half)
     heads_block = min(power_of_two(heads), max(1, PAIRS // half_block))
     if rows:
-        _turn[(rows, -(-heads // heads_block))](
+        _rope[(rows, -(-heads // heads_block))](
             x, cos, sin, out, x.stride(0), heads,
             HALF=half, HALF_BLOCK=half_block, HEADS_BLOCK=heads_block, BACK=back, ACC=acc(x.dtype), num_warps=4,
         )  # fmt: skip

@@ -28,7 +28,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _forward(gate_up_ptr, out_ptr, ffn, BLOCK: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_forward(gate_up_ptr, out_ptr, ffn, BLOCK: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
@@ -40,7 +40,7 @@ def _forward(gate_up_ptr, out_ptr, ffn, BLOCK: tl.constexpr, ACC: tl.constexpr):
 
 
 @jit
-def _backward(gate_up_ptr, dout_ptr, dgate_up_ptr, ffn, BLOCK: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_backward(gate_up_ptr, dout_ptr, dgate_up_ptr, ffn, BLOCK: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
@@ -72,7 +72,7 @@ class _SwiGLU(torch.autograd.Function):
         rows, ffn = len(gate_up), gate_up.shape[1] // 2
         out = torch.empty(rows, ffn, dtype=gate_up.dtype, device=gate_up.device)
         if rows:
-            _forward[_grid(rows, ffn)](gate_up, out, ffn, BLOCK=BLOCK, ACC=acc(out.dtype), num_warps=4)
+            _swiglu_forward[_grid(rows, ffn)](gate_up, out, ffn, BLOCK=BLOCK, ACC=acc(out.dtype), num_warps=4)
         ctx.save_for_backward(gate_up)
         return out
 
@@ -82,7 +82,7 @@ class _SwiGLU(torch.autograd.Function):
         rows, ffn = len(gate_up), gate_up.shape[1] // 2
         out = torch.empty_like(gate_up)
         if rows:
-            _backward[_grid(rows, ffn)](
+            _swiglu_backward[_grid(rows, ffn)](
                 gate_up, dout.contiguous(), out, ffn, BLOCK=BLOCK, ACC=acc(out.dtype), num_warps=4
             )
         return out
