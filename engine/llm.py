@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,16 @@ import torch
 
 from engine import ops
 from engine.answers import Answers, Drawing, Scoring
-from engine.batch import Batch, make_batch
+from engine.batch import make_batch
 from engine.checkpoint import load_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
 from engine.kv_cache import BlockPool
-from engine.model import Attend, Llama
-from engine.packed import PackedWeights
+from engine.model import Llama
 from engine.requests import Prompt, Reader, Request, RequestOutput
-from engine.sampling import Query, SamplingParams, draw_rules
+from engine.runner import CpuRunner
+from engine.sampling import SamplingParams
 from engine.scheduler import Group, Scheduler
 from engine.tokenizer import Tokenizer
-
-HEAD_ROWS = 256  # rows of logits at a time: at 32,000 tokens 33 MB
 
 
 class LLM:
@@ -74,14 +72,14 @@ class LLM:
         self.max_sequences = _limit("max_sequences", max_sequences, 256)
         self.block_size = block_size
         self._reader = Reader(self.tokenizer, config.vocab_size, self.max_model_len, seed)
-        self._packed = PackedWeights(self.model)
+        vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
+        self._runner = CpuRunner(self.model, block_size, vocab)
         self._stats: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
-        self._kernel_seconds = 0.0  # of the step under way
         blocks = self._block_count(kv_cache_gb)
         self._pool = BlockPool(blocks, block_size)
         self._scheduler = Scheduler(self._pool, self.max_batch_tokens, self.max_sequences)
         self._grouped = True  # read a shared chunk once for all its rows; off only to measure what that saves
-        self._allocate_pages()
+        self._runner.allocate(blocks)
         self._asleep: str | None = None
         self._source = None if isinstance(model, Llama) else Path(model)
         self._loaded_epoch = self.model.weight_epoch
@@ -147,13 +145,14 @@ class LLM:
         scheduler, stats = self._scheduler, self._stats
         return {
             **stats,
+            "head_rows": self._runner.head_rows,
             "prefix_tokens_saved": scheduler.prefix_tokens_saved,
             "fork_tokens_saved": scheduler.fork_tokens_saved,
             "preemptions": scheduler.preemptions,
             "recomputed_tokens": scheduler.recomputed_tokens,
             "tokens_per_second": stats["new_tokens"] / stats["seconds"] if stats["seconds"] else 0.0,
             "blocks": self._pool.num_blocks - 1,
-            "packed_bytes": self._packed.bytes(),
+            "packed_bytes": self._runner.packed.bytes(),
             "backends": ops.backends("cpu"),
         }
 
@@ -192,8 +191,7 @@ class LLM:
             whose = "belong to the caller" if self._source is None else "were updated since they were loaded"
             raise InputError(f"the weights {whose}, so wake() could not load them again; call sleep() without weights")
         self._pool.reset()
-        self._packed.clear()
-        self._keys = self._values = torch.empty(0)
+        self._runner.release()
         if weights:
             for parameter in self.model.parameters():
                 parameter.data = torch.empty(0)
@@ -208,7 +206,7 @@ class LLM:
                 parameter.data = fresh[name].data
             self._loaded_epoch = self.model.weights_changed()
         if self._asleep:
-            self._allocate_pages()
+            self._runner.allocate(self._pool.num_blocks)
         self._asleep = None
 
     def abort(self, indices: Iterable[int] | None = None) -> None:
@@ -268,13 +266,6 @@ class LLM:
         if blocks < 1:
             raise InputError(f"the KV cache holds no block of {block_bytes / 2**20:.1f} MB; raise kv_cache_gb")
         return int(blocks) + 1  # and block 0
-
-    def _allocate_pages(self) -> None:
-        config, size = self.model.config, self.block_size
-        pages = (config.n_layers, self._pool.num_blocks, config.n_kv_heads)
-        # Not cleared, so that memory is taken as it is used: no slot is read before it is written.
-        self._keys = torch.empty(*pages, config.head_dim, size)  # [layers, blocks, G, D, B]
-        self._values = torch.empty(*pages, size, config.head_dim)  # [layers, blocks, G, B, D]
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -337,11 +328,9 @@ class LLM:
         assert plan.work, "the scheduler planned nothing although requests are waiting"
         batch = make_batch(plan, self.block_size, self._grouped)
         planned = time.perf_counter()
-        with torch.no_grad(), one_thread() as threads:
-            hidden = self._forward(batch, threads)
-            forwarded = time.perf_counter()
-            self._kernel_seconds = forwarded - planned
-            drawn = reader.take(self._answer(reader.queries(plan), hidden, threads))
+        before = self._runner.seconds
+        draws = self._runner.launch(batch, reader.queries(plan)).read()
+        drawn = reader.take(Answers(*(column.tolist() for column in draws)))
         computed = time.perf_counter()
         done = self._scheduler.commit(plan, drawn)
         ended = time.perf_counter()
@@ -353,7 +342,7 @@ class LLM:
             kv_bytes_ungrouped=batch.slots_ungrouped * self._slot_bytes,
             seconds=ended - started,
             scheduler_seconds=planned - started + ended - computed,
-            host_seconds=ended - started - self._kernel_seconds,
+            host_seconds=ended - started - (self._runner.seconds - before),
         )
         return done
 
@@ -361,50 +350,12 @@ class LLM:
         for name, count in counts.items():
             self._stats[name] += count
 
-    def _forward(self, batch: Batch, threads: int) -> torch.Tensor:
-        """Hidden states of all rows of the plan, in order [rows, dim]."""
-        return self.model(batch.tokens, batch.positions, self._attend(batch, threads), self._packed.kernels(threads))
-
-    def _attend(self, batch: Batch, threads: int) -> Attend:
-        def attend(
-            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-        ) -> torch.Tensor:
-            pages = self._keys[layer], self._values[layer]
-            q = ops.rope_write(q, k, v, cos, sin, *pages, batch.slots, batch.copies, threads)
-            return ops.chunk_attention(q, *pages, batch.items, batch.positions, threads)
-
-        return attend
-
-    def _answer(self, queries: list[Query], hidden: torch.Tensor, threads: int) -> Answers:
-        """What the queries ask of the logits of their rows, some rows at a time."""
-        config = self.model.config
-        vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
-        answers = Answers([], [], [], [])
-        for start in range(0, len(queries), HEAD_ROWS):
-            part = queries[start : start + HEAD_ROWS]
-            rows = sorted({query.row for query in part})
-            place = {row: number for number, row in enumerate(rows)}
-            rules = draw_rules(part, vocab)
-            began = time.perf_counter()
-            logits = self._packed(hidden[torch.tensor(rows)], self.model.head, threads)
-            if len(rows) < len(part):  # the candidates of a prompt draw from one row
-                logits = logits[torch.tensor([place[query.row] for query in part])]
-            draws = ops.sample_rows(logits, rules, threads)
-            self._kernel_seconds += time.perf_counter() - began
-            self._count(head_rows=len(rows))
-            answers.ids.extend(draws.ids.tolist())
-            answers.raw.extend(draws.raw.tolist())
-            answers.sampled.extend(draws.sampled.tolist())
-            answers.labels.extend(draws.labels.tolist())
-        return answers
-
 
 _COUNTERS = (
     "requests",
     "prompt_tokens",
     "new_tokens",
     "computed_rows",
-    "head_rows",
     "steps",
     "kv_bytes_read",
     "kv_bytes_ungrouped",
@@ -412,22 +363,6 @@ _COUNTERS = (
     "scheduler_seconds",
     "host_seconds",
 )
-
-
-@contextmanager
-def one_thread() -> Iterator[int]:
-    """Keep torch's small operations on one thread; yields the user's setting, which the kernels get.
-
-    The setting is the process's: another thread's torch operations run on one thread meanwhile, too.
-    Two threads that meet after every addition wait for each other: beside other work on two cores a step of the tiny
-    model took 26 ms so, 7 ms with one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)
 
 
 def available_memory() -> int:

@@ -211,8 +211,8 @@ def test_many_prompts_under_one_beginning_compute_it_once():
 
 def test_nan_in_unused_pages_changes_nothing(batch):
     llm = LLM(MODEL)
-    llm._keys.fill_(float("nan"))
-    llm._values.fill_(float("nan"))
+    llm._runner.keys.fill_(float("nan"))
+    llm._runner.values.fill_(float("nan"))
     assert [bits(output) for output in llm.generate(PROMPTS[:10], PARAMS[:10])] == batch[:10]
 
 
@@ -424,7 +424,7 @@ def test_sleep_frees_the_cache_and_wake_gives_the_same_bits():
     llm = LLM(random_llama(small_config(), seed=0))
     before = greedy_bits(llm)
     llm.sleep()
-    assert llm._keys.numel() == llm._values.numel() == 0
+    assert llm._runner.keys.numel() == llm._runner.values.numel() == 0
     with pytest.raises(InputError, match="asleep; call wake"):
         llm.generate([[1]])
     llm.update_weights({"model.norm.weight": torch.ones(64)})  # while the cache sleeps: normal

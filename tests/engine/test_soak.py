@@ -64,8 +64,8 @@ def soak(count, streams, seed, share=20):
     llm = LLM(M0, block_size=BLOCK, kv_cache_gb=(blocks + 0.5) * BLOCK * SLOT_BYTES / 2**30)
     alone = LLM(M0, block_size=BLOCK, kv_cache_gb=300 * BLOCK * SLOT_BYTES / 2**30)
     for engine in (llm, alone):  # memory is taken as it is used: use all of it now
-        engine._keys.zero_()
-        engine._values.zero_()
+        engine._runner.keys.zero_()
+        engine._runner.values.zero_()
     memory = []
     for part in parts:
         chosen = dict.fromkeys(rng.sample(range(len(part)), 20 // streams))

@@ -1,0 +1,108 @@
+"""A step on a CPU: rows through the model, then what is asked of their logits.
+
+`launch` takes a step, `read` gives what it drew: two calls, because on a GPU (`engine/runner_gpu.py`) the host goes on in
+between. Here everything is done when `launch` returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from engine import ops
+from engine.batch import Batch
+from engine.model import Attend, Llama
+from engine.packed import PackedWeights
+from engine.sampling import Query, draw_rules
+
+HEAD_ROWS = 256  # rows of logits at a time: at 32,000 tokens 33 MB
+
+
+class Done:
+    """A step that is computed: one entry of `draws` per query, their labels one after the other."""
+
+    def __init__(self, draws: ops.Draws) -> None:
+        self._draws = draws
+
+    def read(self) -> ops.Draws:
+        return self._draws
+
+
+class CpuRunner:
+    """The steps of one `LLM`. vocab: ids from here on are no tokens; seconds: of all operations of the model so far."""
+
+    def __init__(self, model: Llama, block_size: int, vocab: int) -> None:
+        self.model, self.block_size, self.vocab = model, block_size, vocab
+        self.packed = PackedWeights(model)
+        self.keys = self.values = torch.empty(0)
+        self.seconds = 0.0
+        self.head_rows = 0
+
+    def allocate(self, blocks: int) -> None:
+        config, size = self.model.config, self.block_size
+        pages = (config.n_layers, blocks, config.n_kv_heads)
+        # Not cleared, so that memory is taken as it is used: no slot is read before it is written.
+        self.keys = torch.empty(*pages, config.head_dim, size)  # [layers, blocks, G, D, B]
+        self.values = torch.empty(*pages, size, config.head_dim)  # [layers, blocks, G, B, D]
+
+    def release(self) -> None:
+        """Give back the pages and the copies of weights."""
+        self.packed.clear()
+        self.keys = self.values = torch.empty(0)
+
+    def launch(self, batch: Batch, queries: Sequence[Query]) -> Done:
+        with torch.no_grad(), one_thread() as threads:
+            began = time.perf_counter()
+            kernels = self.packed.kernels(threads)
+            hidden = self.model(batch.tokens, batch.positions, self._attend(batch, threads), kernels)  # [R, dim]
+            self.seconds += time.perf_counter() - began
+            parts = [
+                self._draw(hidden, queries[start : start + HEAD_ROWS], threads)
+                for start in range(0, len(queries), HEAD_ROWS)
+            ]
+        return Done(ops.Draws(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else _NOTHING)
+
+    def _attend(self, batch: Batch, threads: int) -> Attend:
+        def attend(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        ) -> torch.Tensor:
+            pages = self.keys[layer], self.values[layer]
+            q = ops.rope_write(q, k, v, cos, sin, *pages, batch.slots, batch.copies, threads)
+            return ops.chunk_attention(q, *pages, batch.items, batch.positions, threads)
+
+        return attend
+
+    def _draw(self, hidden: torch.Tensor, queries: Sequence[Query], threads: int) -> ops.Draws:
+        rows = sorted({query.row for query in queries})
+        place = {row: number for number, row in enumerate(rows)}
+        rules = draw_rules(queries, self.vocab)
+        began = time.perf_counter()
+        logits = self.packed(hidden[torch.tensor(rows)], self.model.head, threads)
+        if len(rows) < len(queries):  # the candidates of a prompt draw from one row
+            logits = logits[torch.tensor([place[query.row] for query in queries])]
+        draws = ops.sample_rows(logits, rules, threads)
+        self.seconds += time.perf_counter() - began
+        self.head_rows += len(rows)
+        return draws
+
+
+_NOTHING = ops.Draws(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0), torch.empty(0))
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Keep torch's small operations on one thread; yields the user's setting, which the kernels get.
+
+    The setting is the process's: another thread's torch operations run on one thread meanwhile, too.
+    Two threads that meet after every addition wait for each other: beside other work on two cores a step of the tiny
+    model took 26 ms so, 7 ms with one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
