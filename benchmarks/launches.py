@@ -14,8 +14,11 @@ import torch
 
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope
+from engine.kernels.rope_write import rope_write
 from engine.kernels.swiglu import swiglu
+from engine.kernels.work_attention import Work, work_attention
 
+BLOCKS, PAGE = 1024, 64  # of the sampler's cache
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 TOKENS = 8192
@@ -54,9 +57,27 @@ def activation(ffn: int, dtype: torch.dtype) -> None:
     backward(swiglu(meta(TOKENS, 2 * ffn, dtype=dtype, grad=True)))
 
 
+def chunks(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """A sampler's layer: 256 rows, both kinds of items, partial slots."""
+    rows, index = 256, torch.int32
+    qkv = meta(rows, heads + 2 * kv_heads, dim, dtype=dtype)
+    angles = meta(rows, dim // 2, dtype=torch.float32)
+    pages = meta(BLOCKS, kv_heads, PAGE, dim, dtype=dtype)
+    slots, copies = meta(rows, dtype=torch.int64), meta(4, 3, dtype=torch.int64)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    q = rope_write(q, k, v, angles, angles, pages.transpose(-1, -2), pages, slots, copies)
+    items = meta(rows, 6, dtype=index)
+    work = Work(meta(8 * rows, dtype=index), items, items, meta(rows, dtype=index), meta(rows, 3, dtype=index), rows)
+    work_attention(q, pages.transpose(-1, -2), pages, work)
+
+
 LAUNCHES = (
     *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 8192)),
     *(Launch(f"add + rms_norm, dim {dim}", ALL, partial(add_norm, dim)) for dim in (4096, 5120, 8192)),
     *(Launch(f"rope, {heads} x {dim}", ALL, partial(rotary, heads, dim)) for heads, dim in ((32, 128), (8, 128))),
+    *(
+        Launch(f"sampler's layer, {heads}/{kv_heads} x {dim}", ALL, partial(chunks, heads, kv_heads, dim))
+        for heads, kv_heads, dim in ((32, 32, 128), (64, 8, 128), (8, 1, 128), (12, 12, 64))
+    ),
     Launch("swiglu, ffn 11008", ALL, partial(activation, 11008)),
 )

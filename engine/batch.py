@@ -5,6 +5,7 @@ R rows in the plan's order; a sequence's rows are neighbours, and so are sequenc
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -14,10 +15,32 @@ import torch
 from engine.scheduler import Plan
 
 
+class Layout(NamedTuple):
+    """Which rows and which pages belong to each of the W sequences of a step, int64."""
+
+    first_row: np.ndarray  # [W + 1]: sequence w has the rows first_row[w] .. first_row[w + 1]
+    starts: np.ndarray  # [W]: position of its first row
+    first_page: np.ndarray  # [W + 1]: and the pages first_page[w] .. first_page[w + 1], one for each chunk
+    pages: np.ndarray  # [P]
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.diff(self.first_row)
+
+    def chunk_items(self, block_size: int) -> np.ndarray:
+        """Every chunk of every sequence with the rows that see it: [P, 4] of (page, chunk, first row, last row)."""
+        of_page = np.repeat(np.arange(len(self.starts)), np.diff(self.first_page))
+        chunks = np.arange(len(self.pages)) - self.first_page[of_page]
+        begin = self.first_row[of_page] + np.maximum(chunks * block_size - self.starts[of_page], 0)
+        items = np.stack((self.pages, chunks, begin, self.first_row[of_page + 1]), axis=1)
+        return items[begin < items[:, 3]]
+
+
 class Batch(NamedTuple):
     tokens: torch.Tensor  # [R] int64
     positions: torch.Tensor  # [R] int64
     slots: torch.Tensor  # [R] int64: block * block_size + slot, where a row's key and value go
+    layout: Layout
     items: torch.Tensor  # [I, 4] int64: page, chunk, first row, last row (exclusive); ascending chunks
     copies: torch.Tensor  # [C, 3] int64: source block, target block, tokens
     slots_read: int  # keys that the items read
@@ -29,31 +52,26 @@ def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
     works = plan.work
     starts = np.array([work.start for work in works])
     counts = np.array([work.stop for work in works]) - starts
-    first_row = np.cumsum(counts) - counts
-    tokens = np.fromiter(chain.from_iterable(w.sequence.tokens[w.start : w.stop] for w in works), np.int64)
-    work_of_row = np.repeat(np.arange(len(works)), counts)
-    positions = np.arange(len(tokens)) - (first_row - starts)[work_of_row]
-
     tables = [work.sequence.blocks for work in works]
-    lengths = np.array([len(table) for table in tables])
-    pages = np.fromiter(chain.from_iterable(tables), np.int64)
-    first_page = np.cumsum(lengths) - lengths
-    slots = pages[first_page[work_of_row] + positions // block_size] * block_size + positions % block_size
+    layout = Layout(
+        _offsets(counts), starts, _offsets([len(table) for table in tables]), np.fromiter(_flat(tables), np.int64)
+    )
+    tokens = np.fromiter(_flat(w.sequence.tokens[w.start : w.stop] for w in works), np.int64)
+    work_of_row = np.repeat(np.arange(len(works)), counts)
+    positions = np.arange(len(tokens)) - (layout.first_row[:-1] - starts)[work_of_row]
+    block = layout.pages[layout.first_page[work_of_row] + positions // block_size]
+    slots = block * block_size + positions % block_size
 
-    # A chunk of a sequence is needed by its rows from the chunk's first position on.
-    work_of_page = np.repeat(np.arange(len(works)), lengths)
-    chunks = np.arange(len(pages)) - first_page[work_of_page]
-    begin = first_row[work_of_page] + np.maximum(chunks * block_size - starts[work_of_page], 0)
-    end = (first_row + counts)[work_of_page]
-    items = np.stack((pages, chunks, begin, end), axis=1)[begin < end]
+    items = layout.chunk_items(block_size)
     items = items[np.argsort(items[:, 1], kind="stable")]  # by chunk, then by row
     if grouped:
-        items = _merged(items)
+        items = merged(items)
     last = np.maximum.reduceat(np.append(positions, 0), items[:, 2:].ravel())[::2]  # the furthest row of each item
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(positions),
         torch.from_numpy(slots),
+        layout,
         torch.from_numpy(items),
         torch.tensor([(c.source, c.target, c.tokens) for c in plan.copies], dtype=torch.int64).view(-1, 3),
         int(np.minimum(last - items[:, 1] * block_size + 1, block_size).sum()),
@@ -61,7 +79,7 @@ def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
     )
 
 
-def _merged(items: np.ndarray) -> np.ndarray:
+def merged(items: np.ndarray) -> np.ndarray:
     """Items of neighbouring rows with the same page and chunk become one."""
     page, chunk, begin, end = items.T
     new = np.ones(len(items), dtype=bool)
@@ -69,3 +87,12 @@ def _merged(items: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(new)
     ends = np.append(starts[1:], len(items)) - 1
     return np.stack((page[starts], chunk[starts], begin[starts], end[ends]), axis=1)
+
+
+def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Where each of some lists begins when they lie one after the other, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+
+
+def _flat(lists: Iterable[Sequence[int]]) -> Iterable[int]:
+    return chain.from_iterable(lists)

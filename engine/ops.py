@@ -38,8 +38,11 @@ from engine.kernels import rope_write as _rope_write
 from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
+from engine.kernels import work_attention as _work
 from engine.kernels.sample import DrawRules, Draws
+from engine.kernels.work_attention import Work
 
+tile_rows = _work.tile_rows  # the most rows of a work list's items
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
 
 
@@ -247,7 +250,12 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_fp32, _native_chunk_attention),
         Backend("torch", _always, _without_threads(_chunk.chunk_attention_reference)),
     ),
+    "work_attention": (
+        Backend("triton", _triton, _work.work_attention),
+        Backend("torch", _always, _work.work_attention_reference),
+    ),
     "rope_write": (
+        Backend("triton", _triton, _without_threads(_rope_write.rope_write)),
         Backend("native", _native_fp32, _native_rope_write),
         Backend("torch", _always, _without_threads(_rope_write.rope_write_reference)),
     ),
@@ -423,6 +431,11 @@ def chunk_attention(
     """
     backend = _for_rows("chunk_attention", q, key_pages, value_pages)
     return backend.fn(q, key_pages, value_pages, items, positions, threads)
+
+
+def work_attention(q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, work: Work) -> torch.Tensor:
+    """`chunk_attention` of a GPU: the same fold over the work list of `engine/work.py`, and pages with any strides."""
+    return choose("work_attention", q.device.type, q.dtype).fn(q, key_pages, value_pages, work)
 
 
 def token_logprobs(

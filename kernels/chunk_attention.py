@@ -9,6 +9,8 @@ who shares its chunks or how its context was computed: how rows are grouped into
 native kernel keeps that bit for bit; here it holds to the rounding of torch's products, whose shape is the item's.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
