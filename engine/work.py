@@ -22,7 +22,7 @@ PROGRAMS = 528  # to aim for: four for each of the 132 multiprocessors of an H10
 
 
 class Capacity(NamedTuple):
-    """The lengths of a work list's arrays; rows beyond the step's are padding."""
+    """The lengths of a work list's arrays, for decoding steps; rows beyond the step's are padding."""
 
     rows: int
     items: int
@@ -30,11 +30,10 @@ class Capacity(NamedTuple):
     slots: int
 
     @staticmethod
-    def of(rows: int, chunks: int, blocks: int, config: LlamaConfig) -> Capacity:
-        """Enough for `rows` decoding sequences of at most `chunks` chunks in a pool of `blocks`, but for odd trees: a tree
-        with that many leaves has less than twice as many runs, tiles and busy programs cut them further."""
-        items = 4 * rows + -(-PROGRAMS // config.n_kv_heads)
-        return Capacity(rows, items, rows * chunks, min(rows * chunks, 2 * blocks + rows))
+    def of(rows: int, chunks: int, kv_heads: int) -> Capacity:
+        """For `rows` sequences of at most `chunks` chunks. Pages and slots always suffice; items do but for odd trees: a
+        tree with that many leaves has less than twice as many runs, tiles and busy programs cut them further."""
+        return Capacity(rows, 4 * rows + -(-PROGRAMS // kv_heads), rows * chunks, rows * chunks)
 
 
 class WorkDoesNotFit(Exception):
@@ -42,10 +41,15 @@ class WorkDoesNotFit(Exception):
 
 
 def make_work(
-    layout: Layout, block_size: int, config: LlamaConfig, capacity: Capacity | None = None, grouped: bool = True
+    layout: Layout,
+    block_size: int,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    capacity: Capacity | None = None,
+    grouped: bool = True,
 ) -> ops.Work:
-    """grouped False: every sequence reads its own context, for measurement."""
-    wide_rows, narrow_rows = ops.tile_rows(config.n_heads, config.n_kv_heads)
+    """dtype: of queries and pages; grouped False: every sequence reads its own context, for measurement."""
+    wide_rows, narrow_rows = ops.tile_rows(config.n_heads, config.n_kv_heads, dtype)
     rows = int(layout.first_row[-1])
     many = layout.rows > narrow_rows
     work_of_row = np.repeat(np.arange(len(many)), layout.rows)
@@ -59,8 +63,10 @@ def make_work(
     if len(wide):
         pages = np.concatenate((layout.pages, pages))
     if capacity is not None:
-        if len(wide) or len(narrow) > capacity.items or len(pages) > capacity.pages or slots > capacity.slots:
-            raise WorkDoesNotFit
+        if len(wide) or len(narrow) > capacity.items or len(pages) > capacity.pages:
+            raise WorkDoesNotFit(
+                f"{len(wide)} wide and {len(narrow)} narrow items, {len(pages)} pages; there is {capacity}"
+            )
         narrow, pages = _padded(narrow, capacity.items), _padded(pages, capacity.pages)
         positions, fold = _padded(positions, capacity.rows), _padded(fold, capacity.rows)
         slots = capacity.slots
@@ -85,6 +91,8 @@ def _runs(layout: Layout, many: np.ndarray, tile: int, block_size: int, grouped:
     items = layout.chunk_items(block_size)
     if many.any():
         items = items[~np.repeat(many, layout.rows)[items[:, 2]]]
+    if not len(items):
+        return np.zeros((0, 6), dtype=np.int64), np.zeros(0, dtype=np.int64)
     items = items[np.lexsort((items[:, 2], items[:, 1]))]  # by chunk, then by row
     items = _split_rows(merged(items) if grouped else items, tile)
     page, chunk, begin, end = items[np.lexsort((items[:, 1], items[:, 3], items[:, 2]))].T  # by rows, then by chunk

@@ -23,7 +23,7 @@ from .chunk_attention import chunk_attention_reference
 from .jit import jit, power_of_two, tl
 
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), which is one instruction
-NARROW, WIDE = 16, 64  # rows times query heads of a group: the smallest tile of a tensor core, and wgmma's
+NARROW, WIDE = 16, 64  # rows times query heads of a group: the smallest tile of a tensor core, and of wgmma
 
 
 class Work(NamedTuple):
@@ -42,10 +42,15 @@ class Work(NamedTuple):
     slots: int  # how many there is room for
 
 
-def tile_rows(heads: int, kv_heads: int) -> tuple[int, int]:
+def tiles(dtype: torch.dtype) -> tuple[int, int]:
+    """Of wide and narrow items. fp32 is for comparisons: 64 rows of it would spill."""
+    return (NARROW if dtype == torch.float32 else WIDE), NARROW
+
+
+def tile_rows(heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[int, int]:
     """How many rows a wide and a narrow item may have."""
-    group = heads // kv_heads
-    return max(1, WIDE // group), max(1, NARROW // group)
+    wide, narrow = (max(1, tile // (heads // kv_heads)) for tile in tiles(dtype))
+    return wide, narrow
 
 
 def work_attention(q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, work: Work) -> torch.Tensor:
@@ -59,8 +64,9 @@ def work_attention(q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.
     kept = torch.empty(work.slots, heads, dim, dtype=torch.float32, device=q.device)  # o of every slot
     scales = torch.empty(work.slots, heads, 2, dtype=torch.float32, device=q.device)  # m and l of every slot
     kv_heads, page = key_pages.shape[1], key_pages.shape[3]
-    for items, tile, warps, stages in ((work.wide, WIDE, 4, 3), (work.narrow, NARROW, 4, 3)):
+    for items, tile in zip((work.wide, work.narrow), tiles(q.dtype), strict=True):
         if len(items):
+            warps, stages = config(tile, q.dtype)
             _fold_items[(len(items), kv_heads)](
                 q, key_pages, value_pages, work.pages, items, work.positions, work.fold, out, kept, scales,
                 q.stride(0), *key_pages.stride(), *value_pages.stride(), dim**-0.5 * LOG2_E,
@@ -94,6 +100,15 @@ def work_attention_reference(
     out = torch.zeros_like(q)
     out[:used] = chunk_attention_reference(q[:used], key_pages, value_pages, ordered, work.positions[:used].long())
     return out
+
+
+def config(tile: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Warps and stages: the fewest warps that spill nothing (a thread holds two accumulators: the fold's and the chunk's).
+    Of three stages the first loads page numbers, so one chunk is on its way while another is computed; with two programs
+    of 32 KB a chunk on a multiprocessor that is twice what the memory's latency asks for."""
+    if dtype == torch.float32:
+        return 8, 2
+    return (8, 3) if tile == WIDE else (4, 3)
 
 
 @jit
