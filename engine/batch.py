@@ -43,8 +43,17 @@ class Batch(NamedTuple):
     layout: Layout
     items: torch.Tensor  # [I, 4] int64: page, chunk, first row, last row (exclusive); ascending chunks
     copies: torch.Tensor  # [C, 3] int64: source block, target block, tokens
+    grouped: bool  # whether rows of different sequences share items
     slots_read: int  # keys that the items read
     slots_ungrouped: int  # keys that would be read if every sequence read its own context
+
+    @staticmethod
+    def empty() -> Batch:
+        """Of a step without rows."""
+        none = torch.empty(0, dtype=torch.int64)
+        zero = np.zeros(1, dtype=np.int64)
+        layout = Layout(zero, zero[1:], zero, zero[1:])
+        return Batch(none, none, none, layout, none.view(0, 4), none.view(0, 3), True, 0, 0)
 
 
 def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
@@ -74,6 +83,7 @@ def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
         layout,
         torch.from_numpy(items),
         torch.tensor([(c.source, c.target, c.tokens) for c in plan.copies], dtype=torch.int64).view(-1, 3),
+        grouped,
         int(np.minimum(last - items[:, 1] * block_size + 1, block_size).sum()),
         int((starts + counts).sum()),
     )

@@ -27,6 +27,7 @@ from engine.kv_cache import BlockPool
 from engine.model import Llama
 from engine.requests import Prompt, Reader, Request, RequestOutput
 from engine.runner import CpuRunner
+from engine.runner_gpu import GpuRunner
 from engine.sampling import SamplingParams
 from engine.scheduler import Group, Scheduler
 from engine.tokenizer import Tokenizer
@@ -55,12 +56,12 @@ class LLM:
         seed: int = 0,
         block_size: int = 64,
     ) -> None:
-        _check_options(device, dtype, quantization, deterministic, block_size)
-        if not isinstance(model, (str, Path, Llama)):
-            raise InputError(f"model is {model!r:.60}; expected a Llama or the path of a checkpoint's directory")
-        self.model = model if isinstance(model, Llama) else load_checkpoint(model)
-        if self.model.embed.dtype != torch.float32:
-            raise NotBuiltError(f"the model is {self.model.embed.dtype}; sampling runs in fp32 so far: load it as fp32")
+        _check_options(quantization, block_size)
+        self.model = _find_model(model, str(device), str(dtype).removeprefix("torch."))
+        self.device = self.model.embed.device
+        _check_deterministic(deterministic, self.device.type)
+        if self._on_gpu and block_size not in GPU_BLOCKS:
+            raise InputError(f"block_size is {block_size}; on a GPU expected one of {GPU_BLOCKS}")
         self.tokenizer = _find_tokenizer(model, tokenizer)
         config = self.model.config
         if self.tokenizer and self.tokenizer.vocab_size > config.vocab_size:
@@ -68,12 +69,16 @@ class LLM:
                 f"the tokenizer has {self.tokenizer.vocab_size} pieces, the model {config.vocab_size}: they do not match"
             )
         self.max_model_len = _limit("max_model_len", max_model_len, config.max_seq_len, config.max_seq_len)
-        self.max_batch_tokens = _limit("max_batch_tokens", max_batch_tokens, 512)
+        self.max_batch_tokens = _limit("max_batch_tokens", max_batch_tokens, 8192 if self._on_gpu else 512)
         self.max_sequences = _limit("max_sequences", max_sequences, 256)
         self.block_size = block_size
         self._reader = Reader(self.tokenizer, config.vocab_size, self.max_model_len, seed)
         vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
-        self._runner = CpuRunner(self.model, block_size, vocab)
+        self._runner = (
+            GpuRunner(self.model, block_size, vocab, self.max_model_len)
+            if self._on_gpu
+            else CpuRunner(self.model, block_size, vocab)
+        )
         self._stats: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
         blocks = self._block_count(kv_cache_gb)
         self._pool = BlockPool(blocks, block_size)
@@ -152,9 +157,13 @@ class LLM:
             "recomputed_tokens": scheduler.recomputed_tokens,
             "tokens_per_second": stats["new_tokens"] / stats["seconds"] if stats["seconds"] else 0.0,
             "blocks": self._pool.num_blocks - 1,
-            "packed_bytes": self._runner.packed.bytes(),
-            "backends": ops.backends("cpu"),
+            "packed_bytes": self._runner.packed_bytes(),
+            "backends": ops.backends(self.device.type),
         }
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def weight_epoch(self) -> int:
@@ -194,14 +203,14 @@ class LLM:
         self._runner.release()
         if weights:
             for parameter in self.model.parameters():
-                parameter.data = torch.empty(0)
+                parameter.data = parameter.data.new_empty(0)
         self._asleep = "weights" if weights or self._asleep == "weights" else "cache"
 
     def wake(self) -> None:
         """Take the memory that `sleep` gave back and load the weights if they slept. Awake already: nothing happens."""
         if self._asleep == "weights":
             assert self._source is not None
-            fresh = dict(load_checkpoint(self._source).named_parameters())
+            fresh = dict(load_checkpoint(self._source, self.model.embed.dtype, self.device).named_parameters())
             for name, parameter in self.model.named_parameters():
                 parameter.data = fresh[name].data
             self._loaded_epoch = self.model.weights_changed()
@@ -249,14 +258,14 @@ class LLM:
     def _slot_bytes(self) -> int:
         """Of a token's keys and values, all layers."""
         config = self.model.config
-        return 2 * 4 * config.n_layers * config.n_kv_heads * config.head_dim
+        return 2 * self.model.embed.itemsize * config.n_layers * config.n_kv_heads * config.head_dim
 
     def _block_count(self, kv_cache_gb: float | None) -> int:
         block_bytes = self._slot_bytes * self.block_size
         full = self.max_sequences * -(-self.max_model_len // self.block_size)
-        available = available_memory()
+        available = available_memory(self.device)
         if kv_cache_gb is None:
-            blocks = min(full, available // 4 // block_bytes)
+            blocks = min(full, int(available * (0.8 if self._on_gpu else 0.25)) // block_bytes)
         elif not isinstance(kv_cache_gb, (int, float)) or isinstance(kv_cache_gb, bool) or not kv_cache_gb > 0:
             raise InputError(f"kv_cache_gb is {kv_cache_gb!r}; expected a size above 0")
         elif kv_cache_gb * 2**30 > available:
@@ -365,8 +374,10 @@ _COUNTERS = (
 )
 
 
-def available_memory() -> int:
-    """Bytes that can be taken without swapping: the page cache counts as available, as it does in MemAvailable."""
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be taken: of a GPU, or without swapping, where the page cache counts as it does in MemAvailable."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
@@ -382,19 +393,52 @@ def _limit(name: str, value: int | None, default: int, most: int | None = None) 
     return value
 
 
-def _check_options(
-    device: str, dtype: str, quantization: str | None, deterministic: bool | None, block_size: int
-) -> None:
-    if str(device) not in ("auto", "cpu"):
-        raise NotBuiltError(f"device is {device!r}; the sampler runs on the CPU so far")
-    if str(dtype) not in ("auto", "float32", "torch.float32"):
-        raise NotBuiltError(f"dtype is {dtype!r}; the sampler runs in float32 so far")
-    if quantization is not None:
-        raise NotBuiltError(f"quantization is {quantization!r}; only None is built so far")
+def _find_model(model: str | Path | Llama, device: str, dtype: str) -> Llama:
+    """The model on its device, loaded there if it is a directory."""
+    if not isinstance(model, (str, Path, Llama)):
+        raise InputError(f"model is {model!r:.60}; expected a Llama or the path of a checkpoint's directory")
+    if device.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device is {device!r}; expected auto, cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device is {device!r}, and torch finds no GPU here: leave device out for the CPU")
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}")
+    if not isinstance(model, Llama):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+        _check_cpu_dtype(device, wanted)
+        return load_checkpoint(model, dtype=DTYPES[wanted], device=device)
+    place, found = model.embed.device, str(model.embed.dtype).removeprefix("torch.")
+    if device != "auto" and torch.device(device).type != place.type:
+        raise InputError(f"device is {device!r} and the model is on {place}: move one of them")
+    _check_cpu_dtype(place.type, found)
+    if dtype not in ("auto", found):
+        raise InputError(f"dtype is {dtype!r} and the model is {found}: a model that is given live is used as it is")
+    return model
+
+
+GPU_BLOCKS = (8, 16, 32, 64, 128)  # tiles of its kernels
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _check_cpu_dtype(device: str, dtype: str) -> None:
+    if device == "cpu" and dtype != "float32":
+        raise NotBuiltError(f"dtype is {dtype!r}; on a CPU sampling runs in float32 so far: load the model as float32")
+
+
+def _check_deterministic(deterministic: bool | None, device: str) -> None:
     if deterministic not in (None, True, False):
         raise InputError(f"deterministic is {deterministic!r}; expected None, True or False")
-    if deterministic is False:
+    if deterministic is False and device == "cpu":
         raise InputError("deterministic=False has no meaning on a CPU, where results are always batch-invariant")
+    if deterministic and device == "cuda":
+        raise NotBuiltError("deterministic=True is not built for a GPU: its products round by the batch; leave it out")
+
+
+def _check_options(quantization: str | None, block_size: int) -> None:
+    if quantization is not None:
+        raise NotBuiltError(f"quantization is {quantization!r}; only None is built so far")
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
         raise InputError(f"block_size is {block_size!r}; expected a positive number of tokens")
 

@@ -53,6 +53,10 @@ class CpuRunner:
         self.packed.clear()
         self.keys = self.values = torch.empty(0)
 
+    def packed_bytes(self) -> int:
+        """Memory of the copies of weights."""
+        return self.packed.bytes()
+
     def launch(self, batch: Batch, queries: Sequence[Query]) -> Done:
         with torch.no_grad(), one_thread() as threads:
             began = time.perf_counter()

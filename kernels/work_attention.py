@@ -6,9 +6,10 @@ once for all of them. A run that begins at chunk 0 keeps the fold in registers a
 that is the rows' whole context, the result itself. Any other run stores a partial per chunk, because to fold a later run
 first would be another association; `_merge_slots` then folds a row's slots in ascending order.
 
-Two variants of one kernel: wide tiles (prompts: 64 rows of one sequence) and narrow ones (decoding: 16). A row's bits
-depend on the variant, not on which rows share its tile, on how runs are cut or on padding. Lists may be longer than what
-they hold: an item without rows ends at once, so that a CUDA graph can be replayed with other work.
+Two variants of one kernel: wide tiles (prompts: 64 rows of one sequence) and narrow ones (decoding: 16; of each chunk all
+rows see something). A row's bits depend on the variant, not on which rows share its tile, on how runs are cut or on
+padding. Lists may be longer than what they hold: an item without rows ends at once, so that a CUDA graph can be replayed
+with other work.
 
 Decoding is bound by bytes: every page once for the rows that share it, and (D + 2) fp32 for each slot, written and read.
 """
@@ -164,8 +165,7 @@ def _fold_items(  # type: ignore[no-untyped-def]
             o_new = tl.dot(p.to(v.dtype), v, input_precision="ieee")
             if first > 0:
                 slots = (base + first + c).to(tl.int64) * HEADS + head
-                mine = inside & (position >= (first + c) * PAGE)
-                _keep(kept_ptr, scales_ptr, slots, mine, m_new, l_new, o_new, D, BLOCK_D)
+                _keep(kept_ptr, scales_ptr, slots, inside, m_new, l_new, o_new, D, BLOCK_D)
             else:
                 m, l, o = _merge(m, l, o, m_new, l_new, o_new)  # noqa: E741
         if first == 0:

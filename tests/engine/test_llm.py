@@ -299,9 +299,22 @@ def test_bad_input_is_named_and_the_engine_stays_usable(prompts, params, message
 
 
 def test_options_that_are_not_built_say_so():
-    for options in ({"quantization": "int8"}, {"device": "cuda"}, {"dtype": "bfloat16"}):
-        with pytest.raises(NotBuiltError):
-            LLM(MODEL, **options)
+    with pytest.raises(NotBuiltError, match="quantization"):
+        LLM(MODEL, quantization="int8")
+    with pytest.raises(NotBuiltError, match="on a CPU sampling runs in float32 so far"):
+        LLM(Llama(MODEL.config, dtype=torch.bfloat16).init_weights())
+
+
+def test_device_and_dtype_are_checked_against_the_model_and_the_machine():
+    with pytest.raises(InputError, match="device is 'tpu'; expected auto, cpu or cuda"):
+        LLM(MODEL, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="torch finds no GPU here"):
+            LLM(MODEL, device="cuda")
+    with pytest.raises(InputError, match="dtype is 'int8'; expected auto, float32"):
+        LLM(MODEL, dtype="int8")
+    with pytest.raises(InputError, match="the model is float32: a model that is given live is used as it is"):
+        LLM(MODEL, dtype="bfloat16")
     with pytest.raises(InputError, match="deterministic"):
         LLM(MODEL, deterministic=False)
     with pytest.raises(InputError, match="raise kv_cache_gb"):

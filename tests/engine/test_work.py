@@ -62,6 +62,9 @@ def walk(work, wide_rows, narrow_rows):
             for r in range(row, row + rows):
                 base, first_slot, count = fold[r]
                 last = positions[r] // BLOCK
+                assert (
+                    most == wide_rows or first + chunks <= last + 1
+                )  # a narrow item's rows see something of each chunk
                 for chunk in range(first, min(first + chunks, last + 1)):
                     assert (r, chunk) not in met
                     met[r, chunk] = pages[place + chunk - first]
