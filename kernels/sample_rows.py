@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .gumbel import token_noise
+from .gumbel import exponential, token_words
 from .jit import jit, power_of_two, tl
 from .sample import DrawRules, Draws
 
@@ -44,10 +44,12 @@ class Config:
 
 def config(width: int) -> Config:
     """16 warps hold 64 logits a thread and have as many registers left; 32 warps would have half of each to work with.
-    Tiles of 8 tokens a thread: two Philox counters, and two loads of 128 bits."""
-    block = min(HELD, max(128, power_of_two(width)))
+    Tiles of 4 tokens a thread: a Philox counter, and a load of 128 bits. Nothing spills, on sm_90."""
+    if width > HELD:
+        return Config(HELD // 4, -(-width // (HELD // 4)), 2048, 8)
+    block = max(128, power_of_two(width))
     warps = max(4, min(16, block // 1024))
-    return Config(block, -(-width // block), min(block, 256 * warps), warps)
+    return Config(block, 1, min(block, 128 * warps), warps)
 
 
 # A row of the kernel: pointer to its logits, ids that may be drawn, pointer to and range of the ids that may not.
@@ -56,7 +58,7 @@ def config(width: int) -> Config:
 @jit
 def _allowed(row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Logits from `start` on, -inf where they may not be drawn."""
-    x_ptr, vocab, forbidden_ptr, first, last = row
+    x_ptr, vocab, forbidden_ptr, forbidden = row
     token = start + tl.arange(0, SIZE)
     x = tl.load(x_ptr + token, mask=token < vocab, other=float("-inf"))
     return _without(x, row, start, SIZE)
@@ -64,9 +66,9 @@ def _allowed(row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _without(x, row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    x_ptr, vocab, forbidden_ptr, first, last = row
+    x_ptr, vocab, forbidden_ptr, forbidden = row
     token = start + tl.arange(0, SIZE)
-    for entry in range(first, last):
+    for entry in range(forbidden):
         x = tl.where(token == tl.load(forbidden_ptr + entry).to(tl.int32), float("-inf"), x)
     return x
 
@@ -86,30 +88,23 @@ def _at(place):  # type: ignore[no-untyped-def]
 
 @jit
 def _statistics(row, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The last block of what may be drawn; of all columns: whether one is NaN or +inf, the largest, the sum of
-    e^(x - largest); of what may be drawn: the largest, its lowest id."""
-    x_ptr, vocab, forbidden_ptr, first, last = row
+    """The last block of what may be drawn; log sum e^x of all columns, NaN if one is NaN or +inf; the largest of
+    what may be drawn."""
+    x_ptr, vocab, forbidden_ptr, forbidden = row
     x = tl.full((BLOCK,), float("-inf"), tl.float32)
-    bad = tl.full((), 0, tl.int32)
     largest = tl.full((), -3.4028234663852886e38, tl.float32)
     total = tl.full((), 0.0, tl.float64)
     top = tl.full((), float("-inf"), tl.float32)
-    top_id = tl.full((), 0, tl.int32)
     for block in range(BLOCKS):
         token = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + token, mask=token < width, other=float("-inf"))
-        finite = x < float("inf")
-        bad = tl.maximum(bad, tl.max((finite == 0).to(tl.int32), axis=0))
-        x = tl.where(finite, x, float("-inf"))
         larger = tl.maximum(largest, tl.max(x, axis=0))
-        total = total * tl.exp((largest - larger).to(tl.float64)) + tl.sum(tl.exp(x - larger), axis=0).to(tl.float64)
+        total *= tl.exp((largest - larger).to(tl.float64))
+        total += tl.sum(tl.exp(x - larger), axis=0).to(tl.float64)  # +inf - +inf is NaN
         largest = larger
         x = _without(tl.where(token < vocab, x, float("-inf")), row, block * BLOCK, BLOCK)
-        here = tl.max(x, axis=0)
-        id = tl.min(tl.where(x == here, token, 0x7FFFFFFF), axis=0)
-        top_id = tl.where(here > top, id, top_id)
-        top = tl.maximum(top, here)
-    return x, bad, largest, total, top, top_id
+        top = tl.maximum(top, tl.max(x, axis=0))
+    return x, largest + tl.log(total), top
 
 
 @jit
@@ -152,7 +147,7 @@ def _cut_by_number(held, row, top, k, BLOCK: tl.constexpr, BLOCKS: tl.constexpr)
 @jit
 def _rough_edge(held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The weight at which top-p cuts, to fp32. `held`: the weights of the logits from `edge` on."""
-    x_ptr, vocab, forbidden_ptr, first, last = row
+    x_ptr, vocab, forbidden_ptr, forbidden = row
     total = _weight_from(held, row, 0.0, edge, top, scale, BLOCK, BLOCKS)
     total -= (ties - room).to(tl.float32) * tl.exp((edge - top) * scale)
     # All tokens with less than this hold less than 1 - top_p together.
@@ -168,13 +163,12 @@ def _rough_edge(held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.conste
 
 @jit
 def _weigh(row, edge, first, second, top, scale, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float64 masses and numbers of the logits above `edge` and from `first` and `second` on, and their neighbours:
-    the largest logit below and the smallest one from `first` and `second` on."""
-    x_ptr, vocab, forbidden_ptr, begin, end = row
+    """float64 masses of the logits above `edge`, from `first` on and from `second` on; the numbers of the latter two; the
+    smallest logit from `first` on and the largest below `second`."""
+    x_ptr, vocab, forbidden_ptr, forbidden = row
     mass0, mass1, mass2 = (tl.zeros((TILE,), tl.float64),) * 3
     number1, number2 = (tl.zeros((TILE,), tl.int32),) * 2
-    below1, below2 = (tl.full((TILE,), float("-inf"), tl.float32),) * 2
-    from1, from2 = (tl.full((TILE,), float("inf"), tl.float32),) * 2
+    smallest, largest = tl.full((TILE,), float("inf"), tl.float32), tl.full((TILE,), float("-inf"), tl.float32)
     for start in range(0, vocab, TILE):
         x = _allowed(row, start, TILE)
         mass = tl.exp((x.to(tl.float64) - top) * scale)
@@ -184,57 +178,76 @@ def _weigh(row, edge, first, second, top, scale, TILE: tl.constexpr):  # type: i
         mass2 += tl.where(in2, mass, 0.0)
         number1 += in1.to(tl.int32)
         number2 += in2.to(tl.int32)
-        below1, from1 = tl.where(in1, below1, tl.maximum(below1, x)), tl.where(in1, tl.minimum(from1, x), from1)
-        below2, from2 = tl.where(in2, below2, tl.maximum(below2, x)), tl.where(in2, tl.minimum(from2, x), from2)
+        smallest = tl.minimum(smallest, tl.where(in1, x, float("inf")))
+        largest = tl.maximum(largest, tl.where(in2, float("-inf"), x))
     return (
         tl.sum(mass0, axis=0), tl.sum(mass1, axis=0), tl.sum(mass2, axis=0),
-        tl.sum(number1, axis=0), tl.sum(number2, axis=0),
-        tl.max(below1, axis=0), tl.min(from1, axis=0), tl.max(below2, axis=0), tl.min(from2, axis=0),
+        tl.sum(number1, axis=0), tl.sum(number2, axis=0), tl.min(smallest, axis=0), tl.max(largest, axis=0),
     )  # fmt: skip
 
 
 @jit
 def _cut_by_mass(row, edge, room, ties, top, temperature, top_p, rough, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where top-p cuts what the cut (edge, room) left: as `_cut_by_number`. Both ends of the range are logits of the row,
-    and the first weighing is around the rough edge."""
-    scale = 1.0 / temperature.to(tl.float64)
-    wide = top.to(tl.float64)
+    """Where top-p cuts what the cut (edge, room) of `ties` left, as `_cut_by_number`: the largest logit from which on the
+    mass reaches the target lies in low, ..., high, places of floats, first looked for around `rough`."""
+    scale, wide = 1.0 / temperature.to(tl.float64), top.to(tl.float64)
     log = tl.log(rough.to(tl.float64))
     guess = wide + temperature * log
     error = temperature * (1.0 - log) * 2.5e-7 + tl.abs(guess) * 1.2e-7  # of a weight in fp32, as a logit
-    low, high = _place(edge), _place(top)
     first, second = _place((guess - error).to(tl.float32)), _place((guess + error).to(tl.float32))
-    above = tl.full((), 0.0, tl.float64)
-    number_low, number_above = ties, tl.full((), 0, tl.int32)
+    low, high = _place(edge), _place(top)
+    number, over, above = ties, tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)  # from low on; above high
     target = top_p * room  # where the top is all that top-k left
     while low < high:
         first, second = tl.minimum(tl.maximum(first, low + 1), high), tl.minimum(tl.maximum(second, low + 1), high)
-        mass0, mass1, mass2, number1, number2, below1, from1, below2, from2 = _weigh(
+        mass0, mass1, mass2, number1, number2, smallest, largest = _weigh(
             row, edge, _at(first), _at(second), wide, scale, TILE
         )
         target = top_p * (mass0 + room * tl.exp((edge.to(tl.float64) - wide) * scale))
-        reach1, reach2 = mass1 >= target, mass2 >= target
-        low = tl.where(reach2, _place(from2), tl.where(reach1, _place(from1), low))
-        number_low = tl.where(reach2, number2, tl.where(reach1, number1, number_low))
-        above = tl.where(reach2, above, tl.where(reach1, mass2, mass1))
-        number_above = tl.where(reach2, number_above, tl.where(reach1, number2, number1))
-        high = tl.where(reach2, high, tl.where(reach1, _place(below2), _place(below1)))
+        if mass2 >= target:
+            low, number = second, number2
+        elif mass1 >= target:
+            low, number = _place(smallest), number1
+            high, over, above = _place(largest), number2, mass2
+        else:
+            high, over, above = first - 1, number1, mass1
         first, second = low + (high - low + 2) // 3, low + (2 * (high - low) + 2) // 3
-    at = _at(high)
+    at = _at(low)
     mass = tl.exp((at.to(tl.float64) - wide) * scale)
-    needed = tl.ceil(tl.where(mass > 0.0, (target - above) / tl.where(mass > 0.0, mass, 1.0), 1e9))
+    needed = tl.ceil((target - above) / tl.maximum(mass, 1e-300))
     needed = tl.minimum(tl.maximum(needed, 1.0), 1e9).to(tl.int32)
     if at == edge:
         needed = tl.minimum(needed, room)
-        number_low, number_above = ties, tl.full((), 0, tl.int32)
-    return at, needed, number_low - number_above
+        number, over = ties, tl.full((), 0, tl.int32)
+    return at, needed, number - over
+
+
+@jit
+def _cut(held, row, top, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is kept: logits above `edge`, and the first `room` of the `ties` that equal it (all where room >= ties)."""
+    edge = tl.full((), float("-inf"), tl.float32)
+    room, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    scale = 1.0 / temperature
+    if (top_k > 0) & (top_k < row[1]):
+        edge, room, ties = _cut_by_number(held, row, top, top_k, BLOCK, BLOCKS)
+    if top_p < 1.0:
+        weights = _weight(held, edge, top, scale)
+        rough = _rough_edge(weights, row, edge, room, ties, top, scale, top_p, BLOCK, BLOCKS)
+        edge, room, ties = _cut_by_mass(row, edge, room, ties, top, temperature, top_p, rough, TILE)
+    if min_p > 0.0:
+        exact = top.to(tl.float64) + temperature * tl.log(min_p)
+        least = exact.to(tl.float32)
+        least = tl.where(least < exact, _at(_place(least) + 1), least)
+        room = tl.where(least > edge, ties, room)
+        edge = tl.maximum(edge, least)
+    return edge, room, ties
 
 
 @jit
 def _draw(row, noise_key, edge, room, ties, top, scale, end, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The best of what is kept among the ids below `end`, and the sum of e^y over it."""
     seed, position, candidate = noise_key
-    best = tl.full((TILE,), float("-inf"), tl.float32)
+    best = tl.full((TILE,), float("inf"), tl.float32)
     best_id = tl.full((TILE,), 0x7FFFFFFF, tl.int32)
     mass = tl.zeros((TILE,), tl.float32)
     seen = tl.full((), 0, tl.int32)
@@ -246,14 +259,15 @@ def _draw(row, noise_key, edge, room, ties, top, scale, end, TILE: tl.constexpr)
             tie = (x == edge).to(tl.int32)
             keep = keep & ((x > edge) | (seen + tl.cumsum(tie, axis=0) <= room))
             seen += tl.sum(tie, axis=0)
-        y = tl.where(keep, (x - top) * scale, float("-inf"))
-        mass += tl.exp(y)
-        value = y + token_noise(seed, position, candidate, start, 0, TILE)
-        better = value > best  # of equals the first, which has the lower id
-        best = tl.where(better, value, best)
-        best_id = tl.where(better, start + tl.arange(0, TILE), best_id)
-    winner = tl.max(best, axis=0)
-    return tl.min(tl.where(best == winner, best_id, 0x7FFFFFFF), axis=0), tl.sum(mass.to(tl.float64), axis=0)
+        if tl.max(keep.to(tl.int32), axis=0) > 0:
+            y = tl.where(keep, (x - top) * scale, float("-inf"))
+            mass += tl.exp(y)
+            arrival = exponential(token_words(seed, position, candidate, start, 0, TILE)) * tl.exp(-y)
+            better = arrival < best  # of equals the first, which has the lower id
+            best = tl.where(better, arrival, best)
+            best_id = tl.where(better, start + tl.arange(0, TILE), best_id)
+    first = tl.min(best, axis=0)
+    return tl.min(tl.where(best == first, best_id, 0x7FFFFFFF), axis=0), tl.sum(mass.to(tl.float64), axis=0)
 
 
 @jit
@@ -265,46 +279,36 @@ def _sample(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
     x_ptr = logits_ptr + number * stride
-    begin, end = tl.load(forbidden_offsets_ptr + number), tl.load(forbidden_offsets_ptr + number + 1)
-    row = (x_ptr, vocab, forbidden_ptr, begin, end)
-    held, bad, largest, total, top, id = _statistics(row, width, BLOCK, BLOCKS)
+    begin = tl.load(forbidden_offsets_ptr + number)
+    count = (tl.load(forbidden_offsets_ptr + number + 1) - begin).to(tl.int32)
+    row = (x_ptr, vocab, forbidden_ptr + begin, count)
+    held, log_total, top = _statistics(row, width, BLOCK, BLOCKS)
 
     temperature = tl.load(temperature_ptr + number)
-    broken = (bad != 0) | (top == float("-inf"))
-    greedy = broken | (temperature == 0.0)
+    broken = (log_total != log_total) | (top == float("-inf"))
+    greedy = temperature == 0.0
     temperature = tl.where(greedy, 1.0, temperature)
-    scale = 1.0 / temperature
-    top_k, top_p, min_p = tl.load(top_k_ptr + number), tl.load(top_p_ptr + number), tl.load(min_p_ptr + number)
-    edge = tl.full((), float("-inf"), tl.float32)
-    room, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    if (top_k > 0) & (top_k < vocab) & (greedy == 0):
-        edge, room, ties = _cut_by_number(held, row, top, top_k, BLOCK, BLOCKS)
-    if (top_p < 1.0) & (greedy == 0):
-        weights = _weight(held, edge, top, scale)
-        rough = _rough_edge(weights, row, edge, room, ties, top, scale, top_p, BLOCK, BLOCKS)
-        edge, room, ties = _cut_by_mass(row, edge, room, ties, top, temperature, top_p, rough, TILE)
-    if min_p > 0.0:
-        exact = top.to(tl.float64) + temperature * tl.log(min_p)
-        least = exact.to(tl.float32)
-        least = tl.where(least < exact, _at(_place(least) + 1), least)
-        room = tl.where(least > edge, ties, room)  # nothing is cut by id
-        edge = tl.maximum(edge, least)
+    edge, room, ties = top, tl.full((), 1, tl.int32), tl.full((), 2, tl.int32)  # greedy: the first of the likeliest
+    if (broken | greedy) == 0:
+        rules = tl.load(top_k_ptr + number), tl.load(top_p_ptr + number), tl.load(min_p_ptr + number)
+        edge, room, ties = _cut(held, row, top, temperature, rules[0], rules[1], rules[2], BLOCK, BLOCKS, TILE)
 
     noise_key = (tl.load(seeds_ptr + number), tl.load(positions_ptr + number), tl.load(candidates_ptr + number))
-    drawn, mass = _draw(row, noise_key, edge, room, ties, top, scale, tl.where(greedy, 0, vocab), TILE)
-    id = tl.where(broken, 0, tl.where(greedy, id, drawn))
+    end = tl.where(broken, 0, vocab)
+    id, mass = _draw(row, noise_key, edge, room, ties, top, 1.0 / temperature, end, TILE)
+    broken = broken | (id >= vocab)  # rules that are no numbers: nothing was drawn
+    id = tl.where(broken, 0, id)
     x = tl.load(x_ptr + id).to(tl.float64)
     nan = tl.full((), float("nan"), tl.float32)
-    log_total = tl.log(total)
-    sampled = tl.where(greedy, 0.0, (x - top) / temperature - tl.log(tl.where(greedy, 1.0, mass)))
+    sampled = (x - top) / temperature - tl.log(tl.where(broken, 1.0, mass))
     tl.store(ids_ptr + number, id.to(tl.int64))
-    tl.store(raw_ptr + number, tl.where(broken, nan, ((x - largest) - log_total).to(tl.float32)))
+    tl.store(raw_ptr + number, tl.where(broken, nan, (x - log_total).to(tl.float32)))
     tl.store(sampled_ptr + number, tl.where(broken, nan, sampled.to(tl.float32)))
     for start in range(tl.load(label_offsets_ptr + number), tl.load(label_offsets_ptr + number + 1), 32):
         entry = start + tl.arange(0, 32)
         inside = entry < tl.load(label_offsets_ptr + number + 1)
         label = tl.load(x_ptr + tl.load(label_ids_ptr + entry, mask=inside, other=0), mask=inside, other=0.0)
-        value = ((label.to(tl.float64) - largest) - log_total).to(tl.float32)
+        value = (label.to(tl.float64) - log_total).to(tl.float32)
         tl.store(labels_ptr + entry, tl.where(broken, nan, value), mask=inside)
 
 
@@ -329,5 +333,5 @@ def sample_rows(logits: torch.Tensor, rules: DrawRules) -> Draws:
 
 
 def bytes(rows: int, width: int, passes: int = 3) -> int:
-    """Logits alone: 1 pass for greedy rows, 3 with top-p, else 2."""
+    """Logits alone: 3 passes with top-p, else 2."""
     return passes * rows * width * 4
