@@ -61,7 +61,11 @@ def noise(vocab: int, dtype: torch.dtype) -> None:
 def draws(vocab: int, dtype: torch.dtype) -> None:
     """Six labels a row, as where a judge's scores are read off, and two forbidden ids."""
     rows = 256
-    ids, offsets, share = meta(rows, dtype=torch.int64), meta(rows + 1, dtype=torch.int64), meta(rows, dtype=torch.float64)
+    ids, offsets, share = (
+        meta(rows, dtype=torch.int64),
+        meta(rows + 1, dtype=torch.int64),
+        meta(rows, dtype=torch.float64),
+    )
     forbidden, labels = meta(2 * rows, dtype=torch.int64), meta(6 * rows, dtype=torch.int64)
     rules = DrawRules(
         meta(rows, dtype=torch.float32), ids, share, share, ids, ids, ids, vocab, offsets, forbidden, offsets, labels

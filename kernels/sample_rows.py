@@ -88,8 +88,8 @@ def _at(place):  # type: ignore[no-untyped-def]
 
 @jit
 def _statistics(row, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The last block of what may be drawn; log sum e^x of all columns, NaN if one is NaN or +inf; the largest of
-    what may be drawn."""
+    """The last block of what may be drawn; of all columns the largest and log sum e^(x - largest), NaN if one is
+    NaN or +inf; the largest of what may be drawn."""
     x_ptr, vocab, forbidden_ptr, forbidden = row
     x = tl.full((BLOCK,), float("-inf"), tl.float32)
     largest = tl.full((), -3.4028234663852886e38, tl.float32)
@@ -104,7 +104,7 @@ def _statistics(row, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type:
         largest = larger
         x = _without(tl.where(token < vocab, x, float("-inf")), row, block * BLOCK, BLOCK)
         top = tl.maximum(top, tl.max(x, axis=0))
-    return x, largest + tl.log(total), top
+    return x, largest.to(tl.float64), tl.log(total), top
 
 
 @jit
@@ -223,7 +223,9 @@ def _cut_by_mass(row, edge, room, ties, top, temperature, top_p, rough, TILE: tl
 
 
 @jit
-def _cut(held, row, top, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _cut(
+    held, row, top, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """What is kept: logits above `edge`, and the first `room` of the `ties` that equal it (all where room >= ties)."""
     edge = tl.full((), float("-inf"), tl.float32)
     room, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
@@ -282,7 +284,7 @@ def _sample(  # type: ignore[no-untyped-def]
     begin = tl.load(forbidden_offsets_ptr + number)
     count = (tl.load(forbidden_offsets_ptr + number + 1) - begin).to(tl.int32)
     row = (x_ptr, vocab, forbidden_ptr + begin, count)
-    held, log_total, top = _statistics(row, width, BLOCK, BLOCKS)
+    held, largest, log_total, top = _statistics(row, width, BLOCK, BLOCKS)
 
     temperature = tl.load(temperature_ptr + number)
     broken = (log_total != log_total) | (top == float("-inf"))
@@ -302,13 +304,13 @@ def _sample(  # type: ignore[no-untyped-def]
     nan = tl.full((), float("nan"), tl.float32)
     sampled = (x - top) / temperature - tl.log(tl.where(broken, 1.0, mass))
     tl.store(ids_ptr + number, id.to(tl.int64))
-    tl.store(raw_ptr + number, tl.where(broken, nan, (x - log_total).to(tl.float32)))
+    tl.store(raw_ptr + number, tl.where(broken, nan, ((x - largest) - log_total).to(tl.float32)))
     tl.store(sampled_ptr + number, tl.where(broken, nan, sampled.to(tl.float32)))
     for start in range(tl.load(label_offsets_ptr + number), tl.load(label_offsets_ptr + number + 1), 32):
         entry = start + tl.arange(0, 32)
         inside = entry < tl.load(label_offsets_ptr + number + 1)
         label = tl.load(x_ptr + tl.load(label_ids_ptr + entry, mask=inside, other=0), mask=inside, other=0.0)
-        value = (label.to(tl.float64) - log_total).to(tl.float32)
+        value = ((label.to(tl.float64) - largest) - log_total).to(tl.float32)
         tl.store(labels_ptr + entry, tl.where(broken, nan, value), mask=inside)
 
 
