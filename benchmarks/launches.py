@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from engine.kernels.gumbel import gumbel_noise
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope
 from engine.kernels.rope_write import rope_write
+from engine.kernels.sample import DrawRules
+from engine.kernels.sample_rows import sample_rows
 from engine.kernels.swiglu import swiglu
 from engine.kernels.work_attention import Work, work_attention
 
@@ -71,6 +74,26 @@ def chunks(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     work_attention(q, pages.transpose(-1, -2), pages, work)
 
 
+def noise(vocab: int, dtype: torch.dtype) -> None:
+    rows = meta(256, dtype=torch.int64)
+    gumbel_noise(rows, rows, rows, 0, vocab)
+
+
+def draws(vocab: int, dtype: torch.dtype) -> None:
+    """Six labels a row, as where a judge's scores are read off, and two forbidden ids."""
+    rows = 256
+    ids, offsets, share = (
+        meta(rows, dtype=torch.int64),
+        meta(rows + 1, dtype=torch.int64),
+        meta(rows, dtype=torch.float64),
+    )
+    forbidden, labels = meta(2 * rows, dtype=torch.int64), meta(6 * rows, dtype=torch.int64)
+    rules = DrawRules(
+        meta(rows, dtype=torch.float32), ids, share, share, ids, ids, ids, vocab, offsets, forbidden, offsets, labels
+    )
+    sample_rows(meta(rows, vocab, dtype=dtype), rules)
+
+
 LAUNCHES = (
     *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 8192)),
     *(Launch(f"add + rms_norm, dim {dim}", ALL, partial(add_norm, dim)) for dim in (4096, 5120, 8192)),
@@ -80,4 +103,6 @@ LAUNCHES = (
         for heads, kv_heads, dim in ((32, 32, 128), (64, 8, 128), (8, 1, 128), (12, 12, 64))
     ),
     Launch("swiglu, ffn 11008", ALL, partial(activation, 11008)),
+    Launch("gumbel_noise, vocab 32000", (torch.float32,), partial(noise, 32000)),
+    *(Launch(f"sample_rows, vocab {vocab}", (torch.float32,), partial(draws, vocab)) for vocab in (32000, 128256)),
 )

@@ -36,6 +36,7 @@ from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
 from engine.kernels import rope_write as _rope_write
 from engine.kernels import sample as _sample
+from engine.kernels import sample_rows as _sample_rows
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
 from engine.kernels import work_attention as _work
@@ -269,6 +270,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _always, _gumbel.gumbel_noise_reference),
     ),
     "sample_rows": (
+        Backend("triton", _triton, _without_threads(_sample_rows.sample_rows)),
         Backend("native", _native_fp32, _native_sample),
         Backend("torch", _always, _without_threads(_sample.sample_reference)),
     ),
