@@ -32,7 +32,7 @@ from engine.kernels import rope as _rope
 from engine.kernels import rope_write as _rope_write
 from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
-from engine.kernels import tree_attention as _tree
+from engine.kernels import tree_windows as _tree
 from engine.kernels.sample import DrawRules, Draws
 
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
