@@ -39,6 +39,7 @@ from engine.kernels import sample as _sample
 from engine.kernels import sample_rows as _sample_rows
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
+from engine.kernels import tree_windows as _windows
 from engine.kernels import work_attention as _work
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
@@ -182,8 +183,12 @@ def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *given: fn(*given[:-1])
 
 
+def _tiled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
+    return _tree.tree_attention(q, k, v, mask.tiles)
+
+
 def _windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
-    return _tree.tree_attention_windows(q, k, v, mask.windows)
+    return _windows.tree_attention_windows(q, k, v, mask.windows)
 
 
 def _flash_attention(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
@@ -234,6 +239,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _always, _swiglu.swiglu_reference),
     ),
     "tree_attention": (
+        Backend("triton", _triton, _tiled_attention),
         *(Backend(name, partial(_flash_why_not, name), partial(_flash_attention, name)) for name in _flash.ADAPTERS),
         Backend("torch", _always, _windowed_attention),
     ),
@@ -376,8 +382,12 @@ class TreeMask:
     chains: Sequence[int] | None = None
 
     @cached_property
-    def windows(self) -> _tree.TreeWindows:
-        return _tree.tree_windows(self.end)
+    def tiles(self) -> _tree.TreeTiles:
+        return _tree.tree_tiles(self.end)
+
+    @cached_property
+    def windows(self) -> _windows.TreeWindows:
+        return _windows.tree_windows(self.end)
 
     @cached_property
     def bounds(self) -> torch.Tensor:

@@ -1,20 +1,19 @@
 """Attention over packed token trees: one rule, forward and backward.
 
     query i sees key j  <=>  j <= i < end[j]
-
-Shapes: N tokens of one pack in pre-order, H query heads, G key/value heads (H a multiple of G), D head dim.
-q [N, H, D], k and v [N, G, D], end [N] int64 (where the subtree of token j stops in the pack) -> [N, H, D] in q's dtype.
-Scale 1/sqrt(D). Every token sees itself, so no row is empty.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-WINDOW = (
-    128  # tokens: separate trees are grouped up to this many, so that a pack of short ones costs N * 128, not N * N
-)
+from .jit import acc, interpreted, jit, power_of_two, tl, triton
+
+TILE = 128  # tokens of the tiles that lists name; what a program keeps and steps over are these or parts of them
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), which is one instruction
 
 
 def tree_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
@@ -29,55 +28,307 @@ def tree_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     return torch.einsum("hij,jhd->ihd", weights, v.to(wide)).to(q.dtype)
 
 
-@dataclass(frozen=True)
-class TreeWindows:
-    """A pack cut where no earlier token is visible any more, laid out as equal padded windows.
+class TreeTiles(NamedTuple):
+    """Which tiles of a pack meet. Made once for all layers, on the device of `end` and without waiting for it.
 
-    rows [windows, width] int64: the token of each place (0 where padded); places [N] int64: the inverse;
-    visible [windows, 1, width, width] bool. A padded query sees only itself, and nothing sees a padded key.
+    end [N] int32. by_query [T, T + 4] int32, T = ceil(N / tile), has a row for every tile of queries, the longest list
+    first: the tile; how many key tiles it sees whole; how many it sees at all; these key tiles, those seen whole first,
+    both parts ascending; then what nobody reads. by_key is the same with the sides changed.
     """
 
-    rows: torch.Tensor
-    places: torch.Tensor
-    visible: torch.Tensor
+    end: torch.Tensor
+    by_query: torch.Tensor
+    by_key: torch.Tensor
+    tile: int
 
 
-def tree_windows(end: torch.Tensor, window: int = WINDOW) -> TreeWindows:
-    """Cut a pack at tree boundaries, neighbouring trees sharing a window of up to `window` tokens (a longer tree: its own)."""
-    bounds = _window_bounds(end.tolist(), window)
-    width = max(stop - start for start, stop in bounds)
-    start = torch.tensor([start for start, _ in bounds], device=end.device)[:, None]
-    stop = torch.tensor([stop for _, stop in bounds], device=end.device)[:, None]
-    offset = torch.arange(width, device=end.device)[None, :]
-    real = start + offset < stop  # [windows, width]
-    rows = torch.where(real, start + offset, 0)
-    places = torch.nonzero(real.flatten()).flatten()
-    reach = torch.where(real, end[rows], 0)  # a padded key reaches nobody
-    query, key = (start + offset)[:, :, None], (start + offset)[:, None, :]
-    visible = (key <= query) & (query < reach[:, None, :]) | (~real[:, :, None] & (key == query))
-    return TreeWindows(rows, places, visible[:, None])
+def tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: TreeTiles) -> torch.Tensor:
+    """q [N, H, D], k and v [N, G, D] -> [N, H, D] in q's dtype. Differentiable. Rows may lie apart, as those of three
+    views of one tensor do; the heads of a row lie one after the other."""
+    return _TreeAttention.apply(q, k, v, tiles)
 
 
-def tree_attention_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: TreeWindows) -> torch.Tensor:
-    """The same result with work that follows the trees: torch's SDPA over the windows of `tree_windows(end)`."""
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = (x[windows.rows].transpose(1, 2) for x in (q, k, v))  # [windows, heads, width, D]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=windows.visible)
-    return out.transpose(1, 2).flatten(0, 1)[windows.places]  # [N, H, D]
+def tree_attention_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: TreeTiles
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [N, H, D] and the logsumexp of each row's scaled scores [N, H] in fp32 (fp64 for fp64). No gradients."""
+    out, lse = _run_forward(_rows(q), _rows(k), _rows(v), tiles)
+    return out, lse.T / LOG2_E
 
 
-def _window_bounds(end: list[int], window: int) -> list[tuple[int, int]]:
-    bounds: list[tuple[int, int]] = []
-    start = reach = 0
-    cuts = []  # positions where no earlier token is visible any more
-    for index, stop in enumerate(end):
-        if index and reach <= index:
-            cuts.append(index)
-        reach = max(reach, stop)
-    for previous, cut in zip([0, *cuts], [*cuts, len(end)], strict=True):
-        if cut - start > window and previous > start:
-            bounds.append((start, previous))
-            start = previous
-    bounds.append((start, len(end)))
-    return bounds
+def tree_tiles(end: torch.Tensor, tile: int = TILE) -> TreeTiles:
+    """end [N] int64: where the subtree of each token stops in the pack. Another tile (a power of two) is for tests."""
+    end, tokens = end.to(torch.int32), len(end)
+    count = -(-tokens // tile)
+    reach = F.pad(end, (0, count * tile - tokens)).view(count, tile)  # a key that does not exist reaches nobody
+    start = torch.arange(0, tokens, tile, dtype=torch.int32, device=end.device)
+    query, key = start[:, None], start[None, :]
+    seen = (key < query + tile) & (reach.amax(dim=1) > query)  # [query tiles, key tiles]
+    whole = (key + tile <= query + 1) & (reach.amin(dim=1) >= query + tile)
+    rank = 2 - seen.to(torch.int8) - whole.to(torch.int8)  # 0: whole, 1: in part, 2: not at all
+    return TreeTiles(end, _lists(rank), _lists(rank.T), tile)
+
+
+def _lists(rank: torch.Tensor) -> torch.Tensor:
+    lists = torch.argsort(rank, dim=1, stable=True)
+    counts = torch.stack(((rank == 0).sum(dim=1), (rank < 2).sum(dim=1)), dim=1)
+    order = torch.argsort(counts[:, 1], descending=True, stable=True)
+    table = torch.cat((order[:, None], counts[order], lists[order]), dim=1)
+    return F.pad(table, (0, 1)).to(torch.int32)  # kernels read one entry ahead
+
+
+class Config(NamedTuple):
+    """own: tokens of the tile that a program keeps; step: of those that it walks over."""
+
+    own: int
+    step: int
+    warps: int
+    stages: int
+
+
+def config(kernel: str, dim: int, itemsize: int, capability: int) -> Config:
+    """The largest tiles that spill no register, up to head dim 256."""
+    if itemsize > 2 or dim > 128:
+        return Config(32, 16, 8, 2) if itemsize > 2 and dim > 128 else Config(64, 32, 8, 2)
+    if 90 <= capability < 120:
+        return Config(128, 128 if kernel == "forward" else 64, 8, 3)
+    if kernel == "keys":
+        return Config(64, 32, 4, 2)
+    return Config(128, 64 if kernel == "forward" else 32, 8, 2)
+
+
+@jit
+def _load(  # type: ignore[no-untyped-def]
+    ptr, first, tokens, STRIDE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows first .. first + BLOCK of one head. Offsets inside a tile fit int32, the place of a tile may not."""
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    tile = ptr + first.to(tl.int64) * STRIDE + (row * STRIDE + column)
+    return tl.load(tile, mask=(first + row < tokens) & (column < D), other=0.0)
+
+
+@jit
+def _store(  # type: ignore[no-untyped-def]
+    ptr, x, first, tokens, STRIDE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    tile = ptr + first.to(tl.int64) * STRIDE + (row * STRIDE + column)
+    tl.store(tile, x.to(ptr.dtype.element_ty), mask=(first + row < tokens) & (column < D))
+
+
+@jit
+def _own_tile(lists_ptr, width, HEADS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-> this program's head, its first token, its list, how many tiles of that are seen whole, how many there are."""
+    slots = tl.num_programs(0) // HEADS
+    head = tl.program_id(0) // slots
+    slot = tl.program_id(0) % slots
+    list_ptr = lists_ptr + (slot // (TILE // BLOCK)).to(tl.int64) * width
+    first = tl.load(list_ptr) * TILE + slot % (TILE // BLOCK) * BLOCK
+    return head, first, list_ptr + 3, tl.load(list_ptr + 1), tl.load(list_ptr + 2)
+
+
+@jit
+def _forward(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, end_ptr, lists_ptr, out_ptr, lse_ptr, width, tokens, scale2,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    head, q0, list_ptr, whole, seen = _own_tile(lists_ptr, width, HEADS, OWN, TILE)
+    scale2 = tl.full((), scale2, ACC)
+    k_ptr += head // GROUP * D
+    v_ptr += head // GROUP * D
+    query = q0 + tl.arange(0, OWN)
+    q = _load(q_ptr + head * D, q0, tokens, Q_STRIDE, OWN, D, BLOCK_D)
+    acc = tl.zeros((OWN, BLOCK_D), ACC)
+    total = tl.zeros((OWN,), ACC)
+    top = tl.full((OWN,), -1e30, ACC)  # finite: a row may see nothing of its first tiles, and -inf - -inf is NaN
+    PARTS: tl.constexpr = TILE // STEP
+    tile = tl.load(list_ptr)
+    for t in range(0, seen * PARTS):
+        k0 = tile * TILE + t % PARTS * STEP
+        tile = tl.load(list_ptr + (t + 1) // PARTS)
+        k = _load(k_ptr, k0, tokens, K_STRIDE, STEP, D, BLOCK_D)
+        v = _load(v_ptr, k0, tokens, V_STRIDE, STEP, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
+        if t >= whole * PARTS:
+            key = k0 + tl.arange(0, STEP)
+            reach = tl.load(end_ptr + key, mask=key < tokens, other=0)
+            s = tl.where((key[None, :] <= query[:, None]) & (query[:, None] < reach[None, :]), s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1) * scale2)
+        p = tl.exp2(s * scale2 - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
+        top = higher
+    total = tl.where(query < tokens, total, 1.0)  # rows after the last token saw nothing
+    _store(out_ptr + head * D, acc / total[:, None], q0, tokens, HEADS * D, OWN, D, BLOCK_D)
+    tl.store(lse_ptr + head.to(tl.int64) * tokens + query, top + tl.log2(total), mask=query < tokens)
+
+
+@jit
+def _backward_queries(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, end_ptr, lists_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, width, tokens, scale, scale2,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    head, q0, list_ptr, whole, seen = _own_tile(lists_ptr, width, HEADS, OWN, TILE)
+    scale2 = tl.full((), scale2, ACC)
+    k_ptr += head // GROUP * D
+    v_ptr += head // GROUP * D
+    query = q0 + tl.arange(0, OWN)
+    row = head.to(tl.int64) * tokens + query
+    do = _load(do_ptr + head * D, q0, tokens, HEADS * D, OWN, D, BLOCK_D)
+    out = _load(out_ptr + head * D, q0, tokens, HEADS * D, OWN, D, BLOCK_D)
+    delta = tl.sum(out.to(ACC) * do.to(ACC), axis=1)
+    tl.store(delta_ptr + row, delta, mask=query < tokens)
+    q = _load(q_ptr + head * D, q0, tokens, Q_STRIDE, OWN, D, BLOCK_D)
+    lse = tl.load(lse_ptr + row, mask=query < tokens, other=0.0)
+    dq = tl.zeros((OWN, BLOCK_D), ACC)
+    PARTS: tl.constexpr = TILE // STEP
+    tile = tl.load(list_ptr)
+    for t in range(0, seen * PARTS):
+        k0 = tile * TILE + t % PARTS * STEP
+        tile = tl.load(list_ptr + (t + 1) // PARTS)
+        k = _load(k_ptr, k0, tokens, K_STRIDE, STEP, D, BLOCK_D)
+        v = _load(v_ptr, k0, tokens, V_STRIDE, STEP, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC)
+        p = tl.exp2(s * scale2 - lse[:, None])
+        if t >= whole * PARTS:
+            key = k0 + tl.arange(0, STEP)
+            reach = tl.load(end_ptr + key, mask=key < tokens, other=0)
+            p = tl.where((key[None, :] <= query[:, None]) & (query[:, None] < reach[None, :]), p, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=ACC)
+    _store(dq_ptr + head * D, dq * tl.full((), scale, ACC), q0, tokens, HEADS * D, OWN, D, BLOCK_D)
+
+
+@jit
+def _backward_keys(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, end_ptr, lists_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, width, tokens, scale, scale2,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    head, k0, list_ptr, whole, seen = _own_tile(lists_ptr, width, KV_HEADS, OWN, TILE)
+    scale2 = tl.full((), scale2, ACC)
+    tokens = tl.full((), tokens, tl.int32)
+    key = k0 + tl.arange(0, OWN)
+    reach = tl.load(end_ptr + key, mask=key < tokens, other=0)
+    k = _load(k_ptr + head * D, k0, tokens, K_STRIDE, OWN, D, BLOCK_D)
+    v = _load(v_ptr + head * D, k0, tokens, V_STRIDE, OWN, D, BLOCK_D)
+    dk = tl.zeros((OWN, BLOCK_D), ACC)
+    dv = tl.zeros((OWN, BLOCK_D), ACC)
+    PARTS: tl.constexpr = TILE // STEP * GROUP
+    tile = tl.load(list_ptr)
+    for t in range(0, seen * PARTS):  # the heads of a group inside the tiles: one loop, one order of the sums
+        q0 = tile * TILE + t % PARTS // GROUP * STEP
+        tile = tl.load(list_ptr + (t + 1) // PARTS)
+        query_head = head * GROUP + t % GROUP
+        q = _load(q_ptr + query_head * D, q0, tokens, Q_STRIDE, STEP, D, BLOCK_D)
+        do = _load(do_ptr + query_head * D, q0, tokens, HEADS * D, STEP, D, BLOCK_D)
+        # keys down, queries across: P and dS are then left operands as they stand in registers
+        s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee", out_dtype=ACC)
+        query = q0 + tl.arange(0, STEP)
+        row = query_head.to(tl.int64) * tokens + query
+        lse = tl.load(lse_ptr + row, mask=query < tokens, other=0.0)
+        delta = tl.load(delta_ptr + row, mask=query < tokens, other=0.0)
+        p = tl.exp2(s * scale2 - lse[None, :])
+        if t >= whole * PARTS:
+            p = tl.where((key[:, None] <= query[None, :]) & (query[None, :] < reach[:, None]), p, 0.0)
+        ds = p * (dp - delta[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee", out_dtype=ACC)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=ACC)
+    _store(dk_ptr + head * D, dk * tl.full((), scale, ACC), k0, tokens, KV_HEADS * D, OWN, D, BLOCK_D)
+    _store(dv_ptr + head * D, dv, k0, tokens, KV_HEADS * D, OWN, D, BLOCK_D)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows may lie apart, what is in them may not."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+def _launch(
+    kernel: Any, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, tiles: TreeTiles, *given: Any
+) -> None:
+    """A program for every head and tile of its own side: of q's, or of k's and v's."""
+    dim = q.shape[2]
+    own, step, warps, stages = config(name, dim, q.element_size(), _capability())
+    own, step = min(own, tiles.tile), min(step, tiles.tile)
+    programs = heads * len(tiles.by_query) * (tiles.tile // own)
+    if programs:
+        kernel[(programs,)](
+            q, k, v, tiles.end, *given, Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0),
+            HEADS=q.shape[1], GROUP=q.shape[1] // k.shape[1], D=dim, BLOCK_D=max(16, power_of_two(dim)),
+            OWN=own, STEP=step, TILE=tiles.tile, ACC=acc(q.dtype), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+def _capability() -> int:
+    """Of the GPU that is compiled for: 90 is Hopper."""
+    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def _run_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: TreeTiles
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [N, H, D], logsumexp to base 2 [H, N]: the kernels read it along N."""
+    tokens, heads, dim = q.shape
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(heads, tokens, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    lists = tiles.by_query
+    _launch(
+        _forward, "forward", q, k, v, heads, tiles,
+        lists, out, lse, lists.shape[1], tokens, dim**-0.5 * LOG2_E,
+    )  # fmt: skip
+    return out, lse
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: TreeTiles) -> torch.Tensor:
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        out, lse = _run_forward(q, k, v, tiles)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tiles = tiles
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        tiles, do = ctx.tiles, do.contiguous()
+        tokens, heads, dim = q.shape
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        delta = torch.empty_like(lse)  # the first kernel writes it, the second reads it
+        scales = dim**-0.5, dim**-0.5 * LOG2_E
+        _launch(
+            _backward_queries, "queries", q, k, v, heads, tiles,
+            tiles.by_query, out, do, lse, delta, dq, tiles.by_query.shape[1], tokens, *scales,
+        )  # fmt: skip
+        _launch(
+            _backward_keys, "keys", q, k, v, k.shape[1], tiles,
+            tiles.by_key, do, lse, delta, dk, dv, tiles.by_key.shape[1], tokens, *scales,
+        )  # fmt: skip
+        return dq, dk, dv, None
+
+
+def pairs(end: torch.Tensor) -> int:
+    """How many (query, key) pairs see each other: key j is seen by the queries j .. end[j] - 1. Waits for the device."""
+    return int((end - torch.arange(len(end), device=end.device)).sum())
+
+
+def flops(tokens: int, pairs: int, heads: int, dim: int, backward: bool = False) -> int:
+    """Two products of the visible pairs forward, five backward (as everybody counts; two of them are computed twice)."""
+    return 10 * pairs * heads * dim + 2 * tokens * heads * dim if backward else 4 * pairs * heads * dim
+
+
+def bytes(tokens: int, heads: int, kv_heads: int, dim: int, itemsize: int = 2, backward: bool = False) -> int:
+    """Everything once: q, out, k, v and lse; backward also the gradients, and delta written and read."""
+    once = 2 * tokens * (heads + kv_heads) * dim * itemsize
+    return 2 * once + 3 * 4 * tokens * heads if backward else once + 4 * tokens * heads

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.tree_attention import tree_attention_reference, tree_attention_windows, tree_windows
+from engine.kernels.tree_attention import tree_attention_reference
+from engine.kernels.tree_windows import tree_attention_windows, tree_windows
 from engine.tree import TokenTree
 
 
