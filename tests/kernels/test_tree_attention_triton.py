@@ -244,7 +244,9 @@ def test_gradients_are_the_same_bits_every_time():
 
 
 def test_gradcheck_in_float64():
-    end = TokenTree.pack([segment(3, segment(2), segment(9, segment(1), segment(2))), segment(3)], 100)[0].end.to(DEVICE)
+    end = TokenTree.pack([segment(3, segment(2), segment(9, segment(1), segment(2))), segment(3)], 100)[0].end.to(
+        DEVICE
+    )
     inputs = [x.requires_grad_() for x in qkv(20, 2, 1, 3, torch.float64)]
     tiles = tree_tiles(end, 16)
     assert torch.autograd.gradcheck(lambda q, k, v: tree_attention(q, k, v, tiles), inputs, fast_mode=True)
