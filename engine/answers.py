@@ -1,11 +1,11 @@
 """What a step asks of its logits, and what becomes of the answers: tokens for sampled requests, log-probs for given ones.
 
-`queries` lists what the rows of a plan ask; `take` gets the answers in the same order and says what was drawn.
+`ask` lists what the rows of a plan ask; `take` gets the answers in the same order and says what was drawn.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.requests import Request
 from engine.sampling import Query
@@ -22,33 +22,45 @@ class Answers(NamedTuple):
     labels: list[float]
 
 
+class Asked(NamedTuple):
+    """What a step was asked for, and whose each answer is."""
+
+    queries: list[Query]
+    owners: list[Any]
+
+
 class Drawing:
     """Draws a token for every (last row, candidate) of a plan. requests: by index, those that are not finished."""
 
     def __init__(self, requests: dict[int, Request], tokenizer: Tokenizer | None) -> None:
         self.requests, self.tokenizer = requests, tokenizer
-        self._owners: list[tuple[Request, list[int], int]] = []  # of each query: request, tokens so far, candidate
 
-    def queries(self, plan: Plan) -> list[Query]:
-        queries = []
-        self._owners = []
+    def ask(self, plan: Plan) -> Asked:
+        """owners: request, candidate and the place of the token in its sequence."""
+        queries, owners = [], []
         row = -1
         for work in plan.work:
             row += work.stop - work.start
-            request, tokens = self.requests[work.sequence.group.index], work.sequence.tokens
+            request, place = self.requests[work.sequence.group.index], len(work.sequence.tokens)
             for candidate in work.draws:
-                self._owners.append((request, tokens, candidate))
-                queries.append(request.query(row, candidate, len(tokens)))
-        return queries
+                owners.append((request, candidate, place))
+                queries.append(request.query(row, candidate, place))
+        return Asked(queries, owners)
 
-    def take(self, answers: Answers) -> Drawn:
+    def take(self, asked: Asked, answers: Answers) -> Drawn:
+        """What was drawn; nothing for a candidate that had ended when its step was on its way."""
         drawn: Drawn = {}
         labels = iter(answers.labels)
-        rows = zip(self._owners, answers.ids, answers.raw, answers.sampled, strict=True)
-        for (request, tokens, candidate), token, raw, sampled in rows:
-            _refuse_nan(raw, request.group.index)
-            reason = request.take(candidate, tokens, token, raw, sampled, labels, self.tokenizer)
-            drawn[request.group.index, candidate] = (token, reason)
+        rows = zip(asked.owners, asked.queries, answers.ids, answers.raw, answers.sampled, strict=True)
+        for (request, candidate, place), query, token, raw, sampled in rows:
+            read = [next(labels) for _ in query.labels]
+            group = request.group
+            if group.ended(candidate):
+                continue
+            _refuse_nan(raw, group.index)
+            tokens = group.sequences[candidate].tokens
+            reason = request.take(candidate, tokens, place, token, raw, sampled, read, self.tokenizer)
+            drawn[group.index, candidate] = (token, reason)
         return drawn
 
 
@@ -62,11 +74,11 @@ class Scoring:
 
     def __init__(self, scores: dict[int, list[list[float]]]) -> None:
         self.scores = scores
-        self._places: list[tuple[int, int, int]] = []  # of each label: group, candidate, place in the completion
 
-    def queries(self, plan: Plan) -> list[Query]:
+    def ask(self, plan: Plan) -> Asked:
+        """owners: of each label the group, the candidate and the place in the completion."""
         queries = []
-        self._places = []
+        owners: list[tuple[int, int, int]] = []
         row = 0
         for work in plan.work:
             group, tokens = work.sequence.group, work.sequence.tokens
@@ -75,16 +87,16 @@ class Scoring:
                 first = max(work.start, group.prompt_len)  # a sequence that was preempted computes its prompt again
                 for position in range(first, work.stop):
                     queries.append(Query(row + position - work.start, labels=(tokens[position + 1],)))
-                    self._places.append((group.index, work.sequence.candidate, position + 1 - group.prompt_len))
+                    owners.append((group.index, work.sequence.candidate, position + 1 - group.prompt_len))
             elif work.draws:
                 firsts = tuple(group.forced[candidate][0] for candidate in work.draws)
                 queries.append(Query(row + work.stop - work.start - 1, labels=firsts))
-                self._places += [(group.index, candidate, 0) for candidate in work.draws]
+                owners += [(group.index, candidate, 0) for candidate in work.draws]
             row += work.stop - work.start
-        return queries
+        return Asked(queries, owners)
 
-    def take(self, answers: Answers) -> Drawn:
-        for (index, candidate, place), value in zip(self._places, answers.labels, strict=True):
+    def take(self, asked: Asked, answers: Answers) -> Drawn:
+        for (index, candidate, place), value in zip(asked.owners, answers.labels, strict=True):
             _refuse_nan(value, index)
             self.scores[index][candidate][place] = value
         return {}

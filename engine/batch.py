@@ -5,14 +5,14 @@ R rows in the plan's order; a sequence's rows are neighbours, and so are sequenc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from engine.scheduler import Plan
+from engine.scheduler import UNKNOWN, Plan
 
 
 class Layout(NamedTuple):
@@ -38,6 +38,9 @@ class Layout(NamedTuple):
 
 class Batch(NamedTuple):
     tokens: torch.Tensor  # [R] int64
+    from_draws: (
+        torch.Tensor
+    )  # [R] int64: which draw of the step before a token is that is not known yet, -1: it is known
     positions: torch.Tensor  # [R] int64
     slots: torch.Tensor  # [R] int64: block * block_size + slot, where a row's key and value go
     layout: Layout
@@ -53,11 +56,15 @@ class Batch(NamedTuple):
         none = torch.empty(0, dtype=torch.int64)
         zero = np.zeros(1, dtype=np.int64)
         layout = Layout(zero, zero[1:], zero, zero[1:])
-        return Batch(none, none, none, layout, none.view(0, 4), none.view(0, 3), True, 0, 0)
+        return Batch(none, none, none, none, layout, none.view(0, 4), none.view(0, 3), True, 0, 0)
 
 
-def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
-    """grouped False: every sequence reads its own context, for measurement; the results are the same bits."""
+Draw = tuple[int, int]  # group index, candidate
+
+
+def make_batch(plan: Plan, block_size: int, grouped: bool = True, drawing: Mapping[Draw, int] | None = None) -> Batch:
+    """grouped False: every sequence reads its own context, for measurement; the results are the same bits. drawing: the
+    place of every draw of the step before, if its tokens are not known yet."""
     works = plan.work
     starts = np.array([work.start for work in works])
     counts = np.array([work.stop for work in works]) - starts
@@ -66,6 +73,11 @@ def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
         _offsets(counts), starts, _offsets([len(table) for table in tables]), np.fromiter(_flat(tables), np.int64)
     )
     tokens = np.fromiter(_flat(w.sequence.tokens[w.start : w.stop] for w in works), np.int64)
+    from_draws = np.full(len(tokens), -1)
+    for row in np.flatnonzero(tokens == UNKNOWN):
+        assert drawing is not None, "a token is not known and no step is on its way"
+        sequence = works[int(np.searchsorted(layout.first_row, row, side="right")) - 1].sequence
+        from_draws[row] = drawing[sequence.group.index, sequence.candidate]
     work_of_row = np.repeat(np.arange(len(works)), counts)
     positions = np.arange(len(tokens)) - (layout.first_row[:-1] - starts)[work_of_row]
     block = layout.pages[layout.first_page[work_of_row] + positions // block_size]
@@ -78,6 +90,7 @@ def make_batch(plan: Plan, block_size: int, grouped: bool = True) -> Batch:
     last = np.maximum.reduceat(np.append(positions, 0), items[:, 2:].ravel())[::2]  # the furthest row of each item
     return Batch(
         torch.from_numpy(tokens),
+        torch.from_numpy(from_draws),
         torch.from_numpy(positions),
         torch.from_numpy(slots),
         layout,
@@ -106,3 +119,8 @@ def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _flat(lists: Iterable[Sequence[int]]) -> Iterable[int]:
     return chain.from_iterable(lists)
+
+
+def known_tokens(tokens: torch.Tensor, from_draws: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """The tokens of a step's rows on their device; drawn: the ids of the step before, in the order of its queries."""
+    return torch.where(from_draws >= 0, drawn[from_draws.clamp(min=0)], tokens)

@@ -14,22 +14,22 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from engine import ops
-from engine.answers import Answers, Drawing, Scoring
+from engine.answers import Answers, Asked, Drawing, Scoring
 from engine.batch import make_batch
 from engine.checkpoint import load_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
 from engine.kv_cache import BlockPool
 from engine.model import Llama
 from engine.requests import Prompt, Reader, Request, RequestOutput
-from engine.runner import CpuRunner
-from engine.runner_gpu import GpuRunner
+from engine.runner import CpuRunner, Done
+from engine.runner_gpu import GpuRunner, Pending
 from engine.sampling import SamplingParams
-from engine.scheduler import Group, Scheduler
+from engine.scheduler import Group, Plan, Scheduler
 from engine.tokenizer import Tokenizer
 
 
@@ -75,7 +75,7 @@ class LLM:
         self._reader = Reader(self.tokenizer, config.vocab_size, self.max_model_len, seed)
         vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
         self._runner = (
-            GpuRunner(self.model, block_size, vocab, self.max_model_len)
+            GpuRunner(self.model, block_size, vocab, self.max_model_len, self.max_sequences)
             if self._on_gpu
             else CpuRunner(self.model, block_size, vocab)
         )
@@ -83,6 +83,8 @@ class LLM:
         blocks = self._block_count(kv_cache_gb)
         self._pool = BlockPool(blocks, block_size)
         self._scheduler = Scheduler(self._pool, self.max_batch_tokens, self.max_sequences)
+        self._overlap = self._on_gpu  # plan the next step before the last one's tokens are read; the same results
+        self._pending: _Launched | None = None
         self._grouped = True  # read a shared chunk once for all its rows; off only to measure what that saves
         self._runner.allocate(blocks)
         self._asleep: str | None = None
@@ -303,11 +305,18 @@ class LLM:
             self._count(requests=len(groups), prompt_tokens=sum(group.prompt_len for group in groups))
             groups.clear()
             while not self._scheduler.idle:
-                done = self._take_aborts(reader) or self._step(reader)
+                if self._to_abort != set():
+                    done = self._settle(reader) + self._take_aborts(reader)
+                elif self._overlap:
+                    done = self._overlapped_step(reader)
+                else:
+                    done = self._step(reader)
                 if done:
                     yield from done
                     self._check_epoch()
+            self._settle(reader)  # what was under way for sequences that had ended
         finally:
+            self._pending = None
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
             with self._abort_lock:
                 self._to_abort = set()
@@ -332,32 +341,84 @@ class LLM:
             )
 
     def _step(self, reader: Drawing | Scoring) -> list[Group]:
+        """A step from plan to tokens."""
+        self._pending = self._launch(reader)
+        assert self._pending, "the scheduler planned nothing although requests are waiting"
+        self._scheduler.advance(self._pending.plan)
+        return self._settle(reader)
+
+    def _overlapped_step(self, reader: Drawing | Scoring) -> list[Group]:
+        """The same parts in another order: the step before is read when this one is under way."""
+        launched = self._launch(reader)
+        assert launched or self._pending, "the scheduler planned nothing although requests are waiting"
+        done = self._settle(reader)
+        if launched:
+            self._scheduler.advance(launched.plan)
+        self._pending = launched
+        return done
+
+    def _launch(self, reader: Drawing | Scoring) -> _Launched | None:
+        """Plan a step and send it on its way; None if nothing can be planned before the last step's tokens are known."""
         started = time.perf_counter()
         plan = self._scheduler.plan()
-        assert plan.work, "the scheduler planned nothing although requests are waiting"
-        batch = make_batch(plan, self.block_size, self._grouped)
+        if not plan.work:
+            self._scheduler.drop(plan)
+            return None
+        before = self._pending
+        drawing = {} if before is None else before.draws()
+        batch = make_batch(plan, self.block_size, self._grouped, drawing)
         planned = time.perf_counter()
-        before = self._runner.seconds
-        draws = self._runner.launch(batch, reader.queries(plan)).read()
-        drawn = reader.take(Answers(*(column.tolist() for column in draws)))
-        computed = time.perf_counter()
-        done = self._scheduler.commit(plan, drawn)
+        asked = reader.ask(plan)
+        kernels = self._runner.seconds
+        running = self._runner.launch(batch, asked.queries)
         ended = time.perf_counter()
         self._count(
             steps=1,
             computed_rows=plan.rows,
-            new_tokens=len(drawn),
             kv_bytes_read=batch.slots_read * self._slot_bytes,
             kv_bytes_ungrouped=batch.slots_ungrouped * self._slot_bytes,
             seconds=ended - started,
-            scheduler_seconds=planned - started + ended - computed,
-            host_seconds=ended - started - (self._runner.seconds - before),
+            scheduler_seconds=planned - started,
+            host_seconds=ended - started - (self._runner.seconds - kernels),
+        )
+        return _Launched(plan, asked, running)
+
+    def _settle(self, reader: Drawing | Scoring) -> list[Group]:
+        """Read the step that is under way, if there is one; returns the groups that are done."""
+        launched, self._pending = self._pending, None
+        if launched is None:
+            return []
+        started = time.perf_counter()
+        answers = Answers(*(column.tolist() for column in launched.running.read()))
+        read = time.perf_counter()
+        drawn = reader.take(launched.asked, answers)
+        taken = time.perf_counter()
+        done = self._scheduler.settle(launched.plan, drawn)
+        ended = time.perf_counter()
+        self._count(
+            new_tokens=len(drawn),
+            seconds=ended - started,
+            scheduler_seconds=ended - taken,
+            host_seconds=ended - read,
         )
         return done
 
     def _count(self, **counts: float) -> None:
         for name, count in counts.items():
             self._stats[name] += count
+
+
+class _Launched(NamedTuple):
+    """A step that is under way."""
+
+    plan: Plan
+    asked: Asked
+    running: Done | Pending
+
+    def draws(self) -> dict[tuple[int, int], int]:
+        """(group index, candidate) -> the number of its query."""
+        wanted = [(work.sequence.group.index, candidate) for work in self.plan.work for candidate in work.draws]
+        return {draw: number for number, draw in enumerate(wanted)}
 
 
 _COUNTERS = (

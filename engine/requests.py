@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -67,30 +67,27 @@ class Request:
     def take(
         self,
         candidate: int,
-        before: list[int],
+        tokens: list[int],
+        place: int,
         token: int,
         raw: float,
         sampled: float,
-        labels: Iterator[float],
+        labels: list[float],
         tokenizer: Tokenizer | None,
     ) -> str | None:
-        """Keep what was drawn behind the tokens `before`; returns why the candidate ends with it, or None.
-
-        labels: the drawn label log-probs of this and all following queries; this query's are taken from it.
-        """
+        """Keep what was drawn behind tokens[:place]; returns why the candidate ends with it, or None."""
         self.raw[candidate].append(raw)
         self.sampled[candidate].append(sampled)
-        wanted = self.params.label_token_ids
-        if wanted:
-            self.labels[candidate].append([next(labels) for _ in wanted])
+        if labels:
+            self.labels[candidate].append(labels)
         if token in self.stops:
             return "stop"
         if self.params.stop and tokenizer:
-            generated = [*before[self.group.prompt_len :], token]
+            generated = [*tokens[self.group.prompt_len : place], token]
             self.cut[candidate] = _before_stop(generated, self.params, tokenizer)
             if self.cut[candidate] is not None:
                 return "stop"
-        added = len(before) + 1 - self.group.prompt_len
+        added = place + 1 - self.group.prompt_len
         return "length" if added >= self.group.limits[candidate] else None
 
     def output(self, tokenizer: Tokenizer | None, weight_epoch: int) -> RequestOutput:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from engine import ops
-from engine.batch import Batch
+from engine.batch import Batch, known_tokens
 from engine.model import Attend, Llama
 from engine.packed import PackedWeights
 from engine.sampling import Query, draw_rules
@@ -38,6 +38,7 @@ class CpuRunner:
         self.model, self.block_size, self.vocab = model, block_size, vocab
         self.packed = PackedWeights(model)
         self.keys = self.values = torch.empty(0)
+        self.drawn = torch.zeros(1, dtype=torch.int64)  # ids of the last step, by query
         self.seconds = 0.0
         self.head_rows = 0
 
@@ -61,13 +62,16 @@ class CpuRunner:
         with torch.no_grad(), one_thread() as threads:
             began = time.perf_counter()
             kernels = self.packed.kernels(threads)
-            hidden = self.model(batch.tokens, batch.positions, self._attend(batch, threads), kernels)  # [R, dim]
+            tokens = known_tokens(batch.tokens, batch.from_draws, self.drawn)
+            hidden = self.model(tokens, batch.positions, self._attend(batch, threads), kernels)  # [R, dim]
             self.seconds += time.perf_counter() - began
             parts = [
                 self._draw(hidden, queries[start : start + HEAD_ROWS], threads)
                 for start in range(0, len(queries), HEAD_ROWS)
             ]
-        return Done(ops.Draws(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else _NOTHING)
+        draws = ops.Draws(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else _NOTHING
+        self.drawn = draws.ids if len(draws.ids) else self.drawn
+        return Done(draws)
 
     def _attend(self, batch: Batch, threads: int) -> Attend:
         def attend(

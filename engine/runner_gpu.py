@@ -2,7 +2,8 @@
 
 Steps in which every row belongs to another sequence and draws one token (decoding, which is nearly all of a loop's time)
 run as a CUDA graph, forward and draw together, one for each number of rows in BUCKETS; a step is padded to the next one.
-Others (prompts, scoring, forks) are launched kernel by kernel: they have enough work for each launch.
+Others (prompts, scoring, forks) are launched kernel by kernel: they have enough work for each launch. The ids that were
+drawn last stay on the device, so that a step can be launched before the host has read them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from engine import ops
-from engine.batch import Batch
+from engine.batch import Batch, known_tokens
 from engine.graphs import CudaCapture, Graph, map_tensors
 from engine.model import Llama
 from engine.sampling import Query, draw_rules
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     """One step's tensors, on the host where they are made and then on the device."""
 
     tokens: torch.Tensor  # [R] int64
+    from_draws: torch.Tensor  # [R] int64
     positions: torch.Tensor  # [R] int64
     slots: torch.Tensor  # [R] int64, -1: a padded row, which is written nowhere
     copies: torch.Tensor  # [C, 3] int64
@@ -73,15 +75,17 @@ class GpuRunner:
         block_size: int,
         vocab: int,
         max_model_len: int,
+        max_draws: int,
         capture: Callable[..., Any] | None = None,
     ) -> None:
-        """vocab: ids from here on are no tokens; capture: another than CUDA's, for tests."""
+        """vocab: ids from here on are no tokens; max_draws: of one step; capture: another than CUDA's, for tests."""
         self.model, self.block_size, self.vocab = model, block_size, vocab
         self.device = model.embed.device
         self.seconds = 0.0  # of operations that the host waits for: none
         self.head_rows = 0
         self.graphs = True  # off only to measure what they give
         self.keys = self.values = torch.empty(0)
+        self._drawn = torch.zeros(max(max_draws, BUCKETS[-1]), dtype=torch.int64, device=self.device)
         self._chunks = -(-max_model_len // block_size)
         self._capture = capture or CudaCapture()
         self._captured: dict[int, Graph] = {}
@@ -124,7 +128,7 @@ class GpuRunner:
         for start in range(0, len(queries), HEAD_ROWS):
             part = queries[start : start + HEAD_ROWS]
             rows = self._upload(torch.tensor([query.row for query in part]))
-            parts.append(self._draw(hidden[rows], map_tensors(draw_rules(part, self.vocab), self._upload)))
+            parts.append(self._draw(hidden[rows], map_tensors(draw_rules(part, self.vocab), self._upload), start))
             self.head_rows += len(part)
         return parts
 
@@ -155,6 +159,7 @@ class GpuRunner:
             return None
         step = step._replace(
             tokens=_pad(step.tokens, bucket, 0),
+            from_draws=_pad(step.from_draws, bucket, -1),
             positions=_pad(step.positions, bucket, 0),
             slots=_pad(step.slots, bucket, -1),
         )
@@ -167,14 +172,14 @@ class GpuRunner:
         )
 
     def _decode(self, decoding: Decoding) -> ops.Draws:
-        return self._draw(self._forward(decoding.step), decoding.rules)
+        return self._draw(self._forward(decoding.step), decoding.rules, 0)
 
     # ---- both -------------------------------------------------------------------------------------------------------
 
     def _step(self, batch: Batch, capacity: Capacity | None) -> Step:
         model = self.model
         work = make_work(batch.layout, self.block_size, model.config, model.embed.dtype, capacity, batch.grouped)
-        return Step(batch.tokens, batch.positions, batch.slots, batch.copies, work)
+        return Step(batch.tokens, batch.from_draws, batch.positions, batch.slots, batch.copies, work)
 
     def _forward(self, step: Step) -> torch.Tensor:
         """Hidden states of all rows [R, dim]."""
@@ -186,10 +191,17 @@ class GpuRunner:
             q = ops.rope_write(q, k, v, cos, sin, *pages, step.slots, step.copies)
             return ops.work_attention(q, *pages, step.work)
 
-        return self.model(step.tokens, step.positions, attend)
+        tokens = known_tokens(step.tokens, step.from_draws, self._drawn)
+        return self.model(tokens, step.positions, attend)
 
-    def _draw(self, hidden: torch.Tensor, rules: ops.DrawRules) -> ops.Draws:
-        return ops.sample_rows(ops.wide_linear(hidden, self.model.head), rules)
+    def _draw(self, hidden: torch.Tensor, rules: ops.DrawRules, start: int) -> ops.Draws:
+        """start: the number of the first query among all of the step."""
+        draws = ops.sample_rows(ops.wide_linear(hidden, self.model.head), rules)
+        if start + len(draws.ids) <= len(
+            self._drawn
+        ):  # a step that scores reads more than can be drawn, and draws nothing
+            self._drawn[start : start + len(draws.ids)] = draws.ids
+        return draws
 
 
 def _pad(x: torch.Tensor, length: int, value: int) -> torch.Tensor:

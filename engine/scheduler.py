@@ -1,7 +1,11 @@
 """The scheduler: which tokens of which sequences are computed in the next step. Pure Python over integers.
 
-`plan()` gives running sequences the blocks that they need, admits waiting ones, and returns rows to compute; `commit`
-takes the sampled tokens, forks the candidates of a finished prompt, and frees what has ended. Its rules:
+`plan()` gives running sequences the blocks that they need, admits waiting ones, and returns rows to compute; `advance`
+records that they are under way, forks the candidates of a finished prompt, and lets every draw add a token that is not
+known yet; `settle` takes the tokens and frees what has ended. One step may be planned before the one before is settled:
+a device then has its next step while the host reads. What that step computes for a sequence that turns out to have ended
+is wasted, no more: the row has its true token, which is read on the device, and whoever gets the freed blocks writes to
+them later than the step does, because a device runs steps in their order. The rules:
   - Running sequences come first, those that decode before those that still compute their prompt: they finish requests.
   - A sequence is admitted when a forecast of all block use says that it will fit; nothing is reserved.
   - Where the forecast was wrong, the youngest sequence gives its blocks up and waits; what it had drawn it keeps.
@@ -16,9 +20,12 @@ import bisect
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from engine.forecast import Forecast
 from engine.kv_cache import BlockPool
+
+UNKNOWN = -1  # a token that is drawn but not read yet: the last one of a sequence at most
 
 
 @dataclass(eq=False, slots=True)
@@ -44,8 +51,10 @@ class Sequence:
 
     @property
     def goal(self) -> int:
-        """How many tokens are to be computed: a given continuation's last token predicts nothing that is asked for."""
-        return len(self.tokens) - 1 if self.scored else len(self.tokens)
+        """How many tokens are to be computed: the last one that may be added predicts nothing that is asked for, nor does a
+        given continuation's."""
+        added = len(self.tokens) - len(self.group.prompt)
+        return len(self.tokens) - (self.scored or added >= self.group.limits[self.candidate])
 
     @property
     def scored(self) -> bool:
@@ -73,6 +82,10 @@ class Group:
     @property
     def prompt_len(self) -> int:
         return len(self.prompt)
+
+    def ended(self, candidate: int) -> bool:
+        """Whether a candidate of a forked group is finished; a group that was handed out may have forgotten its sequences."""
+        return not self.sequences or self.sequences[candidate].finished is not None
 
     @property
     def done(self) -> bool:
@@ -130,8 +143,9 @@ class Scheduler:
         self.prefix_tokens_saved = 0  # prompt tokens that another request had computed
         self.fork_tokens_saved = 0  # prompt tokens that candidates found computed by the first one
         self.recomputed_tokens = 0  # computed a second time after a preemption
-        self._step: Plan | None = None  # the step that is under way
-        self._clean = True  # no step is being planned or under way: what the pool says is true
+        self._step: Plan | None = None  # planned, not yet under way
+        self._unsettled = 0  # steps planned or under way: until they are settled, what the pool says may not be true
+        self._unlisted: list[tuple[Sequence, int]] = []  # blocks that decoding filled with a token not known yet
         self._order = 0
         self._longest = 0  # the most blocks that a candidate of any group so far can come to hold
 
@@ -176,12 +190,13 @@ class Scheduler:
     def abort_all(self) -> None:
         """Drop everything that waits or runs and give its blocks back. After a step that failed anywhere, nothing that the
         pool says can be trusted (blocks are marked as filled that were not): it begins anew."""
-        if self._clean:
+        if self._unsettled:
+            self.pool.clear()
+        else:
             for sequence in self.running:
                 self._give_up(sequence)
-        else:
-            self.pool.clear()
-        self._step, self._clean = None, True
+        self._step, self._unsettled = None, 0
+        self._unlisted.clear()
         self.running.clear()
         self.waiting.clear()
 
@@ -206,9 +221,12 @@ class Scheduler:
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        """Rows of the next step, at most `max_batch_tokens`. Blocks count as filled from here on; `commit` must follow."""
-        assert self._clean, "the step before was not committed"
-        self._clean = False
+        """Rows of the next step, at most `max_batch_tokens`; none if all that waits has a token that is not known yet. Blocks
+        count as filled from here on; `advance` must follow, and one step before may still have to be settled."""
+        assert self._step is None and self._unsettled < 2, (
+            "the step before was not advanced, or the one before that settled"
+        )
+        self._unsettled += 1
         self._make_room()
         budget = self.max_batch_tokens
         work: list[Work] = []
@@ -225,7 +243,7 @@ class Scheduler:
         while budget > 0 and self.waiting:
             sequence = self.waiting[0]
             places = self._places(sequence)
-            if self.running and used + places > self.max_sequences:
+            if (self.running and used + places > self.max_sequences) or sequence.tokens[-1] == UNKNOWN:
                 break
             found = self.pool.find(sequence.chain, sequence.tokens)
             new = -(-sequence.goal // self.pool.block_size) - len(found)
@@ -247,30 +265,55 @@ class Scheduler:
         self._step = Plan(tuple(work), tuple(copies))
         return self._step
 
-    def commit(self, plan: Plan, drawn: Drawn) -> list[Group]:
-        """Record what was drawn in the planned step (nothing for scored groups). Returns the groups that are done."""
-        assert plan is self._step
+    def advance(self, plan: Plan) -> None:
+        """Record that the planned step is under way, before its tokens are known. Steps are settled in their order: the one
+        before is settled first."""
+        assert plan is self._step and self._unsettled == 1
         self._step = None
         self.pool.release([copy.source for copy in plan.copies])
         forked: list[Sequence] = []
-        ended: list[Sequence] = []
         for work in plan.work:
             group = work.sequence.group
             if work.draws and not group.forked:
                 forked += self._fork(work.sequence)
             for candidate in work.draws:
+                if group.forced is None and not group.ended(candidate):
+                    group.sequences[candidate].tokens.append(UNKNOWN)
+        self._requeue(forked)
+
+    def drop(self, plan: Plan) -> None:
+        """A plan without work is not computed."""
+        assert plan is self._step and not plan.work
+        self._step = None
+        self._unsettled -= 1
+
+    def settle(self, plan: Plan, drawn: Drawn) -> list[Group]:
+        """Take what was drawn in a step (nothing for scored groups, nor for sequences that had ended when the step was on its
+        way). Returns the groups that are done."""
+        self._unsettled -= 1
+        ended: list[Sequence] = []
+        for work in plan.work:
+            group = work.sequence.group
+            for candidate in work.draws:
+                if group.ended(candidate):
+                    continue
                 sequence = group.sequences[candidate]
                 if group.forced is None:
-                    token, sequence.finished = drawn[group.index, candidate]
-                    sequence.tokens.append(token)
-                elif max(sequence.computed, group.prompt_len) >= sequence.goal:
+                    sequence.tokens[-1], sequence.finished = drawn[group.index, candidate]
+                elif work.stop >= sequence.goal:
                     sequence.finished = "length"
                 if sequence.finished is not None:
                     ended.append(sequence)
-        self._requeue(forked)
-        done = self._retire(ended)
-        self._clean = True
-        return done
+        for sequence, number in self._unlisted:
+            if number < len(sequence.blocks):  # it was not preempted meanwhile
+                self._list(sequence, number)
+        self._unlisted.clear()
+        return self._retire(ended)
+
+    def commit(self, plan: Plan, drawn: Drawn) -> list[Group]:
+        """`advance` and `settle` of a step that was computed at once."""
+        self.advance(plan)
+        return self.settle(plan, drawn)
 
     # ---- the rules --------------------------------------------------------------------------------------------------
 
@@ -362,7 +405,10 @@ class Scheduler:
             block = sequence.blocks[number]
             self.pool.fill(block, min(stop - number * size, size))
             if blocks[block].filled == size and len(blocks[block].tokens) < size:  # filled by decoding
-                self._list(sequence, number)
+                if sequence.tokens[stop - 1] == UNKNOWN:
+                    self._unlisted.append((sequence, number))
+                else:
+                    self._list(sequence, number)
         if start > sequence.computed or start < sequence.reached:
             self._count(sequence, start, stop)
         sequence.computed = stop
@@ -432,6 +478,9 @@ class Scheduler:
                 used = (len(sequence.tokens) - group.prompt_len) / group.limits[sequence.candidate]
                 self.used_share += (used - self.used_share) / min(self.finished_candidates + 8, 256)
         self.running = [sequence for sequence in self.running if sequence.finished is None]
+        again = list(takewhile(lambda waits: waits.group.forked or waits.reached, self.waiting))
+        if any(sequence.finished is not None for sequence in again):  # forked or preempted before its token was known
+            self.waiting = deque(sequence for sequence in self.waiting if sequence.finished is None)
         groups = {sequence.group.index: sequence.group for sequence in ended}
         return [group for group in groups.values() if group.done]
 

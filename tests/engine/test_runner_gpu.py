@@ -43,7 +43,8 @@ def gpu(monkeypatch):
             model = random_llama(CONFIG, seed=2).to("cuda")
             return LLM(model, block_size=8, kv_cache_gb=0.001, **options)
         llm = LLM(MODEL, block_size=8, kv_cache_gb=0.001, **options)
-        llm._runner = GpuRunner(MODEL, 8, CONFIG.vocab_size, llm.max_model_len, capture=replayed)
+        llm._overlap = True
+        llm._runner = GpuRunner(MODEL, 8, CONFIG.vocab_size, llm.max_model_len, llm.max_sequences, capture=replayed)
         llm._runner.allocate(llm._pool.num_blocks)
         llm._runner.keys.fill_(float("nan"))  # no slot is read before it is written
         llm._runner.values.fill_(float("nan"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from engine.kv_cache import BlockPool
-from engine.scheduler import Group, Scheduler
+from engine.scheduler import UNKNOWN, Group, Scheduler
 
 
 class Pages:
@@ -21,17 +21,18 @@ class Pages:
         self.slots = [[None] * size for _ in range(blocks)]
 
     def run(self, plan, epoch):
-        """Writes, then copies, then reads, as in a layer of the model."""
+        """Writes, then copies, then reads, as in a layer of the model. A token that is not read yet is known to the device."""
+        tokens = {id(work.sequence): known(work.sequence) for work in plan.work}
         for work in plan.work:
             for position in range(work.start, work.stop):
                 block = work.sequence.blocks[position // self.size]
-                self.slots[block][position % self.size] = (epoch, *work.sequence.tokens[: position + 1])
+                self.slots[block][position % self.size] = (epoch, *tokens[id(work.sequence)][: position + 1])
         for copy in plan.copies:
             self.slots[copy.target][: copy.tokens] = self.slots[copy.source][: copy.tokens]
         for work in plan.work:
             for position in range(work.stop):
                 seen = self.slots[work.sequence.blocks[position // self.size]][position % self.size]
-                assert seen == (epoch, *work.sequence.tokens[: position + 1])
+                assert seen == (epoch, *tokens[id(work.sequence)][: position + 1])
 
 
 def run_step(scheduler, pages, draw):
@@ -57,6 +58,14 @@ def scripted(group, candidate, place):
     noise = hash((group.index, candidate, place))
     stop = noise % 7 == 0 or place + 1 >= group.limits[candidate]
     return noise // 7 % 2, "stop" if stop else None
+
+
+def known(sequence):
+    """Its tokens, with what was drawn and not read yet."""
+    if sequence.tokens[-1] != UNKNOWN:
+        return sequence.tokens
+    place = len(sequence.tokens) - 1 - sequence.group.prompt_len
+    return [*sequence.tokens[:-1], scripted(sequence.group, sequence.candidate, place)[0]]
 
 
 def script(group, candidate):
@@ -173,14 +182,85 @@ class Machine(RuleBasedStateMachine):
             assert len(self.scheduler.pool.free) == self.scheduler.pool.num_blocks - 1
 
 
-def run_machine(examples):
+class Overlapped(Machine):
+    """The same histories when every step is planned before the tokens of the one before are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.pending = None  # plan and draws of the step that is under way
+
+    @precondition(lambda self: self.scheduler and not self.scheduler.idle)
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps):
+        while steps and not self.scheduler.idle:
+            self.overlapped_step()
+            steps -= 1
+
+    def overlapped_step(self):
+        scheduler = self.scheduler
+        plan = scheduler.plan()
+        assert plan.work or self.pending
+        if not plan.work:
+            scheduler.drop(plan)
+            self.settle()
+            return
+        self.pages.run(plan, scheduler.epoch)
+        drawn = {}
+        for work in plan.work:
+            if work.sequence.group.forced is None:
+                for c in work.draws:
+                    place = len(work.sequence.tokens) - work.sequence.group.prompt_len
+                    drawn[work.sequence.group.index, c] = scripted(work.sequence.group, c, place)
+        scheduler.check()
+        self.settle()
+        scheduler.advance(plan)
+        scheduler.check()
+        self.pending = plan, drawn
+
+    def settle(self):
+        if self.pending:
+            plan, drawn = self.pending
+            self.pending = None
+            for group in self.scheduler.settle(plan, drawn):
+                self.finish(self.open.pop(group.index))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def abort(self, data):
+        self.settle()
+        if self.open:
+            Machine.abort(self, data)
+
+    @precondition(lambda self: self.scheduler and self.scheduler.idle)
+    @rule(asleep=st.booleans())
+    def update_weights(self, asleep):
+        self.settle()
+        Machine.update_weights(self, asleep)
+
+    def teardown(self):
+        super().teardown()
+        if self.scheduler:
+            self.settle()
+            assert len(self.scheduler.pool.free) == self.scheduler.pool.num_blocks - 1
+
+
+def run_machine(examples, machine=Machine):
     health = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     options = settings(max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=health)
-    run_state_machine_as_test(Machine, settings=options)
+    run_state_machine_as_test(machine, settings=options)
 
 
 def test_any_history_leaves_every_request_its_own_tokens():
     run_machine(150)
+
+
+def test_any_history_of_overlapped_steps_leaves_every_request_its_own_tokens():
+    run_machine(150, Overlapped)
+
+
+@pytest.mark.full
+def test_any_of_2000_histories_of_overlapped_steps_leaves_every_request_its_own_tokens():
+    run_machine(2000, Overlapped)
 
 
 @pytest.mark.full

@@ -59,7 +59,7 @@ def drive(ids, params, tokenizer):
     sequence = Sequence(group, 0, list(PROMPT))
     group.sequences = [sequence]
     for token in ids:
-        sequence.finished = request.take(0, sequence.tokens, token, -1.0, -1.0, iter(()), tokenizer)
+        sequence.finished = request.take(0, sequence.tokens, len(sequence.tokens), token, -1.0, -1.0, [], tokenizer)
         sequence.tokens.append(token)
         if sequence.finished:
             break
