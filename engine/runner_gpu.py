@@ -50,7 +50,7 @@ class Pending:
 
     def __init__(self, parts: list[ops.Draws], queries: int, labels: int) -> None:
         self._queries, self._labels = queries, labels  # what is behind them is padding
-        self._parts = [map_tensors(part, lambda x: x.to("cpu", non_blocking=True)) for part in parts]
+        self._parts = [map_tensors(part, lambda x: x.to("cpu", non_blocking=True, copy=True)) for part in parts]
         self._event = torch.cuda.Event() if parts and parts[0].ids.is_cuda else None
         if self._event:
             self._event.record()
@@ -116,7 +116,9 @@ class GpuRunner:
         graph = self._captured.get(rows)
         if graph is None:
             nothing = self._padded(Batch.empty(), [], rows)  # padding alone, which writes no page
+            drawn = self._drawn.clone()  # but it draws, and this step may be waiting for what the last one drew
             graph = self._captured[rows] = Graph(self._decode, nothing, self.device, self._capture)
+            self._drawn.copy_(drawn)
         self.head_rows += rows
         return Pending([graph.launch(decoding)], len(queries), labels)
 
