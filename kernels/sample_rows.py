@@ -58,7 +58,7 @@ def config(width: int) -> Config:
 @jit
 def _allowed(row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Logits from `start` on, -inf where they may not be drawn."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    x_ptr, vocab, _, _ = row
     token = start + tl.arange(0, SIZE)
     x = tl.load(x_ptr + token, mask=token < vocab, other=float("-inf"))
     return _without(x, row, start, SIZE)
@@ -66,7 +66,7 @@ def _allowed(row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _without(x, row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    _, _, forbidden_ptr, forbidden = row
     token = start + tl.arange(0, SIZE)
     for entry in range(forbidden):
         x = tl.where(token == tl.load(forbidden_ptr + entry).to(tl.int32), float("-inf"), x)
@@ -75,9 +75,9 @@ def _without(x, row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _place(x):  # type: ignore[no-untyped-def]
-    """Floats in order, as int64; both zeros are one place."""
+    """Floats in order, as int64."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.where(x == 0.0, 0, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
 @jit
@@ -90,7 +90,7 @@ def _at(place):  # type: ignore[no-untyped-def]
 def _statistics(row, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The last block of what may be drawn; of all columns the largest and log sum e^(x - largest), NaN if one is
     NaN or +inf; the largest of what may be drawn."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    x_ptr, vocab, _, _ = row
     x = tl.full((BLOCK,), float("-inf"), tl.float32)
     largest = tl.full((), -3.4028234663852886e38, tl.float32)
     total = tl.full((), 0.0, tl.float64)
@@ -123,7 +123,9 @@ def _number_from(held, row, edge, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  #
 
 
 @jit
-def _weight_from(held, row, edge, least, top, scale, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weight_from(  # type: ignore[no-untyped-def]
+    held, row, edge, least, top, scale, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):
     """What the weights weigh that reach `edge`, of logits from `least` on."""
     weight = tl.full((), 0.0, tl.float32)
     for block in range(BLOCKS):
@@ -145,9 +147,11 @@ def _cut_by_number(held, row, top, k, BLOCK: tl.constexpr, BLOCKS: tl.constexpr)
 
 
 @jit
-def _rough_edge(held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rough_edge(  # type: ignore[no-untyped-def]
+    held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):
     """The weight at which top-p cuts, to fp32. `held`: the weights of the logits from `edge` on."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    _, vocab, _, _ = row
     total = _weight_from(held, row, 0.0, edge, top, scale, BLOCK, BLOCKS)
     total -= (ties - room).to(tl.float32) * tl.exp((edge - top) * scale)
     # All tokens with less than this hold less than 1 - top_p together.
@@ -165,7 +169,7 @@ def _rough_edge(held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.conste
 def _weigh(row, edge, first, second, top, scale, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """float64 masses of the logits above `edge`, from `first` on and from `second` on; the numbers of the latter two; the
     smallest logit from `first` on and the largest below `second`."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    _, vocab, _, _ = row
     mass0, mass1, mass2 = (tl.zeros((TILE,), tl.float64),) * 3
     number1, number2 = (tl.zeros((TILE,), tl.int32),) * 2
     smallest, largest = tl.full((TILE,), float("inf"), tl.float32), tl.full((TILE,), float("-inf"), tl.float32)
@@ -223,9 +227,9 @@ def _cut_by_mass(row, edge, room, ties, top, temperature, top_p, rough, TILE: tl
 
 
 @jit
-def _cut(
+def _cut(  # type: ignore[no-untyped-def]
     held, row, top, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """What is kept: logits above `edge`, and the first `room` of the `ties` that equal it (all where room >= ties)."""
     edge = tl.full((), float("-inf"), tl.float32)
     room, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
