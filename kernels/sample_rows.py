@@ -2,23 +2,24 @@
 
     y = (x - top) / temperature,   kept = {x > edge} and the first `room` ids of {x = edge},   draw = argmax y + noise
 
-Pass 1 loads the row into registers (32,768 logits are 64 registers in each thread of 16 warps): maxima, the sum of the
-raw log-prob, and by halving the range of floats, counted in order, the edge of top-k, exactly, and then that of top-p to
-fp32: the logits make room for their weights e^y, and a step of the search compares, selects and adds. Pass 2, for rows
-with top-p alone, weighs what lies above and below a window of a few fp32 roundings around that edge in float64, a tile at
-a time. Almost always the window holds one value and the nucleus ends in it; if not, each further step of a search from
-there is a further pass. Pass 3 draws, a tile at a time: every token its noise, each lane its best token so far, so that
-threads wait for each other once at the end. Ids decide only where ties are cut: there a running count finds the ones kept.
+Pass 1 loads the row into registers (32,768 logits are 64 registers in each thread of 16 warps): the largest, the sum of
+the raw log-prob, and by halving the range of floats, counted in order, the edge of top-k, exactly, and then that of top-p
+to fp32: the logits make room for their weights e^y, and a step of the search is three instructions a token. Pass 2, for
+rows with top-p alone, weighs in float64 what lies above and below a window of a few fp32 roundings around that edge, a
+tile at a time. Almost always the window holds one value and the nucleus ends in it; if not, each further step of a search
+from there is a further pass. Pass 3 draws: with E = e^-noise, exponentially distributed, the argmax is the argmin of
+E e^-y, which saves a logarithm. Tiles without a token that is kept make no noise; each lane keeps its best, and lanes are
+compared once, at the end. Ids decide only where ties are cut: there a running count finds the ones kept.
 
 Which tokens are kept is the reference's choice, but for boundaries that rounding in float64 decides there too: top-k
-compares logits, top-p float64 sums of float64 masses (error 1e-13 of the total), min-p the logit top + temperature *
-log(min_p) in float64. The noise is fp32 (kernels/gumbel.py) and so is y: of two tokens whose y + noise lie within
-1e-5 of each other either may be drawn. Log-probs are near to float64 as the CPU's are. A row's bits depend on its logits,
-rules and the widths alone: sums are taken in a fixed order, by one program.
+compares logits, top-p float64 sums of float64 masses (to 1e-12 of the total), min-p the logit top + temperature *
+log(min_p) in float64. Noise is fp32 (kernels/gumbel.py), and so is y: of two tokens whose y + noise lie within 1e-5 of
+each other either may be drawn. Log-probs are near to float64 as the CPU's are. A row's bits depend on its logits, its
+rules, V and the distance of rows alone: one program takes all its sums, in a fixed order.
 
-Why a row is not shared out: a program keeps one multiprocessor busy for some ten microseconds, three milliseconds being
-what a step of 7B takes; halves would need a second launch or a grid-wide wait. Why registers: 28 steps for top-p out of
-L2 would read a row of 32,000 28 times. Vocabularies above 32,768 do just that, one tile of registers after the other.
+Why a row is not shared out: it would take a second launch, or a wait for other programs. Why registers: the 28 steps of a
+search for top-p would read the row 28 times. Rows above 32,768 logits do just that, one block of registers after the
+other.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def config(width: int) -> Config:
     return Config(block, 1, min(block, 128 * warps), warps)
 
 
-# A row of the kernel: pointer to its logits, ids that may be drawn, pointer to and range of the ids that may not.
+# `row`: pointer to its logits, how many of them are tokens, pointer to its forbidden ids, how many.
 
 
 @jit

@@ -326,7 +326,8 @@ def test_ties_are_cut_by_id_at_every_place():
     of_12 = [(sum(mass[: min(size, 12)]) - 0.5) / sum(mass[:12]) for size in sizes]
     for choice, most in (
         ({"top_k": list(sizes)}, 18), ({"top_p": share}, 18), ({"top_k": 12, "top_p": of_12}, 12),
-        ({"top_k": 12, "top_p": of_12, "min_p": 0.36}, 12), ({"top_k": 12, "min_p": 0.37}, 4),
+        ({"top_k": 12, "top_p": of_12, "min_p": 0.36}, 12), ({"top_k": 6, "min_p": 0.37}, 4),
+        ({"top_k": 6, "min_p": 1.0}, 4),
     ):  # fmt: skip
         given = rules(18, 18, **choice)
         found = kept_by_kernel(logits, given)
