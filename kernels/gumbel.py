@@ -4,9 +4,9 @@ key = the request's 64-bit seed, counter = (position, candidate, v // 4, stream)
 u = (x + 1/2) / 2^32, E = -log(1 - u), noise = -log(E). Small u wins and has full precision. The reference computes in
 float64 from + - * / and exponent arithmetic, rounded to fp32 once at the end: the same bits as csrc/gumbel.cpp.
 
-On a GPU the words are the same, the noise is computed in fp32: within 2e-6 of the reference, in units in the last place
-at most 2 where the noise is above 1 (two logarithms in float64 would cost more than all else that a draw does). `token_words`
-and `exponential` are for kernels that make noise where they use it (kernels/sample_rows.py).
+On a GPU the words are the same and the noise is computed in fp32, within 1e-6 + 2^-22 |noise| of the reference: far
+below what a draw can show. `token_words` and `exponential` are for kernels that make noise where they use it
+(kernels/sample_rows.py).
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _noise(  # type: ignore[no-untyped-def]
 def gumbel_noise(
     seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
 ) -> torch.Tensor:
-    """seeds, positions, candidates [rows] int64 -> fp32 [rows, vocab], from a kernel."""
+    """seeds, positions, candidates [rows] int64 -> fp32 [rows, vocab]: `gumbel_noise_reference` from a kernel."""
     out = torch.empty(len(seeds), vocab, dtype=torch.float32, device=seeds.device)
     if out.numel():
         grid = len(seeds), -(-vocab // 2048)

@@ -9,7 +9,7 @@ y + Gumbel noise (kernels/gumbel.py, stream 0), the lowest id on ties. Temperatu
 - Masses and totals are float64: fp32 resolves 6e-8, and the tokens at the boundary of a wide nucleus weigh less.
 - Forbidden ids and ids >= vocab (a padded head) are never drawn, but count in raw log-probs.
 
-The reference sorts; csrc/sample.cpp draws the same tokens without.
+The reference sorts; csrc/sample.cpp draws the same tokens without, and so does kernels/sample_rows.py on a GPU.
 """
 
 from collections.abc import Sequence

@@ -2,23 +2,24 @@
 
     y = (x - top) / temperature,   kept = {x > edge} and the first `room` ids of {x = edge},   draw = argmax y + noise
 
-Pass 1 loads the row into registers (32,768 logits are 64 registers in each thread of 16 warps): maxima, the sum of the
-raw log-prob, and by halving the range of floats, counted in order, the edge of top-k, exactly, and then that of top-p to
-fp32: the logits make room for their weights e^y, and a step of the search compares, selects and adds. Pass 2, for rows
-with top-p alone, weighs what lies above and below a window of a few fp32 roundings around that edge in float64, a tile at
-a time. Almost always the window holds one value and the nucleus ends in it; if not, each further step of a search from
-there is a further pass. Pass 3 draws, a tile at a time: every token its noise, each lane its best token so far, so that
-threads wait for each other once at the end. Ids decide only where ties are cut: there a running count finds the ones kept.
+Pass 1 loads the row into registers (32,768 logits are 64 registers in each thread of 16 warps): the largest, the sum of
+the raw log-prob, and by halving the range of floats, counted in order, the edge of top-k, exactly, and then that of top-p
+to fp32: the logits make room for their weights e^y, and a step of the search is three instructions a token. Pass 2, for
+rows with top-p alone, weighs in float64 what lies above and below a window of a few fp32 roundings around that edge, a
+tile at a time. Almost always the window holds one value and the nucleus ends in it; if not, each further step of a search
+from there is a further pass. Pass 3 draws: with E = e^-noise, exponentially distributed, the argmax is the argmin of
+E e^-y, which saves a logarithm. Tiles without a token that is kept make no noise; each lane keeps its best, and lanes are
+compared once, at the end. Ids decide only where ties are cut: there a running count finds the ones kept.
 
 Which tokens are kept is the reference's choice, but for boundaries that rounding in float64 decides there too: top-k
-compares logits, top-p float64 sums of float64 masses (error 1e-13 of the total), min-p the logit top + temperature *
-log(min_p) in float64. The noise is fp32 (kernels/gumbel.py) and so is y: of two tokens whose y + noise lie within
-1e-5 of each other either may be drawn. Log-probs are near to float64 as the CPU's are. A row's bits depend on its logits,
-rules and the widths alone: sums are taken in a fixed order, by one program.
+compares logits, top-p float64 sums of float64 masses (to 1e-12 of the total), min-p the logit top + temperature *
+log(min_p) in float64. Noise is fp32 (kernels/gumbel.py), and so is y: of two tokens whose y + noise lie within 1e-5 of
+each other either may be drawn. Log-probs are near to float64 as the CPU's are. A row's bits depend on its logits, its
+rules, V and the distance of rows alone: one program takes all its sums, in a fixed order.
 
-Why a row is not shared out: a program keeps one multiprocessor busy for some ten microseconds, three milliseconds being
-what a step of 7B takes; halves would need a second launch or a grid-wide wait. Why registers: 28 steps for top-p out of
-L2 would read a row of 32,000 28 times. Vocabularies above 32,768 do just that, one tile of registers after the other.
+Why a row is not shared out: it would take a second launch, or a wait for other programs. Why registers: the 28 steps of a
+search for top-p would read the row 28 times. Rows above 32,768 logits do just that, one block of registers after the
+other.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ def config(width: int) -> Config:
     return Config(block, 1, min(block, 128 * warps), warps)
 
 
-# A row of the kernel: pointer to its logits, ids that may be drawn, pointer to and range of the ids that may not.
+# `row`: pointer to its logits, how many of them are tokens, pointer to its forbidden ids, how many.
 
 
 @jit
 def _allowed(row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Logits from `start` on, -inf where they may not be drawn."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    x_ptr, vocab, _, _ = row
     token = start + tl.arange(0, SIZE)
     x = tl.load(x_ptr + token, mask=token < vocab, other=float("-inf"))
     return _without(x, row, start, SIZE)
@@ -66,7 +67,7 @@ def _allowed(row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _without(x, row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    _, _, forbidden_ptr, forbidden = row
     token = start + tl.arange(0, SIZE)
     for entry in range(forbidden):
         x = tl.where(token == tl.load(forbidden_ptr + entry).to(tl.int32), float("-inf"), x)
@@ -75,9 +76,9 @@ def _without(x, row, start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _place(x):  # type: ignore[no-untyped-def]
-    """Floats in order, as int64; both zeros are one place."""
+    """Floats in order, as int64."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.where(x == 0.0, 0, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
 @jit
@@ -90,7 +91,7 @@ def _at(place):  # type: ignore[no-untyped-def]
 def _statistics(row, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The last block of what may be drawn; of all columns the largest and log sum e^(x - largest), NaN if one is
     NaN or +inf; the largest of what may be drawn."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    x_ptr, vocab, _, _ = row
     x = tl.full((BLOCK,), float("-inf"), tl.float32)
     largest = tl.full((), -3.4028234663852886e38, tl.float32)
     total = tl.full((), 0.0, tl.float64)
@@ -123,7 +124,9 @@ def _number_from(held, row, edge, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  #
 
 
 @jit
-def _weight_from(held, row, edge, least, top, scale, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weight_from(  # type: ignore[no-untyped-def]
+    held, row, edge, least, top, scale, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):
     """What the weights weigh that reach `edge`, of logits from `least` on."""
     weight = tl.full((), 0.0, tl.float32)
     for block in range(BLOCKS):
@@ -145,9 +148,11 @@ def _cut_by_number(held, row, top, k, BLOCK: tl.constexpr, BLOCKS: tl.constexpr)
 
 
 @jit
-def _rough_edge(held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rough_edge(  # type: ignore[no-untyped-def]
+    held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):
     """The weight at which top-p cuts, to fp32. `held`: the weights of the logits from `edge` on."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    _, vocab, _, _ = row
     total = _weight_from(held, row, 0.0, edge, top, scale, BLOCK, BLOCKS)
     total -= (ties - room).to(tl.float32) * tl.exp((edge - top) * scale)
     # All tokens with less than this hold less than 1 - top_p together.
@@ -165,7 +170,7 @@ def _rough_edge(held, row, edge, room, ties, top, scale, top_p, BLOCK: tl.conste
 def _weigh(row, edge, first, second, top, scale, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """float64 masses of the logits above `edge`, from `first` on and from `second` on; the numbers of the latter two; the
     smallest logit from `first` on and the largest below `second`."""
-    x_ptr, vocab, forbidden_ptr, forbidden = row
+    _, vocab, _, _ = row
     mass0, mass1, mass2 = (tl.zeros((TILE,), tl.float64),) * 3
     number1, number2 = (tl.zeros((TILE,), tl.int32),) * 2
     smallest, largest = tl.full((TILE,), float("inf"), tl.float32), tl.full((TILE,), float("-inf"), tl.float32)
@@ -223,9 +228,9 @@ def _cut_by_mass(row, edge, room, ties, top, temperature, top_p, rough, TILE: tl
 
 
 @jit
-def _cut(
+def _cut(  # type: ignore[no-untyped-def]
     held, row, top, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """What is kept: logits above `edge`, and the first `room` of the `ties` that equal it (all where room >= ties)."""
     edge = tl.full((), float("-inf"), tl.float32)
     room, ties = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)

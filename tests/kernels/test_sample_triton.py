@@ -8,9 +8,7 @@ import math
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
-
+import triton
 import triton.language as tl
 
 from engine.kernels import gumbel, sample_rows
@@ -264,7 +262,7 @@ def _edges(
     begin = tl.load(offsets_ptr + number)
     count = (tl.load(offsets_ptr + number + 1) - begin).to(tl.int32)
     row = (logits_ptr + number.to(tl.int64) * vocab, vocab, forbidden_ptr + begin, count)
-    held, largest, log_total, top = sample_rows._statistics(row, vocab, BLOCK, BLOCKS)
+    held, _, _, top = sample_rows._statistics(row, vocab, BLOCK, BLOCKS)
     edge, room, ties = sample_rows._cut(
         held, row, top, tl.load(temperature_ptr + number), tl.load(top_k_ptr + number), tl.load(top_p_ptr + number),
         tl.load(min_p_ptr + number), BLOCK, BLOCKS, TILE,
@@ -328,7 +326,8 @@ def test_ties_are_cut_by_id_at_every_place():
     of_12 = [(sum(mass[: min(size, 12)]) - 0.5) / sum(mass[:12]) for size in sizes]
     for choice, most in (
         ({"top_k": list(sizes)}, 18), ({"top_p": share}, 18), ({"top_k": 12, "top_p": of_12}, 12),
-        ({"top_k": 12, "top_p": of_12, "min_p": 0.36}, 12), ({"top_k": 12, "min_p": 0.37}, 4),
+        ({"top_k": 12, "top_p": of_12, "min_p": 0.36}, 12), ({"top_k": 6, "min_p": 0.37}, 4),
+        ({"top_k": 6, "min_p": 1.0}, 4),
     ):  # fmt: skip
         given = rules(18, 18, **choice)
         found = kept_by_kernel(logits, given)
@@ -380,6 +379,25 @@ def test_the_edge_is_found_where_fp32_weights_miss_it():
     given = rules(12, vocab, top_p=share)
     assert kept_by_kernel(logits, given).sum(1).tolist() == [place + 1 for place in places]
     same_set(logits, given)
+
+
+def test_masses_are_float64():
+    """Boundaries 1e-9 of the mass away from a token: weights or a share in fp32 would cut at another."""
+    logits = torch.zeros(2, 2000, device=DEVICE)
+    logits[:, ::2] = 1.0
+    weight = math.exp(-1 / torch.tensor(0.7).item())
+    share = [(1000 + 500 * weight + off) / (1000 + 1000 * weight) for off in (-1e-6, 1e-6)]
+    given = rules(2, 2000, temperature=0.7, top_p=share)
+    assert kept_by_kernel(logits, given).sum(1).tolist() == [1500, 1501]
+
+
+def test_min_p_cuts_between_neighbouring_floats():
+    values = 1.0 + torch.arange(-4, 5) * 2.0**-22
+    logits = torch.cat([values, torch.tensor([2.0])]).expand(8, -1).to(DEVICE).contiguous()
+    between = [math.exp((1.0 + (place + 0.5) * 2.0**-22 - 2.0) / 0.5) for place in range(-4, 4)]
+    found = kept_by_kernel(logits, rules(8, 10, temperature=0.5, min_p=between))
+    assert found.sum(1).tolist() == [9, 8, 7, 6, 5, 4, 3, 2] and found[:, 8:].all()
+    same_set(logits, rules(8, 10, temperature=0.5, min_p=between))
 
 
 def test_forbidden_ids_do_not_count_in_a_cut():
