@@ -44,7 +44,7 @@ from engine.kernels import work_attention as _work
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
 
-tile_rows = _work.tile_rows  # the most rows of a work list's items
+tiles = _work.tiles  # the wide and the narrow items of a work list
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
 
 

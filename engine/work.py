@@ -49,7 +49,7 @@ def make_work(
     grouped: bool = True,
 ) -> ops.Work:
     """dtype: of queries and pages; grouped False: every sequence reads its own context, for measurement."""
-    wide_rows, narrow_rows = ops.tile_rows(config.n_heads, config.n_kv_heads, dtype)
+    wide_rows, narrow_rows = (tile.rows for tile in ops.tiles(config.n_heads // config.n_kv_heads, block_size, dtype))
     rows = int(layout.first_row[-1])
     many = layout.rows > narrow_rows
     work_of_row = np.repeat(np.arange(len(many)), layout.rows)

@@ -6,10 +6,10 @@ once for all of them. A run that begins at chunk 0 keeps the fold in registers a
 that is the rows' whole context, the result itself. Any other run stores a partial per chunk, because to fold a later run
 first would be another association; `_merge_slots` then folds a row's slots in ascending order.
 
-Two variants of one kernel: wide tiles (prompts: 64 rows of one sequence) and narrow ones (decoding: 16; of each chunk all
-rows see something). A row's bits depend on the variant, not on which rows share its tile, on how runs are cut or on
-padding. Lists may be longer than what they hold: an item without rows ends at once, so that a CUDA graph can be replayed
-with other work.
+Two variants of one kernel: wide tiles (prompts: 128 rows of one sequence) and narrow ones (decoding: 16; of each chunk all
+rows see something). Page numbers are known a chunk ahead, so that the loads from a page need not wait for its number. A
+row's bits depend on the variant, not on which rows share its tile, on how runs are cut or on padding. Lists may be longer
+than what they hold: an item without rows ends at once, so that a CUDA graph can be replayed with other work.
 
 Decoding is bound by bytes: every page once for the rows that share it, and (D + 2) fp32 for each slot, written and read.
 """
@@ -24,7 +24,6 @@ from .chunk_attention import chunk_attention_reference
 from .jit import jit, power_of_two, tl
 
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), which is one instruction
-NARROW, WIDE = 16, 64  # rows times query heads of a group: the smallest tile of a tensor core, and of wgmma
 
 
 class Work(NamedTuple):
@@ -43,43 +42,66 @@ class Work(NamedTuple):
     slots: int  # how many there is room for
 
 
-def tiles(dtype: torch.dtype) -> tuple[int, int]:
-    """Of wide and narrow items. fp32 is for comparisons: 64 rows of it would spill."""
-    return (NARROW if dtype == torch.float32 else WIDE), NARROW
+class Tile(NamedTuple):
+    """One variant of the kernel: M rows of its products, which are `rows` rows times the query heads of a group."""
+
+    m: int
+    rows: int
+    warps: int
+    stages: int
 
 
-def tile_rows(heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[int, int]:
-    """How many rows a wide and a narrow item may have."""
-    wide, narrow = (max(1, tile // (heads // kv_heads)) for tile in tiles(dtype))
-    return wide, narrow
+def tiles(heads_per_group: int, block: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
+    """The wide and the narrow variant, for pages of `block` tokens. A chunk's sums and the state that it is folded into are
+    2 * M * D fp32 registers, its scores another M * B: at D = 128, B = 64 and M = 128 they fill what 8 warps have without
+    spilling. fp32 products are FMAs of registers, which hold less. Narrow is the smallest product there is (more where a
+    group has more heads); its three stages keep two chunks under way, 64 KB at D = 128, for each of the two programs that
+    a multiprocessor then holds."""
+    small = block <= 64
+    if dtype == torch.float32:
+        wide, narrow = ((32, 16, 2), (16, 8, 3)) if small else ((16, 8, 2), (16, 8, 2))
+    else:
+        wide, narrow = (128, 8, 3) if small else (32, 8, 2), (16, 4, 3)
+    least = power_of_two(heads_per_group)
+
+    def tile(m: int, warps: int, stages: int) -> Tile:
+        m = max(m, least)
+        return Tile(m, m // heads_per_group, warps, stages)
+
+    return tile(*wide), tile(*narrow)
 
 
 def work_attention(q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, work: Work) -> torch.Tensor:
-    """q [R, H, D], key_pages [blocks, G, D, B] and value_pages [blocks, G, B, D] with any strides -> [R, H, D].
+    """q [R, H, D], key_pages [blocks, G, D, B] and value_pages [blocks, G, B, D] (any strides, a value's last one
+    excepted, which is 1) -> [R, H, D].
 
-    Slots of pages that no row of an item sees may hold anything. Rows that are in no item get no result.
+    Slots of pages that no row of an item sees may hold anything. Rows that are in no item get no result. Nothing here
+    depends on what the work list holds, only on its shapes.
     """
     rows, heads, dim = q.shape
-    q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
-    out = torch.empty(rows, heads, dim, dtype=q.dtype, device=q.device)
-    kept = torch.empty(work.slots, heads, dim, dtype=torch.float32, device=q.device)  # o of every slot
-    scales = torch.empty(work.slots, heads, 2, dtype=torch.float32, device=q.device)  # m and l of every slot
-    kv_heads, page = key_pages.shape[1], key_pages.shape[3]
-    for items, tile in zip((work.wide, work.narrow), tiles(q.dtype), strict=True):
+    groups, size = key_pages.shape[1], key_pages.shape[3]
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    maxima, sums = (torch.empty(work.slots, heads, dtype=torch.float32, device=q.device) for _ in range(2))
+    weighted = torch.empty(work.slots, heads, dim, dtype=torch.float32, device=q.device)
+    variants = tiles(heads // groups, size, q.dtype)
+    for items, tile, wide in zip((work.wide, work.narrow), variants, (True, False), strict=True):
         if len(items):
-            warps, stages = config(tile, q.dtype)
-            _fold_items[(len(items), kv_heads)](
-                q, key_pages, value_pages, work.pages, items, work.positions, work.fold, out, kept, scales,
-                q.stride(0), *key_pages.stride(), *value_pages.stride(), dim**-0.5 * LOG2_E,
-                HEADS=heads, GROUP=heads // kv_heads, D=dim, BLOCK_D=max(16, power_of_two(dim)),
-                PAGE=page, BLOCK_P=max(16, page), TILE=max(tile, power_of_two(heads // kv_heads)),
-                num_warps=warps, num_stages=stages,
+            _fold_items[(len(items) * groups,)](
+                q, key_pages, value_pages, out, maxima, sums, weighted,
+                items, work.pages, work.positions, work.fold,
+                *key_pages.stride(), *value_pages.stride()[:3], LOG2_E * dim**-0.5,
+                GROUPS=groups, HEADS=heads // groups, D=dim, B=size,
+                M=tile.m, BLOCK_D=max(16, power_of_two(dim)), BLOCK_B=max(16, size), WIDE=wide,
+                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
             )  # fmt: skip
-    if work.slots and rows:
-        block = min(8, power_of_two(heads))
-        _merge_slots[(rows, -(-heads // block))](
-            work.fold, kept, scales, out,
-            HEADS=heads, BLOCK_H=block, D=dim, BLOCK_D=max(16, power_of_two(dim)), num_warps=4,
+    if rows and work.slots:
+        block_d = max(16, power_of_two(dim))
+        block_h = min(power_of_two(heads), max(1, 512 // block_d))
+        _merge_slots[(rows, -(-heads // block_h))](
+            work.fold, maxima, sums, weighted, out,
+            H=heads, D=dim, BLOCK_H=block_h, BLOCK_D=block_d, AHEAD=8, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -103,114 +125,147 @@ def work_attention_reference(
     return out
 
 
-def config(tile: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Warps and stages: the fewest warps that spill nothing (a thread holds two accumulators: the fold's and the chunk's).
-    Of three stages the first loads page numbers, so one chunk is on its way while another is computed; with two programs
-    of 32 KB a chunk on a multiprocessor that is twice what the memory's latency asks for."""
-    if dtype == torch.float32:
-        return 8, 2
-    return (8, 3) if tile == WIDE else (4, 3)
+@jit
+def _load(at, inside, MASK: tl.constexpr):  # type: ignore[no-untyped-def]
+    if MASK:
+        x = tl.load(at, mask=inside, other=0.0)
+    else:
+        x = tl.load(at)
+    return x
 
 
 @jit
-def _merge(m, l, o, m_new, l_new, o_new):  # type: ignore[no-untyped-def]  # noqa: E741
-    """Fold one more partial into a state; explicit multiply-adds, so that it rounds alike wherever it stands. A partial of
-    nothing (m_new -inf) changes nothing; the empty state (m -inf) becomes the partial."""
-    top = tl.maximum(m, m_new)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    a, b = tl.exp2(m - safe), tl.exp2(m_new - safe)
-    return top, tl.fma(a, l, b * l_new), tl.fma(a[:, None], o, b[:, None] * o_new)
+def _empty(M: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, D), tl.float32)
+
+
+@jit
+def merge(m, z, o, pm, pz, po):  # type: ignore[no-untyped-def]
+    """The state (m, z, o), where z is the l above, with one more partial. Every rounding is written out, and the kernels
+    are compiled without fusing others, so the bits are the same wherever this is inlined. A partial of nothing, (-inf, 0,
+    0), changes nothing."""
+    new = tl.maximum(m, pm)
+    base = tl.where(new == float("-inf"), 0.0, new)
+    a = tl.exp2(m - base)
+    b = tl.exp2(pm - base)
+    return new, tl.fma(a, z, b * pz), tl.fma(a[:, None], o, b[:, None] * po)
+
+
+@jit
+def _partial(  # type: ignore[no-untyped-def]
+    q, key_at, value_at, slot, seen, last, scale,
+    MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q [M, D], pointers to a page's keys [D, B] and values [B, D] -> m [M], z [M], o [M, D]; maxima count powers of two.
+    MASK: each of the M sees its first `seen` slots, nobody more than `last`: those behind may hold anything, NaN too."""
+    d = tl.arange(0, BLOCK_D)
+    behind = MASK or D != BLOCK_D
+    k = _load(key_at, (d[:, None] < D) & (slot[None, :] < last), behind)
+    v = _load(value_at, (slot[:, None] < last) & (d[None, :] < D), behind)
+    s = tl.dot(q, k, input_precision=PRECISION)
+    if MASK:
+        s = tl.where(slot[None, :] < seen[:, None], s, float("-inf"))
+    m = tl.max(s, axis=1) * scale
+    base = tl.where(m == float("-inf"), 0.0, m)
+    p = tl.exp2(tl.fma(s, scale, -base[:, None]))
+    return m, tl.sum(p, axis=1), tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
 
 
 @jit
 def _fold_items(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, pages_ptr, items_ptr, positions_ptr, fold_ptr, out_ptr, kept_ptr, scales_ptr,
-    q_row, k_block, k_head, k_dim, k_slot, v_block, v_head, v_slot, v_dim, scale2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
+    q_ptr, key_ptr, value_ptr, out_ptr, max_ptr, sum_ptr, weighted_ptr,
+    items_ptr, pages_ptr, positions_ptr, fold_ptr,
+    key_page, key_group, key_d, key_slot, value_page, value_group, value_slot, scale,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+    M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    item_ptr = items_ptr + tl.program_id(0).to(tl.int64) * 6
-    rows = tl.load(item_ptr + 4)
-    if rows > 0:
-        kv_head = tl.program_id(1)
-        place, chunks, first = tl.load(item_ptr), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
-        first_row, whole = tl.load(item_ptr + 3), tl.load(item_ptr + 5)
-        lane = tl.arange(0, TILE)
-        inside = lane // GROUP < rows
-        row = (first_row + lane // GROUP).to(tl.int64)
-        head = kv_head * GROUP + lane % GROUP
-        position = tl.load(positions_ptr + row, mask=inside, other=-1)
-        last = tl.max(position, axis=0)
-        base = tl.load(fold_ptr + row * 3, mask=inside, other=0)
-        column = tl.arange(0, BLOCK_D)
-        slot = tl.arange(0, BLOCK_P)
-        here = inside[:, None] & (column[None, :] < D)
-        q = tl.load(q_ptr + (row * q_row + head * D)[:, None] + column[None, :], mask=here, other=0.0)
-        m = tl.full((TILE,), float("-inf"), tl.float32)
-        l = tl.zeros((TILE,), tl.float32)  # noqa: E741
-        o = tl.zeros((TILE, BLOCK_D), tl.float32)
-        k_tile = k_ptr + kv_head * k_head + column[:, None] * k_dim + slot[None, :] * k_slot
-        v_tile = v_ptr + kv_head * v_head + slot[:, None] * v_slot + column[None, :] * v_dim
-        for c in range(0, chunks):
-            page = tl.load(pages_ptr + place + c).to(tl.int64)
-            token = (first + c) * PAGE + slot
-            seen = (token <= last) & (slot < PAGE)  # by some row; what is behind may be anything, NaN too
-            k = tl.load(k_tile + page * k_block, mask=(column[:, None] < D) & seen[None, :], other=0.0)
-            v = tl.load(v_tile + page * v_block, mask=seen[:, None] & (column[None, :] < D), other=0.0)
-            s = tl.dot(q, k, input_precision="ieee") * scale2
-            s = tl.where((token[None, :] <= position[:, None]) & (slot[None, :] < PAGE), s, float("-inf"))
-            m_new = tl.max(s, axis=1)
-            p = tl.exp2(s - tl.where(m_new == float("-inf"), 0.0, m_new)[:, None])
-            l_new = tl.sum(p, axis=1)
-            o_new = tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            if first > 0:
-                slots = (base + first + c).to(tl.int64) * HEADS + head
-                _keep(kept_ptr, scales_ptr, slots, inside, m_new, l_new, o_new, D, BLOCK_D)
-            else:
-                m, l, o = _merge(m, l, o, m_new, l_new, o_new)  # noqa: E741
-        if first == 0:
-            if whole != 0:
-                result = o / tl.where(inside, l, 1.0)[:, None]
-                place_out = (row * HEADS + head) * D
-                tl.store(out_ptr + place_out[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty), mask=here)
-            else:
-                _keep(
-                    kept_ptr, scales_ptr, (base + chunks - 1).to(tl.int64) * HEADS + head, inside, m, l, o, D, BLOCK_D
-                )
-
-
-@jit
-def _keep(kept_ptr, scales_ptr, slots, mine, m, l, o, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
-    column = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(kept_ptr + slots[:, None] * D + column, o, mask=mine[:, None] & (column < D))
-    tl.store(scales_ptr + slots * 2, m, mask=mine)
-    tl.store(scales_ptr + slots * 2 + 1, l, mask=mine)
+    """One item for one group: the M are its rows times HEADS, the group's query heads."""
+    item = items_ptr + tl.program_id(0) // GROUPS * 6
+    group = tl.program_id(0) % GROUPS
+    rows = tl.load(item + 4)
+    if rows == 0:
+        return
+    chunks = tl.load(item + 1)
+    chunk = tl.load(item + 2)
+    pages = pages_ptr + tl.load(item)
+    number = tl.arange(0, M)
+    d = tl.arange(0, BLOCK_D)
+    slot = tl.arange(0, BLOCK_B)
+    mine = number // HEADS < rows
+    row = tl.load(item + 3) + number // HEADS
+    head = group * HEADS + number % HEADS
+    seen = tl.load(positions_ptr + row, mask=mine, other=-1) + 1 - chunk * B  # from the item's first chunk on
+    last = tl.max(seen, axis=0)
+    inside = mine[:, None] & (d < D)[None, :]
+    place = (row.to(tl.int64) * (GROUPS * HEADS) + head)[:, None] * D + d[None, :]
+    q = tl.load(q_ptr + place, mask=inside, other=0.0)
+    key_at = key_ptr + group.to(tl.int64) * key_group + (d[:, None] * key_d + slot[None, :] * key_slot)
+    value_at = value_ptr + group.to(tl.int64) * value_group + (slot[:, None] * value_slot + d[None, :])
+    page = tl.load(pages).to(tl.int64)  # always known a chunk ahead, so that the loads from it need not wait
+    if chunk == 0:
+        m, z, o = _empty(M, BLOCK_D)
+        full = 0
+        if WIDE and B == BLOCK_B:  # the chunks that all rows see whole
+            full = tl.minimum(tl.min(tl.where(mine, seen, B * chunks), axis=0) // B, chunks)
+            for i in range(0, full):
+                pm, pz, po = _partial(
+                    q, key_at + page * key_page, value_at + page * value_page, slot, seen, last, scale,
+                    False, D, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                m, z, o = merge(m, z, o, pm, pz, po)
+                page = tl.load(pages + tl.minimum(i + 1, chunks - 1)).to(tl.int64)
+        for i in range(full, chunks):
+            pm, pz, po = _partial(
+                q, key_at + page * key_page, value_at + page * value_page, slot,
+                tl.minimum(seen - i * B, B), tl.minimum(last - i * B, B), scale, True, D, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            m, z, o = merge(m, z, o, pm, pz, po)
+            page = tl.load(pages + tl.minimum(i + 1, chunks - 1)).to(tl.int64)
+        if tl.load(item + 5) != 0:
+            tl.store(out_ptr + place, (o / z[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            at = (tl.load(fold_ptr + row * 3, mask=mine, other=0) + chunks - 1).to(tl.int64) * (GROUPS * HEADS) + head
+            tl.store(max_ptr + at, m, mask=mine)
+            tl.store(sum_ptr + at, z, mask=mine)
+            tl.store(weighted_ptr + at[:, None] * D + d[None, :], o, mask=inside)
+    else:
+        base = tl.load(fold_ptr + row * 3, mask=mine, other=0) + chunk
+        for i in range(0, chunks):
+            pm, pz, po = _partial(
+                q, key_at + page * key_page, value_at + page * value_page, slot,
+                tl.minimum(seen - i * B, B), tl.minimum(last - i * B, B), scale, True, D, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            page = tl.load(pages + tl.minimum(i + 1, chunks - 1)).to(tl.int64)
+            at = (base + i).to(tl.int64) * (GROUPS * HEADS) + head
+            sees = seen > i * B
+            tl.store(max_ptr + at, pm, mask=sees)
+            tl.store(sum_ptr + at, pz, mask=sees)
+            tl.store(weighted_ptr + at[:, None] * D + d[None, :], po, mask=sees[:, None] & (d < D)[None, :])
 
 
 @jit
 def _merge_slots(  # type: ignore[no-untyped-def]
-    fold_ptr, kept_ptr, scales_ptr, out_ptr,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    fold_ptr, max_ptr, sum_ptr, weighted_ptr, out_ptr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Folds a row's slots, for some of its heads; AHEAD of them are on their way."""
+    row = tl.program_id(0)
     count = tl.load(fold_ptr + row * 3 + 2)
-    if count > 0:
-        first = tl.load(fold_ptr + row * 3 + 1)
-        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        column = tl.arange(0, BLOCK_D)[None, :]
-        mine = head < HEADS
-        here = mine[:, None] & (column < D)
-        m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_H,), tl.float32)  # noqa: E741
-        o = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        for number in range(0, count):
-            slots = (first + number).to(tl.int64) * HEADS + head
-            o_new = tl.load(kept_ptr + slots[:, None] * D + column, mask=here, other=0.0)
-            m_new = tl.load(scales_ptr + slots * 2, mask=mine, other=float("-inf"))
-            l_new = tl.load(scales_ptr + slots * 2 + 1, mask=mine, other=0.0)
-            m, l, o = _merge(m, l, o, m_new, l_new, o_new)  # noqa: E741
-        result = (o / tl.where(mine, l, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (row * HEADS + head)[:, None] * D + column, result, mask=here)
+    if count == 0:
+        return
+    first = tl.load(fold_ptr + row * 3 + 1)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    inside = (head < H)[:, None] & (d < D)[None, :]
+    m, z, o = _empty(BLOCK_H, BLOCK_D)
+    for i in tl.range(0, count, num_stages=AHEAD + 1):
+        at = (first + i).to(tl.int64) * H + head
+        pm = tl.load(max_ptr + at, mask=head < H, other=0.0)
+        pz = tl.load(sum_ptr + at, mask=head < H, other=0.0)
+        po = tl.load(weighted_ptr + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        m, z, o = merge(m, z, o, pm, pz, po)
+    place = (row.to(tl.int64) * H + head)[:, None] * D + d[None, :]
+    tl.store(out_ptr + place, (o / z[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def flops(pairs: int, heads: int, dim: int) -> int:

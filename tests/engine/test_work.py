@@ -92,7 +92,7 @@ def test_every_row_meets_each_of_its_chunks_once(kv_heads, grouped, dtype):
     for seed in range(20):
         layout = random_layout(seed)
         work = make_work(layout, BLOCK, config, dtype, grouped=grouped)
-        assert walk(work, *ops.tile_rows(4, kv_heads, dtype)) == expected(layout)
+        assert walk(work, *(tile.rows for tile in ops.tiles(4 // kv_heads, BLOCK, dtype))) == expected(layout)
 
 
 def items(work):
@@ -125,9 +125,9 @@ def test_one_long_row_is_cut_so_that_the_gpu_is_busy():
 
 
 def test_a_prompt_is_cut_into_wide_tiles_the_longest_context_first():
-    layout = layout_of([(16, 100, list(range(15)))])
+    layout = layout_of([(16, 200, list(range(27)))])
     work = make_work(layout, BLOCK, small_config(n_kv_heads=4), torch.bfloat16)
-    assert [item[1:] for item in work.wide.tolist()] == [[15, 0, 64, 36, 1], [10, 0, 0, 64, 1]]
+    assert [item[1:] for item in work.wide.tolist()] == [[27, 0, 128, 72, 1], [18, 0, 0, 128, 1]]
     assert not len(work.narrow) and work.slots == 0
 
 
