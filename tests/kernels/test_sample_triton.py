@@ -400,11 +400,24 @@ def test_min_p_cuts_between_neighbouring_floats():
     same_set(logits, rules(8, 10, temperature=0.5, min_p=between))
 
 
-def test_forbidden_ids_do_not_count_in_a_cut():
-    logits = shaped("peaked", len(SETS), 111, seed=5)
-    likely = logits.sort(1, descending=True).indices
-    forbidden = [likely[row, : row % 4].tolist() + [5, 5] * (row % 2) for row in range(len(SETS))]
+def test_forbidden_ids_do_not_count_in_a_cut_and_a_row_s_are_its_own():
+    """Rows of the same logits, which forbid the likeliest tokens or other ones, once, twice or not at all."""
+    logits = shaped("peaked", 1, 111, seed=5).expand(len(SETS), -1).contiguous()
+    likely = logits[0].sort(descending=True).indices
+    forbidden = [likely[row % 5 : row % 5 + row % 4].tolist() + [5, 5] * (row % 2) for row in range(len(SETS))]
     same_set(logits, rules(len(SETS), 111, forbidden, **columns(SETS)))
+
+
+@pytest.mark.skipif(GPU, reason="counts calls inside the kernel, which Triton's interpreter makes")
+def test_top_p_weighs_a_row_once_where_fp32_finds_its_edge(monkeypatch):
+    """So that a row is read three times."""
+    calls = []
+    weigh = sample_rows._weigh
+    monkeypatch.setattr(sample_rows, "_weigh", lambda *arguments: calls.append(1) or weigh(*arguments))
+    for kind in ("flat", "peaked", "tied"):
+        for choice in ({"temperature": 0.7, "top_p": 0.9}, {"top_p": 0.999, "top_k": 100}):
+            kept_by_kernel(shaped(kind, 4, 2000, seed=8), rules(4, 2000, **choice))
+    assert len(calls) == 24
 
 
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
@@ -554,17 +567,19 @@ def test_nothing_outside_the_logits_is_read_and_nothing_outside_the_results_is_w
     buffers = []
     empty = torch.empty
 
-    def guarded(count, dtype, device):
-        buffers.append(torch.full((count + 64,), 99, dtype=dtype, device=device))
-        return buffers[-1][32:-32]
+    def guarded(*shape, dtype, device):
+        count = math.prod(shape)
+        buffers.append(torch.full((count + 4096,), 99, dtype=dtype, device=device))
+        return buffers[-1][2048:-2048].view(shape)
 
     monkeypatch.setattr(torch, "empty", guarded)
     found = sample_rows.sample_rows(apart[1:-1, 13 : 13 + vocab], lone)
+    gumbel_noise(given.seeds, given.positions, given.candidates, 0, vocab)
     monkeypatch.setattr(torch, "empty", empty)
     assert all(torch.equal(x, y) for x, y in zip(found, expected))
-    assert len(buffers) == 4
+    assert len(buffers) == 5
     for buffer in buffers:
-        assert (buffer[:32] == 99).all() and (buffer[-32:] == 99).all()
+        assert (buffer[:2048] == 99).all() and (buffer[-2048:] == 99).all()
 
 
 def test_no_rows_are_no_error():
