@@ -309,31 +309,30 @@ SETS = [
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied"])
-@pytest.mark.parametrize("vocab", [1, 2, 5, 111, 2000])
+@pytest.mark.parametrize("vocab", [1, 111, 2000])
 def test_kept_is_what_the_reference_keeps(kind, vocab):
     same_set(shaped(kind, len(SETS), vocab), rules(len(SETS), vocab, **columns(SETS)))
 
 
-def test_ties_are_cut_by_id_at_every_place():
-    """Four likelier tokens among 14 equal ones, the edge behind each; by top-k, by top-p, and by top-p behind top-k, whose
-    boundaries lie in the same tie."""
-    logits = torch.zeros(18, 18, device=DEVICE)
+def test_ties_are_cut_by_id():
+    """Four likelier tokens among 14 equal ones, the edge behind each or many; by top-k, by top-p, by top-p behind top-k,
+    whose boundaries lie in the same tie, and not where min-p lies above the tie that top-k cuts."""
+    sizes = [1, 2, 4, 5, 6, 11, 12, 13, 17, 18]
+    rows = len(sizes)
+    logits = torch.zeros(rows, 18, device=DEVICE)
     logits[:, [3, 7, 13, 17]] = 1.0
     order = [3, 7, 13, 17, *(token for token in range(18) if token not in (3, 7, 13, 17))]
     mass = [math.e] * 4 + [1.0] * 14
-    sizes = range(1, 19)
     share = [(sum(mass[:size]) - 0.5) / sum(mass) for size in sizes]
     of_12 = [(sum(mass[: min(size, 12)]) - 0.5) / sum(mass[:12]) for size in sizes]
-    for choice, most in (
-        ({"top_k": list(sizes)}, 18), ({"top_p": share}, 18), ({"top_k": 12, "top_p": of_12}, 12),
-        ({"top_k": 12, "top_p": of_12, "min_p": 0.36}, 12), ({"top_k": 6, "min_p": 0.37}, 4),
-        ({"top_k": 6, "min_p": 1.0}, 4),
+    for choice, kept_sizes in (
+        ({"top_k": sizes}, sizes), ({"top_p": share}, sizes), ({"top_k": 12, "top_p": of_12}, [min(n, 12) for n in sizes]),
+        ({"top_k": 12, "top_p": of_12, "min_p": 0.36}, [min(n, 12) for n in sizes]),
+        ({"top_k": 6, "min_p": 0.37}, [4] * rows), ({"top_k": 6, "min_p": 1.0}, [4] * rows),
     ):  # fmt: skip
-        given = rules(18, 18, **choice)
-        found = kept_by_kernel(logits, given)
-        for size in sizes:
-            expected = min(size, most) if "top_p" in choice or most == 18 else most
-            assert set(found[size - 1].nonzero()[:, 0].tolist()) == set(order[:expected]), (choice, size)
+        given = rules(rows, 18, **choice)
+        for row, size in zip(kept_by_kernel(logits, given), kept_sizes):
+            assert set(row.nonzero()[:, 0].tolist()) == set(order[:size]), (choice, size)
         same_set(logits, given)
 
 
@@ -371,12 +370,12 @@ def test_the_edge_is_found_where_fp32_weights_miss_it():
     """Shares that end between two tokens of a tail of thousands that weigh 1e-9 to 1e-7 of the whole, and between two of
     a row so flat that its weights are equal in fp32 up to a few units."""
     vocab = 2000
-    logits = torch.cat([normal(6, vocab, seed=2) - 16.0, normal(6, vocab, seed=4) * 1e-6])
-    logits[:6, 7] = 2.0
+    logits = torch.cat([normal(4, vocab, seed=2) - 16.0, normal(4, vocab, seed=4) * 1e-6])
+    logits[:4, 7] = 2.0
     upto = logits.double().softmax(1).sort(descending=True).values.cumsum(1)
-    places = torch.randint(1, vocab - 1, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    places = torch.randint(1, vocab - 1, (8,), generator=torch.Generator().manual_seed(0)).tolist()
     share = [(0.5 * (upto[row, place] + upto[row, place - 1])).item() for row, place in enumerate(places)]
-    given = rules(12, vocab, top_p=share)
+    given = rules(8, vocab, top_p=share)
     assert kept_by_kernel(logits, given).sum(1).tolist() == [place + 1 for place in places]
     same_set(logits, given)
 
@@ -424,7 +423,7 @@ def test_top_p_weighs_a_row_once_where_fp32_finds_its_edge(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied"])
-@pytest.mark.parametrize("vocab", [1, 5, 111, 2500])
+@pytest.mark.parametrize("vocab", [1, 111, 2500])
 def test_draws_equal_the_reference(kind, vocab):
     rows = len(CHOICES)
     logits = shaped(kind, rows, vocab, seed=vocab)
@@ -503,7 +502,7 @@ def test_greedy_takes_the_lowest_id_of_the_likeliest():
 
 @pytest.mark.parametrize("choice", [{}, {"temperature": 1.7, "top_k": 12, "top_p": 0.9}])
 def test_frequencies_follow_the_exact_distribution(choice):
-    draws, vocab = (50_000, 111) if GPU else (400 if not choice else 60, 18)
+    draws, vocab = (50_000, 111) if GPU else (400 if not choice else 40, 18)
     logits = normal(1, vocab, seed=1) * 1.5
     given = rules(draws, vocab, seed=2024, **choice)
     allowed, y = tempered(logits, take(given, [0]))
