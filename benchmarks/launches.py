@@ -15,6 +15,7 @@ import torch
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope
 from engine.kernels.swiglu import swiglu
+from engine.kernels.tree_attention import tree_attention, tree_tiles
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
@@ -50,8 +51,21 @@ def activation(ffn: int, dtype: torch.dtype) -> None:
     backward(swiglu(meta(TOKENS, 2 * ffn, dtype=dtype, grad=True)))
 
 
+def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """q and k as rope leaves them, v as a view of the tensor that the fused projection made."""
+    qkv = meta(TOKENS, heads + 2 * kv_heads, dim, dtype=dtype, grad=True)
+    q, k = (meta(TOKENS, h, dim, dtype=dtype, grad=True) for h in (heads, kv_heads))
+    tiles = tree_tiles(meta(TOKENS, dtype=torch.int64))
+    backward(tree_attention(q, k, qkv.split([heads, kv_heads, kv_heads], dim=1)[2], tiles))
+
+
 LAUNCHES = (
     *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 5120, 8192)),
     *(Launch(f"rope, {heads} x {dim}", ALL, partial(rotary, heads, dim)) for heads, dim in ((32, 128), (8, 128))),
     Launch("swiglu, ffn 11008", ALL, partial(activation, 11008)),
+    *(
+        Launch(f"tree_attention, {heads}/{kv_heads} x {dim}", ALL, partial(attention, heads, kv_heads, dim))
+        for heads, kv_heads, dim in ((32, 32, 128), (64, 8, 128), (32, 32, 64))
+    ),
+    Launch("tree_attention, 16/4 x 256", (torch.bfloat16, torch.float32), partial(attention, 16, 4, 256)),
 )

@@ -1,6 +1,43 @@
 """Attention over packed token trees: one rule, forward and backward.
 
     query i sees key j  <=>  j <= i < end[j]
+
+    out[i] = sum over j of softmax_j(q[i] . k[j] / sqrt(D)) v[j]
+
+Shapes: N tokens of one pack in pre-order, H query heads, G key/value heads (H a multiple of G), D head dim.
+q [N, H, D], k and v [N, G, D], end [N] int64 (where the subtree of token j stops in the pack) -> [N, H, D] in q's dtype.
+Every token sees itself, so no row is empty.
+
+The schedule is FlashAttention 2's over *lists* of tiles. A key tile is seen by a query tile if it begins before that ends
+and one of its keys reaches beyond that one's first token; it is seen whole, and needs no mask, if it ends before that
+begins and all of its keys reach its end. `tree_tiles` sorts this into a list for every tile, whole ones first, so tiles
+that do not meet cost nothing, and the order of every sum is fixed. A program owns one tile of one head, and keeps it in
+shared memory; programs with the longest lists start first. There are no atomics: dQ is summed by the owners of query
+tiles, dK and dV by the owners of key tiles, over all query heads of their group. The price is S and dP computed twice,
+7 products instead of 5. delta = rowsum(dO * O) is a by-product of the first of the two kernels.
+
+Written for stock Triton on Hopper, and read in its machine code; what was learned:
+
+- One loop with the mask behind a branch. Two loops (whole tiles, then the others) would drain the pipeline of loads
+  between them. No load may follow the branch: it would be waited for there, behind a barrier that lets the two
+  warpgroups compute their softmax only at the same time, when one's could run under the other's products.
+- The list is read one entry ahead of its use. An entry that is read where it is used becomes an asynchronous copy, takes
+  one of the three stages, and the loads of K and V are then issued right before they are waited for.
+- Strides are compile-time constants: the addresses of a tile's rows differ by immediates instead of registers.
+- Backward over keys: S and dP first, then all that is elementwise, then both sums. lse and delta are loaded after the
+  products they meet: loaded before, they live through both (16 registers each) and the loop spills.
+- K and V down, queries across in that kernel: P and dS are left operands in the registers they were computed in.
+
+Compiled for bf16, D = 128, H = G = 32 (registers a thread / KB shared, by Triton 3.8; none spills, nor under 3.6):
+
+    kernel               sm_90: tile, warps, stages        sm_80
+    _forward             128 x 128, 8, 3: 250 / 224        128 x 64, 8, 2: 255 / 81
+    _backward_queries    128 x  64, 8, 3: 217 / 160        128 x 32, 8, 2: 232 / 88
+    _backward_keys       128 x  64, 8, 3: 254 / 161         64 x 32, 4, 2: 243 / 52
+
+256 threads with 255 registers fill a multiprocessor of sm_90, so one program runs on each; tiles of 128 are what keeps
+the traffic from L2 low (64 KB for every 8.4 MFLOP forward, half of that for every 8.4 MFLOP over keys). With steps of
+64 keys forward, the rescaling of the sums is done twice as often: 716 instead of 575 instructions for 128 keys.
 """
 
 from __future__ import annotations
