@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from engine.kernels import tree_attention as module
 from engine.kernels.tree_attention import (
     pairs,
     tree_attention,
@@ -208,30 +207,22 @@ def test_tiles_that_do_not_meet_are_not_read():
 def test_padding_is_not_read_and_nothing_is_written_outside(tokens, canary, dim, monkeypatch):
     """q, k and v as views of one tensor with NaN after the last row and behind the last column; canaries around all
     that the kernels write, and NaN around what they read again."""
-    heads, kv_heads, guards = 4, 2, []
-    empty = torch.empty
+    heads, kv_heads, around, guards = 4, 2, 16 * 4 * dim, []
 
     def guarded(*shape, dtype, device):
-        shape = tuple(shape[0]) if not isinstance(shape[0], int) else shape
-        size = torch.Size(shape).numel()
-        memory = torch.full((size + 512,), canary, dtype=dtype, device=device)
-        memory[256 : size + 256] = POISON
-        guards.append((memory, size))
-        return memory[256 : size + 256].view(shape)
+        shape = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+        memory = torch.full((shape.numel() + 2 * around,), canary, dtype=dtype, device=device)
+        inside = memory[around:-around]
+        inside.fill_(POISON)
+        guards.append(memory)
+        return inside.view(shape)
 
-    def guarded_like(x):
-        return guarded(x.shape, dtype=x.dtype, device=x.device)
-
-    end = ends("deep", tokens)
-    plain = [x.requires_grad_() for x in qkv(tokens, heads, kv_heads, dim, torch.float32)]
+    end, width = ends("deep", tokens), (heads + 2 * kv_heads) * dim
+    plain = qkv(tokens, heads, kv_heads, dim, torch.float32)
     upstream = qkv(tokens, heads, kv_heads, dim, torch.float32, seed=3)[0]
     tiles = tree_tiles(end, 16)
-    out = tree_attention(*plain, tiles)
-    expected = [out, *torch.autograd.grad(out, plain, upstream)]
-
-    width = (heads + 2 * kv_heads) * dim
     memory = torch.full((tokens + 32, width + 8), POISON, device=DEVICE)
-    memory[:tokens, :width] = torch.cat([x.detach().flatten(1) for x in plain], dim=1)
+    memory[:tokens, :width] = torch.cat([x.flatten(1) for x in plain], dim=1)
     parts = memory[:tokens, :width].split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
     views = [x.unflatten(1, (-1, dim)).requires_grad_() for x in parts]
     assert [x.stride() for x in views] == [(width + 8, dim, 1)] * 3
@@ -239,18 +230,22 @@ def test_padding_is_not_read_and_nothing_is_written_outside(tokens, canary, dim,
     poisoned[:tokens] = upstream
     ends_and_more = torch.full((tokens + 32,), 2**31 - 1, dtype=torch.int32, device=DEVICE)
     ends_and_more[:tokens] = tiles.end
-    monkeypatch.setattr(module.torch, "empty", guarded)
-    monkeypatch.setattr(module.torch, "empty_like", guarded_like)
-    out = tree_attention(*views, tiles._replace(end=ends_and_more[:tokens]))
-    out.backward(poisoned[:tokens])
-    monkeypatch.setattr(module.torch, "empty", empty)
-    for mine, theirs in zip([out, *(x.grad for x in views)], expected):
-        assert torch.equal(mine, theirs)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", guarded)
+        patch.setattr(torch, "empty_like", lambda x: guarded(x.shape, dtype=x.dtype, device=x.device))
+        out = tree_attention(*views, tiles._replace(end=ends_and_more[:tokens]))
+        out.backward(poisoned[:tokens])
     assert len(guards) == 6  # out, lse; dq, dk, dv, delta
-    for memory, size in guards:
-        outside = torch.cat((memory[:256], memory[size + 256 :]))
+    for memory in guards:
+        outside = torch.cat((memory[:around], memory[-around:]))
         assert (outside == canary).all() or (canary != canary and outside.isnan().all())
-        assert memory[256 : size + 256].isfinite().all()
+        assert memory[around:-around].isfinite().all()
+
+    plain = [x.requires_grad_() for x in plain]
+    expected = tree_attention(*plain, tiles)
+    expected.backward(upstream)
+    for mine, theirs in zip([out, *(x.grad for x in views)], [expected, *(x.grad for x in plain)]):
+        assert torch.equal(mine, theirs)
 
 
 def test_gradients_are_the_same_bits_every_time():
