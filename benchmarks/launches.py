@@ -19,6 +19,7 @@ from engine.kernels.rope_write import rope_write
 from engine.kernels.sample import DrawRules
 from engine.kernels.sample_rows import sample_rows
 from engine.kernels.swiglu import swiglu
+from engine.kernels.tree_attention import tree_attention, tree_tiles
 from engine.kernels.work_attention import Work, work_attention
 
 BLOCKS, PAGE = 1024, 64  # of the sampler's cache
@@ -94,6 +95,14 @@ def draws(vocab: int, dtype: torch.dtype) -> None:
     sample_rows(meta(rows, vocab, dtype=dtype), rules)
 
 
+def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """q and k as rope leaves them, v as a view of the tensor that the fused projection made."""
+    qkv = meta(TOKENS, heads + 2 * kv_heads, dim, dtype=dtype, grad=True)
+    q, k = (meta(TOKENS, h, dim, dtype=dtype, grad=True) for h in (heads, kv_heads))
+    tiles = tree_tiles(meta(TOKENS, dtype=torch.int64))
+    backward(tree_attention(q, k, qkv.split([heads, kv_heads, kv_heads], dim=1)[2], tiles))
+
+
 LAUNCHES = (
     *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 8192)),
     *(Launch(f"add + rms_norm, dim {dim}", ALL, partial(add_norm, dim)) for dim in (4096, 5120, 8192)),
@@ -105,4 +114,9 @@ LAUNCHES = (
     Launch("swiglu, ffn 11008", ALL, partial(activation, 11008)),
     Launch("gumbel_noise, vocab 32000", (torch.float32,), partial(noise, 32000)),
     *(Launch(f"sample_rows, vocab {vocab}", (torch.float32,), partial(draws, vocab)) for vocab in (32000, 128256)),
+    *(
+        Launch(f"tree_attention, {heads}/{kv_heads} x {dim}", ALL, partial(attention, heads, kv_heads, dim))
+        for heads, kv_heads, dim in ((32, 32, 128), (64, 8, 128), (32, 32, 64))
+    ),
+    Launch("tree_attention, 16/4 x 256", (torch.bfloat16, torch.float32), partial(attention, 16, 4, 256)),
 )

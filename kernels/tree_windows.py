@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-WINDOW = 128  # tokens: separate trees share a window up to this many, so that a pack of short ones costs N * 128, not N * N
+# tokens: separate trees share a window up to this many, so that a pack of short ones costs N * 128, not N * N
+WINDOW = 128
 
 
 @dataclass(frozen=True)
