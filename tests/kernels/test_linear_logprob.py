@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from engine.kernels.linear_logprob import TorchTiles, linear_logprob, linear_logprob_reference
 
 
 def inputs(rows, dim, vocab, dtype, seed=0):
@@ -24,7 +24,7 @@ def test_float64_gradients_pass_gradcheck_or_equal_autograd(rows, vocab):
     hidden, weight, targets = inputs(rows, 8, vocab, torch.float64)
     up = torch.randn(2, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     up[0, ::3] = 0.0  # masked rows
-    tiled = gradients(lambda *a: linear_logprob(*a, tile_bytes=16 * vocab * 8), hidden, weight, targets, *up)
+    tiled = gradients(lambda *a: linear_logprob(*a, TorchTiles(16 * vocab * 8)), hidden, weight, targets, *up)
     plain = gradients(linear_logprob_reference, hidden, weight, targets, *up)
     for ours, theirs in zip(tiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
@@ -40,7 +40,7 @@ def test_error_is_at_most_twice_that_of_eager_in_the_same_dtype(dtype):
     hidden, weight, targets = inputs(200, 64, 500, dtype)
     exact = linear_logprob_reference(hidden.double(), weight.double(), targets)[0]
     eager = torch.log_softmax((hidden.float() @ weight.float().T), -1).gather(1, targets[:, None]).squeeze(1)
-    ours = linear_logprob(hidden, weight, targets, tile_bytes=16 * 500 * 4)[0]
+    ours = linear_logprob(hidden, weight, targets, TorchTiles(16 * 500 * 4))[0]
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-7
 
