@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from engine.kernels.linear_logprob import TRITON, linear_logprob, linear_logprob_loss
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope
 from engine.kernels.swiglu import swiglu
@@ -19,6 +20,7 @@ from engine.kernels.swiglu import swiglu
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 TOKENS = 8192
+HEADS = ((4096, 32000), (8192, 32000), (4096, 32001))  # 7B, 70B, and a vocabulary that fits no tile
 
 
 class Launch(NamedTuple):
@@ -50,8 +52,20 @@ def activation(ffn: int, dtype: torch.dtype) -> None:
     backward(swiglu(meta(TOKENS, 2 * ffn, dtype=dtype, grad=True)))
 
 
+def head(dim: int, vocab: int, dtype: torch.dtype) -> None:
+    """Recompute, then one pass with all logits held and one pass without."""
+    weight = meta(vocab, dim, dtype=dtype, grad=True)
+    for rows, one_pass in ((TOKENS, False), (1024, True), (TOKENS, True)):
+        hidden, targets = meta(rows, dim, dtype=dtype, grad=True), meta(rows, dtype=torch.int64)
+        if one_pass:
+            backward(linear_logprob_loss(hidden, weight, targets, lambda logp: (logp.sum(), {}), True, TRITON)[0])
+        else:
+            backward(*linear_logprob(hidden, weight, targets, TRITON))
+
+
 LAUNCHES = (
     *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 5120, 8192)),
     *(Launch(f"rope, {heads} x {dim}", ALL, partial(rotary, heads, dim)) for heads, dim in ((32, 128), (8, 128))),
     Launch("swiglu, ffn 11008", ALL, partial(activation, 11008)),
+    *(Launch(f"linear_logprob, {dim} x {vocab}", ALL, partial(head, dim, vocab)) for dim, vocab in HEADS),
 )

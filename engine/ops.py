@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import engine._C as _C
-from engine.errors import InputError, NotBuiltError
+from engine.errors import InputError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
 from engine.kernels import gumbel as _gumbel
+from engine.kernels import jit as _jit
 from engine.kernels import linear as _linear
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
@@ -34,6 +35,7 @@ from engine.kernels import sample as _sample
 from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
 from engine.kernels.sample import DrawRules, Draws
+from engine.tree import Edges
 
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
 
@@ -54,6 +56,12 @@ class Backend(NamedTuple):
 
 def _always(case: Case) -> str | None:
     return None
+
+
+def _triton(case: Case) -> str | None:
+    if case.device == "cpu":
+        return "Triton's kernels run on a GPU, the tensors are on cpu"
+    return _jit.why_not(case.device)
 
 
 def _native(case: Case) -> str | None:
@@ -202,7 +210,14 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_fp32, _native_rope_write),
         Backend("torch", _always, _without_threads(_rope_write.rope_write_reference)),
     ),
-    "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
+    "linear_logprob": (
+        Backend("triton", _triton, partial(_logprob.linear_logprob, tiles=_logprob.TRITON)),
+        Backend("torch", _always, _logprob.linear_logprob),
+    ),
+    "linear_logprob_loss": (
+        Backend("triton", _triton, partial(_logprob.linear_logprob_loss, tiles=_logprob.TRITON)),
+        Backend("torch", _always, _logprob.linear_logprob_loss),
+    ),
     "linear": (
         Backend("native", _native, _native_linear),
         Backend("torch", _always, _torch_linear),
@@ -364,11 +379,23 @@ def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Ten
     return choose("linear", x.device.type).fn(x, packed, threads)
 
 
-def logprob_loss(hidden: torch.Tensor, weight: torch.Tensor, edges: Any, loss: Any) -> Any:
-    """Loss and gradients in one pass over the head's tiles where they fit; not built yet."""
-    raise NotBuiltError(
-        "logprob_loss is not built yet; use loss(token_logprobs(hidden[edges.row], weight, edges.target)[0])"
-    )
+def logprob_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    edges: Edges,
+    loss: Callable[[torch.Tensor], tuple[torch.Tensor, Any]],
+    linear: bool = False,
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """A loss over the log-probs of a pack's edges -> its value, its metrics, logp [E] fp32 (detached).
+
+    hidden [N, dim], weight [vocab, dim] (the head). loss maps logp [E] to (scalar, metrics), as the losses in
+    `engine/train/losses.py` do once their other arguments are bound, and depends on weights through logp alone. The
+    value is differentiable in hidden and weight, once. linear: the loss is linear in logp, as SFT's is (the value is NaN
+    if that turns out to be untrue). Loss and gradients are computed in one pass over the head's tiles where all logits
+    fit 256 MB or the loss is linear, elsewhere as in `token_logprobs`; logp has the same bits in either case.
+    """
+    fn = choose("linear_logprob_loss", hidden.device.type).fn
+    return fn(hidden[edges.row], weight, edges.target, loss, linear)
 
 
 def gumbel_noise(

@@ -13,22 +13,23 @@ logits again. 8 N dim vocab FLOPs, any gradient of both results. *One pass*, `li
 is known while the logits are there, so that nothing is made again. That is so where all logits fit HELD_BYTES, and where
 the loss is linear in logp. Size alone decides. Both take the same tiles of rows, so logp is the same bits.
 
-Where the products run, on a GPU. At N = 8192, dim = 4096, vocab = 32000 in bf16 a product is 2.15 TFLOP: 2.7 ms at 790
-TFLOP/s, which cuBLAS reaches. A tile of fp32 logits that goes through memory costs 8 bytes a logit, 0.5 ms of 4.3 TB/s,
-which is less than what a product of Triton's own loses by running at 500 to 600 TFLOP/s (1 to 1.6 ms for each of the
-three or four). So the products are cuBLAS's, in few large tiles, and Triton reads a tile once for lse and logp, and once
-for the gradient, which it writes in the product's dtype. On paper, in ms, without launches:
+Where the products run, on a GPU. At N = 8192, dim = 4096, vocab = 32000 in bf16 a product is 2.15 TFLOP: 2.7 ms at the
+790 TFLOP/s that cuBLAS reaches, 3.6 to 4.3 ms at the 500 to 600 of Triton's own. fp32 logits that go through memory cost
+8 bytes each, 0.5 ms of 4.3 TB/s: less than one product loses by being Triton's. So the products are cuBLAS's, in few large
+tiles; Triton reads a tile once for lse and logp, and once for the gradient, which it writes in the product's dtype. On
+paper (`flops`, `bytes`), in ms and without launches:
 
-    eager      products 8.2; logits in bf16, fp32, log-softmax and their gradients 2.6           10.7
-    recompute  products 10.9; logits written and read twice, gradients 1.3; dX summed 0.5        12.7   (1.2 of eager)
-    one pass   products 8.8; logits, gradients, dX summed 1.4; gradients scaled 0.2              10.3   (0.96)
+    eager      products 8.2; logits in bf16 and fp32, log-softmax, their gradients 2.5          10.7
+    recompute  products 10.9; logits, gradients and dX while it is summed 1.6                   12.5   (1.17 of eager)
+    one pass   products 8.8; the same 1.4; gradients scaled by upstream 0.15                    10.3   (0.97)
 
 Memory decides the loops. lse and dX want all columns of some rows, dW wants all rows of some columns. dW summed over
-tiles of rows has to be fp32: 524 MB of its own here, an eighth of what eager takes for all its logits, read and written
-once a tile. So the backward's tiles are columns: dW leaves one product over all N rows, rounded once, and what is summed
-over tiles is dX, 4 bytes an element. In one pass the tiles are rows, because a slope is of no use before lse is known:
-their gradients give dX at once, and are kept in bf16 for dW, 2 bytes a logit. Kept for at most 4/5 of the vocabulary,
-that is at most a tenth of eager's 16 bytes a logit; the rest's logits are made again, as in the other schedule.
+tiles of rows has to be fp32: 524 MB here, an eighth of what eager takes for its logits (16 bytes each), read and written
+for every tile. So the backward's tiles are columns: dW leaves one product over all N rows, rounded once, and what is
+summed over tiles is dX, 4 bytes an element. In one pass the tiles are rows, because a slope is of no use before lse is
+known: their gradients give dX at once, and wait for dW in the product's dtype, 2 bytes a logit. They do so for at most 4/5
+of the vocabulary, which is at most a tenth of eager's 16 bytes; the rest's logits are made again, as in the recompute
+schedule. `memory` is the formula.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from .jit import acc, jit, power_of_two, tl
 TILE_BYTES = 64 << 20  # logits held at once on a CPU
 HELD_BYTES = 256 << 20  # all logits of a call are held for its backward if they fit: 2097 rows of 32000
 Pair = tuple[torch.Tensor, torch.Tensor]
+Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # targets, lse, and the gradients of logp and lse
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
 
 
@@ -209,19 +211,21 @@ def _run_gradient(
 class TritonTiles:
     """On a GPU; hidden and weight of one dtype. Tiles of rows forward, of columns backward.
 
-    128 MB are 1024 rows of 32000 logits: 128 output tiles of 128 x 256 for dX, a wave of the 132 multiprocessors of an
-    H100, and 1000 for the logits. 4096 columns give dW 512 of them.
+    For the products of Llama 2 7B in output tiles of 128 x 256, on the 132 multiprocessors of an H100: 128 MB are 1024
+    rows of 32000 logits, and dX then has 128 output tiles, one for each; a tile of columns gives the logits 512, dX 256
+    and dW 1024.
     """
 
-    tile_bytes: int = 128 << 20  # logits of one tile of rows
-    columns: int = 4096  # of one tile of columns: with its gradient 24 KB a row, where eager has 512
+    tile_bytes: int = 128 << 20  # logits of a tile of rows
+    rows: int = 2048  # of a tile of columns, in fp32; its gradients wait in the product's dtype for all rows and dW
+    columns: int = 8192
 
     def logprobs(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
     ) -> Pair:
         logp = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
         lse = torch.empty_like(logp)
-        for rows, tile in self._rows(hidden, weight, logits):
+        for rows, tile in self._row_tiles(hidden, weight, logits):
             _run_logprob(tile, targets[rows], logp[rows], lse[rows])
         return logp, lse
 
@@ -237,63 +241,26 @@ class TritonTiles:
     ) -> Pair:
         if not len(hidden):
             return torch.zeros_like(hidden), torch.zeros_like(weight)
-        grad_weight = torch.empty_like(weight)
         grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device)
-        grad_logp, grad_lse = grad_logp.contiguous(), grad_lse.contiguous()
-        buffer = torch.empty(len(hidden), min(self.columns, len(weight)), dtype=hidden.dtype, device=hidden.device)
-        for block, tile in self._columns(hidden, weight, 0, logits):
-            grad_logits = buffer[:, : tile.shape[1]]
-            _run_gradient(tile, targets, lse, grad_logp, grad_lse, grad_logits, block.start)
-            _product(grad_logits.T, hidden, grad_weight[block])
-            _product(grad_logits, weight[block], grad_hidden, add=block.start > 0)
+        grad_weight = torch.empty_like(weight)
+        given = targets, lse, grad_logp.contiguous(), grad_lse.contiguous()
+        self._columns(hidden, weight, given, grad_weight, grad_hidden=grad_hidden, logits=logits)
         return grad_hidden.to(hidden.dtype), grad_weight
 
     def at_once(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logp, lse, zero = torch.empty_like(grad_logp), torch.empty_like(grad_logp), torch.zeros_like(grad_logp)
         if not len(hidden):
-            return torch.empty_like(grad_logp), torch.zeros_like(hidden), torch.zeros_like(weight)
-        zero = torch.zeros_like(grad_logp)
-        logp, lse, grad_hidden, kept = self._rows_at_once(hidden, weight, targets, grad_logp, zero)
+            return logp, torch.zeros_like(hidden), torch.zeros_like(weight)
+        given = targets, lse, grad_logp.contiguous(), zero
+        grad_hidden, kept = self._rows(hidden, weight, given, logp)
+        grad_weight = torch.empty_like(weight)  # not before the tile of rows is gone
         first = kept.shape[1]
-        grad_weight = torch.empty_like(weight)  # only now: the tile of rows is gone
         _product(kept.T, hidden, grad_weight[:first])
         del kept
-        buffer = torch.empty(len(hidden), min(self.columns, len(weight)), dtype=hidden.dtype, device=hidden.device)
-        for block, tile in self._columns(hidden, weight, first):
-            grad_logits = buffer[:, : tile.shape[1]]
-            _run_gradient(tile, targets, lse, grad_logp, zero, grad_logits, block.start)
-            _product(grad_logits.T, hidden, grad_weight[block])
+        self._columns(hidden, weight, given, grad_weight, first=first)
         return logp, grad_hidden, grad_weight
-
-    def _rows_at_once(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        grad_logp: torch.Tensor,
-        grad_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """logp, lse, the gradient of hidden, and that of the first logits of every row, [N, kept]."""
-        logp, lse = torch.empty_like(grad_logp), torch.empty_like(grad_logp)
-        grad_hidden = torch.empty_like(hidden)
-        first = self.kept(len(weight))
-        kept = torch.empty(len(hidden), first, dtype=hidden.dtype, device=hidden.device)
-        rest, total = None, None
-        for rows, tile in self._rows(hidden, weight):
-            _run_logprob(tile, targets[rows], logp[rows], lse[rows])
-            if rest is None or total is None:  # the first tile is the largest
-                rest = _matrix(len(tile), len(weight) - first, hidden.dtype, hidden.device)
-                total = torch.empty(len(tile), hidden.shape[1], dtype=lse.dtype, device=hidden.device)
-            sums = total[: len(tile)]
-            given = targets[rows], lse[rows], grad_logp[rows], grad_lse[rows]
-            if first:
-                _run_gradient(tile[:, :first], *given, kept[rows], 0)
-                _product(kept[rows], weight[:first], sums)
-            _run_gradient(tile[:, first:], *given, rest[: len(tile)], first)
-            _product(rest[: len(tile)], weight[first:], sums, add=first > 0)
-            grad_hidden[rows] = sums
-        return logp, lse, grad_hidden, kept
 
     def kept(self, vocab: int) -> int:
         """Columns whose gradients wait for dW in one pass: whole tiles of at most 4/5 of the vocabulary."""
@@ -303,35 +270,68 @@ class TritonTiles:
         """Rows of the first tile, from sizes alone, so that both schedules have the same."""
         return max(1, min(rows, _tile_rows(vocab, self.tile_bytes, dtype, multiple=128)))
 
-    def _rows(
+    def _row_tiles(
         self, hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor | None = None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Logits of some rows [rows, vocab], in their place in `logits` or each in the place of the one before."""
+        """Logits [rows, vocab] of some rows, in their place in `logits` or each in the place of the one before."""
         wide, vocab = _wide(hidden), len(weight)
         size = self.row_tile(len(hidden), vocab, wide)
         place = _matrix(size, vocab, wide, hidden.device) if logits is None else logits
-        for start in range(0, len(hidden), size):
-            rows = slice(start, min(start + size, len(hidden)))
-            tile = place[rows] if logits is not None else place[: rows.stop - start]
+        for rows in _slices(0, len(hidden), size):
+            tile = place[: rows.stop - rows.start] if logits is None else logits[rows]
             _product(hidden[rows], weight.T, tile)
             yield rows, tile
 
+    def _rows(
+        self, hidden: torch.Tensor, weight: torch.Tensor, given: Given, logp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tile by tile logp, lse (in `given`) and gradients -> dX, and the gradients of the logits that are kept."""
+        dim, first, device = hidden.shape[1], self.kept(len(weight)), hidden.device
+        size = self.row_tile(len(hidden), len(weight), logp.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        kept = torch.empty(len(hidden), first, dtype=hidden.dtype, device=device)
+        others = _matrix(size, len(weight) - first, hidden.dtype, device)
+        sums = torch.empty(size, dim, dtype=logp.dtype, device=device)
+        for rows, tile in self._row_tiles(hidden, weight):
+            targets, lse, grad_logp, grad_lse = (x[rows] for x in given)
+            _run_logprob(tile, targets, logp[rows], lse)
+            total, other = sums[: len(tile)], others[: len(tile)]
+            if first:
+                _run_gradient(tile[:, :first], targets, lse, grad_logp, grad_lse, kept[rows], 0)
+                _product(kept[rows], weight[:first], total)
+            _run_gradient(tile[:, first:], targets, lse, grad_logp, grad_lse, other, first)
+            _product(other, weight[first:], total, add=first > 0)
+            grad_hidden[rows] = total
+        return grad_hidden, kept
+
     def _columns(
-        self, hidden: torch.Tensor, weight: torch.Tensor, first: int, logits: torch.Tensor | None = None
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Logits of some columns [N, columns], from column `first` on: those in `logits`, or made again."""
-        wide, vocab = _wide(hidden), len(weight)
-        place = None
-        for start in range(first, vocab, self.columns):
-            block = slice(start, min(start + self.columns, vocab))
-            if logits is not None:
-                yield block, logits[:, block]
-                continue
-            if place is None:
-                place = torch.empty(len(hidden), block.stop - start, dtype=wide, device=hidden.device)
-            tile = place[:, : block.stop - start]
-            _product(hidden, weight[block].T, tile)
-            yield block, tile
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        given: Given,
+        grad_weight: torch.Tensor,
+        first: int = 0,
+        grad_hidden: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> None:
+        """dW of the columns from `first` on, and dX, their sum, if asked for; from logits that are held or made again."""
+        wide, device, width = _wide(hidden), hidden.device, min(self.columns, len(weight))
+        again = 0 if logits is not None else min(self.rows, len(hidden))
+        place = torch.empty(again, width, dtype=wide, device=device)
+        grads = torch.empty(len(hidden), width, dtype=hidden.dtype, device=device)
+        for block in _slices(first, len(weight), self.columns):
+            grad = grads[:, : block.stop - block.start]
+            for rows in _slices(0, len(hidden), self.rows):
+                if logits is None:
+                    tile = place[: rows.stop - rows.start, : block.stop - block.start]
+                    _product(hidden[rows], weight[block].T, tile)
+                else:
+                    tile = logits[rows, block]
+                targets, lse, grad_logp, grad_lse = (x[rows] for x in given)
+                _run_gradient(tile, targets, lse, grad_logp, grad_lse, grad[rows], block.start)
+                if grad_hidden is not None:
+                    _product(grad[rows], weight[block], grad_hidden[rows], add=block.start > first)
+            _product(grad.T, hidden, grad_weight[block])
 
 
 Tiles = TorchTiles | TritonTiles
@@ -372,13 +372,13 @@ def linear_logprob_loss(
             logits = _matrix(len(hidden), len(weight), wide, hidden.device)
             logp, lse = tiles.logprobs(hidden, weight, targets, logits)
             value, metrics, slope = _slope(loss, logp)
-            given = tiles.gradients(hidden, weight, targets, lse, slope, torch.zeros_like(slope), logits)
+            gradients = [*tiles.gradients(hidden, weight, targets, lse, slope, torch.zeros_like(slope), logits)]
         else:
             promised = _slope(loss, torch.zeros(len(hidden), dtype=wide, device=hidden.device))[2]
-            logp, *given = tiles.at_once(hidden, weight, targets, promised)
+            logp, *gradients = tiles.at_once(hidden, weight, targets, promised)
             value, metrics, slope = _slope(loss, logp)
             value = torch.where((slope == promised).all(), value, float("nan"))
-    return _Given.apply(hidden, weight, value, *given), metrics, logp
+    return _Given.apply(hidden, weight, value, *gradients), metrics, logp
 
 
 def _slope(loss: Loss, logp: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
@@ -426,9 +426,13 @@ class _Given(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were given away by its first backward: compute it again")
-        gradients, ctx.gradients = ctx.gradients, None
-        wanted = [x.mul_(upstream) if needs else None for x, needs in zip(gradients, ctx.needs_input_grad)]
-        return *wanted, None, None, None
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        return (
+            grad_hidden.mul_(upstream) if for_hidden else None,
+            grad_weight.mul_(upstream) if for_weight else None,
+            *(None, None, None),
+        )
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -440,8 +444,11 @@ def _tile_rows(vocab: int, tile_bytes: int, dtype: torch.dtype, multiple: int = 
 
 
 def _tiles(rows: int, vocab: int, tile_bytes: int, dtype: torch.dtype) -> list[slice]:
-    size = _tile_rows(vocab, tile_bytes, dtype)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return _slices(0, rows, _tile_rows(vocab, tile_bytes, dtype))
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -478,3 +485,51 @@ def _sums_in_fp32() -> Iterator[None]:
     finally:
         for name in allowed:
             setattr(settings, name, True)
+
+
+# What a GPU does in each schedule: "forward", "recompute" (forward and backward), and one pass, "held" with all logits kept
+# and "at once" without.
+
+
+def flops(rows: int, dim: int, vocab: int, schedule: str, tiles: TritonTiles = TRITON) -> int:
+    again = vocab - tiles.kept(vocab)
+    columns = {"forward": vocab, "recompute": 4 * vocab, "held": 3 * vocab, "at once": 3 * vocab + again}[schedule]
+    return 2 * rows * dim * columns
+
+
+def bytes(rows: int, dim: int, vocab: int, schedule: str, itemsize: int = 2, tiles: TritonTiles = TRITON) -> int:
+    """Logits, their gradients, and dX while it is summed: what goes through memory between the products.
+
+    The products' operands (hidden, weight) come on top, but are read under the products.
+    """
+    wide = max(itemsize, 4)
+    logits, x = rows * vocab, rows * dim
+    forward = 2 * wide * logits  # written, and read for lse
+    if schedule == "forward":
+        return forward
+    if schedule == "at once":
+        again = rows * (vocab - tiles.kept(vocab))
+        in_rows = (wide + 2 * itemsize) * logits + itemsize * (logits - again)
+        return forward + in_rows + (2 * wide + 2 * itemsize) * again + (4 * wide + itemsize) * x
+    backward = (wide + 3 * itemsize) * logits + (wide * 2 * -(-vocab // tiles.columns) + itemsize) * x
+    return forward + backward + (wide * logits if schedule == "recompute" else 0)
+
+
+def memory(rows: int, dim: int, vocab: int, schedule: str, itemsize: int = 2, tiles: TritonTiles = TRITON) -> int:
+    """What a call takes at its peak besides the gradients of hidden and weight, and a few numbers a row."""
+    wide = max(itemsize, 4)
+    width, padded, kept = min(tiles.columns, vocab), -(-vocab // 64) * 64, tiles.kept(vocab)
+    grad_hidden, grad_weight = rows * dim * itemsize, vocab * dim * itemsize
+    tile = tiles.row_tile(rows, vocab)
+    row_tile, gradients = tile * padded * wide, rows * width * itemsize
+    column_tile = min(tiles.rows, rows) * width * wide + gradients
+    sums = rows * dim * wide if itemsize < wide else 0  # of dX, which comes itself when they are done
+    waiting = grad_hidden if sums else 0
+    if schedule == "forward":
+        return row_tile
+    if schedule == "recompute":
+        return max(row_tile - grad_hidden - grad_weight, column_tile + sums - waiting, sums)
+    if schedule == "held":
+        return rows * padded * wide + max(gradients + sums - waiting, sums)
+    others = tile * (-(-(vocab - kept) // 64) * 64 * itemsize + dim * wide)
+    return max(rows * kept * itemsize + max(row_tile + others - grad_weight, 0), column_tile)
