@@ -261,6 +261,31 @@ def test_infinities_and_nan_come_out_as_torch_has_them():
     assert lse[1] == inf and lse[2].isnan() and lse[3] == -inf and lse[4].isfinite()
 
 
+def test_a_target_that_is_no_token_has_no_log_prob_whatever_lies_beside_the_logits():
+    logits, targets = torch.zeros(5, 40, device=DEVICE)[1:4, 4:37], torch.tensor([33, -1, 32], device=DEVICE)
+    logp, lse = torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE)
+    op._run_logprob(logits, targets, logp, lse)
+    assert logp.isnan().tolist() == [True, True, False] and lse.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(37, 111), (130, 40), (5, 111)])
+def test_all_schedules_take_the_same_tiles_of_rows(rows, vocab, monkeypatch):
+    """On a GPU the bits of a product depend on its size; here they would not show it."""
+    seen, run = [], op._run_logprob
+    monkeypatch.setattr(
+        op, "_run_logprob", lambda tile, *rest: seen.append((tile.shape, tile.stride())) or run(tile, *rest)
+    )
+    given, loss = inputs(rows, 4, vocab, torch.float32), nll(upstream(rows)[0])
+    found = []
+    for held in (op.HELD_BYTES, -1):
+        monkeypatch.setattr(op, "HELD_BYTES", held)
+        loss_gradients(given, loss, True, tiles(vocab))
+        found.append(seen.copy())
+        seen.clear()
+    linear_logprob(*given, tiles(vocab))
+    assert found == [seen, seen] and len(seen) == -(-rows // 16)
+
+
 def test_a_nan_weight_reaches_every_log_prob_and_an_unknown_target_has_none():
     hidden, weight, targets = inputs(4, 4, 33, torch.float32)
     targets[1], targets[2] = 33, -1
