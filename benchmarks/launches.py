@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from engine.kernels.gumbel import gumbel_noise
+from engine.kernels.linear_logprob import TRITON, linear_logprob, linear_logprob_loss
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope
 from engine.kernels.rope_write import rope_write
@@ -27,6 +28,9 @@ HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 TOKENS = 8192
 WIDE: frozenset[str] = frozenset()  # kernels whose products have 64 rows or more: 16-bit ones are wgmma's on sm_90
+
+
+HEADS = ((4096, 32000), (8192, 32000), (4096, 32001))  # 7B, 70B, and a vocabulary that fits no tile
 
 
 class Launch(NamedTuple):
@@ -103,6 +107,17 @@ def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     backward(tree_attention(q, k, qkv.split([heads, kv_heads, kv_heads], dim=1)[2], tiles))
 
 
+def head(dim: int, vocab: int, dtype: torch.dtype) -> None:
+    """Recompute, then one pass with all logits held and one pass without."""
+    weight = meta(vocab, dim, dtype=dtype, grad=True)
+    for rows, one_pass in ((TOKENS, False), (1024, True), (TOKENS, True)):
+        hidden, targets = meta(rows, dim, dtype=dtype, grad=True), meta(rows, dtype=torch.int64)
+        if one_pass:
+            backward(linear_logprob_loss(hidden, weight, targets, lambda logp: (logp.sum(), {}), True, TRITON)[0])
+        else:
+            backward(*linear_logprob(hidden, weight, targets, TRITON))
+
+
 LAUNCHES = (
     *(Launch(f"rms_norm, dim {dim}", ALL, partial(norm, dim)) for dim in (4096, 8192)),
     *(Launch(f"add + rms_norm, dim {dim}", ALL, partial(add_norm, dim)) for dim in (4096, 5120, 8192)),
@@ -119,4 +134,5 @@ LAUNCHES = (
         for heads, kv_heads, dim in ((32, 32, 128), (64, 8, 128), (32, 32, 64))
     ),
     Launch("tree_attention, 16/4 x 256", (torch.bfloat16, torch.float32), partial(attention, 16, 4, 256)),
+    *(Launch(f"linear_logprob, {dim} x {vocab}", ALL, partial(head, dim, vocab)) for dim, vocab in HEADS),
 )

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import engine._C as _C
-from engine.errors import InputError, NotBuiltError
+from engine.errors import InputError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
 from engine.kernels import flash as _flash
@@ -43,6 +43,7 @@ from engine.kernels import tree_windows as _windows
 from engine.kernels import work_attention as _work
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
+from engine.tree import Edges
 
 tiles = _work.tiles  # the wide and the narrow items of a work list
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
@@ -266,7 +267,14 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_fp32, _native_rope_write),
         Backend("torch", _always, _without_threads(_rope_write.rope_write_reference)),
     ),
-    "linear_logprob": (Backend("torch", _always, _logprob.linear_logprob),),
+    "linear_logprob": (
+        Backend("triton", _triton, partial(_logprob.linear_logprob, tiles=_logprob.TRITON)),
+        Backend("torch", _always, _logprob.linear_logprob),
+    ),
+    "linear_logprob_loss": (
+        Backend("triton", _triton, partial(_logprob.linear_logprob_loss, tiles=_logprob.TRITON)),
+        Backend("torch", _always, _logprob.linear_logprob_loss),
+    ),
     "linear": (
         Backend("native", _native, _native_linear),
         Backend("torch", _always, _torch_linear),
@@ -492,11 +500,23 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight.float())
 
 
-def logprob_loss(hidden: torch.Tensor, weight: torch.Tensor, edges: Any, loss: Any) -> Any:
-    """Loss and gradients in one pass over the head's tiles where they fit; not built yet."""
-    raise NotBuiltError(
-        "logprob_loss is not built yet; use loss(token_logprobs(hidden[edges.row], weight, edges.target)[0])"
-    )
+def logprob_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    edges: Edges,
+    loss: Callable[[torch.Tensor], tuple[torch.Tensor, Any]],
+    linear: bool = False,
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """A loss over the log-probs of a pack's edges -> its value, its metrics, logp [E] fp32 (detached).
+
+    hidden [N, dim], weight [vocab, dim] (the head). loss maps logp [E] to (scalar, metrics), as the losses in
+    `engine/train/losses.py` do once their other arguments are bound, and depends on weights through logp alone. The
+    value is differentiable in hidden and weight, once. linear: the loss is linear in logp, as SFT's is (the value is NaN
+    if that turns out to be untrue). Loss and gradients are computed in one pass over the head's tiles where all logits
+    fit 256 MB or the loss is linear, elsewhere as in `token_logprobs`; logp has the same bits in either case.
+    """
+    fn = choose("linear_logprob_loss", hidden.device.type).fn
+    return fn(hidden[edges.row], weight, edges.target, loss, linear)
 
 
 def gumbel_noise(

@@ -1,68 +1,535 @@
 """Log-probability per token from hidden states and the head, without ever holding all logits.
 
-    logits[n, :] = weight @ hidden[n]            (fp32, or wider)
+    logits[n, :] = weight @ hidden[n]            (fp32, or wider: they leave the product's accumulator unrounded)
     lse[n]  = log sum exp logits[n, :]
     logp[n] = logits[n, targets[n]] - lse[n]
+    dlogits[n, v] = softmax[n, v] * (dlse[n] - dlogp[n]) + [v = targets[n]] * dlogp[n]
 
-hidden [N, dim], weight [vocab, dim], targets [N] int64 -> logp [N], lse [N], fp32 (fp64 for fp64 input).
-The *recompute* schedule: the forward saves hidden, targets and lse; the backward makes each tile of logits again.
+hidden [N, dim], weight [vocab, dim], targets [N] int64 -> logp [N], lse [N], fp32 (fp64 for fp64 input). The N rows are
+those that count: a caller leaves ignored tokens out before it comes here.
+
+Two schedules. *Recompute*, `linear_logprob`: the forward saves hidden, targets and lse; the backward makes each tile of
+logits again. 8 N dim vocab FLOPs, any gradient of both results. *One pass*, `linear_logprob_loss`: the slope of the loss
+is known while the logits are there, so that nothing is made again. That is so where all logits fit HELD_BYTES, and where
+the loss is linear in logp. Size alone decides. Both take the same tiles of rows, so logp is the same bits.
+
+Where the products run, on a GPU. At N = 8192, dim = 4096, vocab = 32000 in bf16 a product is 2.15 TFLOP: 2.7 ms at the
+790 TFLOP/s that cuBLAS reaches, 3.6 to 4.3 ms at the 500 to 600 of Triton's own. fp32 logits that go through memory cost
+8 bytes each, 0.5 ms of 4.3 TB/s: less than one product loses by being Triton's. So the products are cuBLAS's, in few large
+tiles; Triton reads a tile once for lse and logp, and once for the gradient, which it writes in the product's dtype. On
+paper (`flops`, `bytes`), in ms and without launches:
+
+    eager      products 8.2; logits in bf16 and fp32, log-softmax, their gradients 2.5          10.7
+    recompute  products 10.9; logits, gradients and dX while it is summed 1.6                   12.5   (1.17 of eager)
+    one pass   products 8.8; the same 1.4; gradients scaled by upstream 0.15                    10.3   (0.97)
+
+Memory decides the loops. lse and dX want all columns of some rows, dW wants all rows of some columns. dW summed over
+tiles of rows has to be fp32: 524 MB here, an eighth of what eager takes for its logits (16 bytes each), read and written
+for every tile. So the backward's tiles are columns: dW leaves one product over all N rows, rounded once, and what is
+summed over tiles is dX, 4 bytes an element. In one pass the tiles are rows, because a slope is of no use before lse is
+known: their gradients give dX at once, and wait for dW in the product's dtype, 2 bytes a logit. They do so for at most 4/5
+of the vocabulary, which is at most a tenth of eager's 16 bytes; the rest's logits are made again, as in the recompute
+schedule. `memory` is the formula.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 64 << 20  # logits held at once
+from .jit import acc, jit, power_of_two, tl
+
+TILE_BYTES = 64 << 20  # logits held at once on a CPU
+HELD_BYTES = 256 << 20  # all logits of a call are held for its backward if they fit: 2097 rows of 32000
+Pair = tuple[torch.Tensor, torch.Tensor]
+Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # targets, lse, and the gradients of logp and lse
+Loss = Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
 
 
-def linear_logprob_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All logits at once, gradients by autograd: what the tiled version must equal."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+def linear_logprob_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Pair:
+    """All logits at once, gradients by autograd: what the tiled versions must equal."""
+    wide = _wide(hidden)
     logits = hidden.to(wide) @ weight.to(wide).T
     lse = torch.logsumexp(logits, dim=-1)
     return logits.gather(1, targets[:, None]).squeeze(1) - lse, lse
 
 
+@dataclass(frozen=True)
+class TorchTiles:
+    """In torch, on any device: tiles of rows, of at most `tile_bytes` of logits, forward and backward."""
+
+    tile_bytes: int = TILE_BYTES
+
+    def logprobs(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> Pair:
+        """logp and lse. logits [N, vocab], if given, is filled for `gradients`."""
+        logp = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
+        lse = torch.empty_like(logp)
+        head = weight.to(logp.dtype)
+        for rows in _tiles(len(hidden), len(weight), self.tile_bytes, logp.dtype):
+            tile = self._logprob_tile(hidden[rows].to(logp.dtype), head, targets[rows], logp[rows], lse[rows])
+            if logits is not None:
+                logits[rows] = tile
+        return logp, lse
+
+    def gradients(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        grad_logp: torch.Tensor,
+        grad_lse: torch.Tensor,
+        logits: torch.Tensor | None = None,
+    ) -> Pair:
+        """Gradients of hidden and weight; logits, where `logprobs` has kept them, are used up."""
+        head = weight.to(lse.dtype)
+        grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device)
+        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        for rows in _tiles(len(hidden), len(weight), self.tile_bytes, lse.dtype):
+            x = hidden[rows].to(lse.dtype)
+            tile = x @ head.T if logits is None else logits[rows]
+            grad_logits = self._gradient_tile(tile, targets[rows], lse[rows], grad_logp[rows], grad_lse[rows])
+            grad_hidden[rows] = grad_logits @ head
+            grad_weight.addmm_(grad_logits.T, x)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+
+    def at_once(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """logp and the gradients of hidden and weight, for a slope of the loss that is known beforehand."""
+        logp, lse = torch.empty_like(grad_logp), torch.empty_like(grad_logp)
+        head = weight.to(logp.dtype)
+        grad_hidden = torch.empty(hidden.shape, dtype=logp.dtype, device=hidden.device)
+        grad_weight = torch.zeros(weight.shape, dtype=logp.dtype, device=weight.device)
+        for rows in _tiles(len(hidden), len(weight), self.tile_bytes, logp.dtype):
+            x, slope = hidden[rows].to(logp.dtype), grad_logp[rows]
+            tile = self._logprob_tile(x, head, targets[rows], logp[rows], lse[rows])
+            grad_logits = self._gradient_tile(tile, targets[rows], lse[rows], slope, torch.zeros_like(slope))
+            grad_hidden[rows] = grad_logits @ head
+            grad_weight.addmm_(grad_logits.T, x)
+        return logp, grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+
+    @staticmethod
+    def _logprob_tile(
+        x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor
+    ) -> torch.Tensor:
+        logits = x @ head.T  # [tile, vocab]
+        torch.logsumexp(logits, dim=-1, out=lse)
+        logp.copy_(logits.gather(1, targets[:, None]).squeeze(1) - lse)
+        return logits
+
+    @staticmethod
+    def _gradient_tile(
+        logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, grad_logp: torch.Tensor, grad_lse: torch.Tensor
+    ) -> torch.Tensor:
+        grad_logits = torch.exp(logits.sub_(lse[:, None]))  # softmax [tile, vocab]
+        grad_logits.mul_((grad_lse - grad_logp)[:, None])
+        return grad_logits.scatter_add_(1, targets[:, None], grad_logp[:, None])
+
+
+@jit
+def _logprob(  # type: ignore[no-untyped-def]
+    logits_ptr, logits_stride, target_ptr, logp_ptr, lse_ptr, vocab, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """A row of logits, read once. An infinite maximum is not subtracted, so that infinities come out as torch's do."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    lane = tl.arange(0, BLOCK)
+    infinite = float("inf")
+    top = tl.full((), -infinite, ACC)
+    shift = tl.full((), 0.0, ACC)
+    total = tl.full((), 0.0, ACC)
+    for start in range(0, vocab, BLOCK):
+        column = start + lane
+        x = tl.load(logits_ptr + column, mask=column < vocab, other=-infinite).to(ACC)
+        before = top
+        top = tl.maximum(top, tl.max(x, axis=0))
+        shift = tl.where(tl.abs(top) < infinite, top, 0.0)
+        total = total * tl.exp(before - shift) + tl.sum(tl.exp(x - shift), axis=0)
+    lse = shift + tl.log(total)
+    target = tl.load(target_ptr + row)
+    known = (target >= 0) & (target < vocab)  # a target that is no token has no log-prob
+    hit = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(ACC)
+    tl.store(logp_ptr + row, hit - lse)
+    tl.store(lse_ptr + row, lse)
+
+
+@jit
+def _gradient(  # type: ignore[no-untyped-def]
+    logits_ptr, logits_stride, target_ptr, lse_ptr, grad_logp_ptr, grad_lse_ptr, out_ptr, out_stride, first, columns,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of columns first .. first + columns of a row of logits, of which the pointers show the first."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    lse = tl.load(lse_ptr + row).to(ACC)
+    grad_logp = tl.load(grad_logp_ptr + row).to(ACC)
+    scale = tl.load(grad_lse_ptr + row).to(ACC) - grad_logp
+    target = tl.load(target_ptr + row) - first
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        inside = column < columns
+        x = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=0.0).to(ACC)
+        grad = tl.exp(x - lse) * scale + tl.where(column == target, grad_logp, 0.0)
+        tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _run_logprob(logits: torch.Tensor, targets: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor) -> None:
+    rows, vocab = logits.shape
+    block = min(8192, power_of_two(vocab))  # 32 logits for a thread of 8 warps, and one sum over them for every 8192
+    _logprob[(rows,)](
+        logits, logits.stride(0), targets, logp, lse, vocab,
+        BLOCK=block, ACC=acc(logits.dtype), num_warps=max(1, block // 1024),
+    )  # fmt: skip
+
+
+def _run_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad_logp: torch.Tensor,
+    grad_lse: torch.Tensor,
+    out: torch.Tensor,
+    first: int,
+) -> None:
+    rows, columns = logits.shape
+    block = min(4096, power_of_two(columns))  # 16 logits for a thread: loads of 16 bytes, stores of 8 or 16
+    _gradient[(rows,)](
+        logits, logits.stride(0), targets, lse, grad_logp, grad_lse, out, out.stride(0), first, columns,
+        BLOCK=block, ACC=acc(logits.dtype), num_warps=max(1, block // 512),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TritonTiles:
+    """On a GPU; hidden and weight of one dtype. Tiles of rows forward, of columns backward.
+
+    For the products of Llama 2 7B in output tiles of 128 x 256, on the 132 multiprocessors of an H100: 128 MB are 1024
+    rows of 32000 logits, and dX then has 128 output tiles, one for each; a tile of columns gives the logits 512, dX 256
+    and dW 1024.
+    """
+
+    tile_bytes: int = 128 << 20  # logits of a tile of rows
+    rows: int = 2048  # of a tile of columns, in fp32; its gradients wait in the product's dtype for all rows and dW
+    columns: int = 8192
+
+    def logprobs(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> Pair:
+        logp = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
+        lse = torch.empty_like(logp)
+        for rows, tile in self._row_tiles(hidden, weight, logits):
+            _run_logprob(tile, targets[rows], logp[rows], lse[rows])
+        return logp, lse
+
+    def gradients(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        grad_logp: torch.Tensor,
+        grad_lse: torch.Tensor,
+        logits: torch.Tensor | None = None,
+    ) -> Pair:
+        if not len(hidden):
+            return torch.zeros_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device)
+        grad_weight = torch.empty_like(weight)
+        given = targets, lse, grad_logp.contiguous(), grad_lse.contiguous()
+        self._columns(hidden, weight, given, grad_weight, grad_hidden=grad_hidden, logits=logits)
+        return grad_hidden.to(hidden.dtype), grad_weight
+
+    def at_once(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logp, lse, zero = torch.empty_like(grad_logp), torch.empty_like(grad_logp), torch.zeros_like(grad_logp)
+        if not len(hidden):
+            return logp, torch.zeros_like(hidden), torch.zeros_like(weight)
+        given = targets, lse, grad_logp.contiguous(), zero
+        grad_hidden, kept = self._rows(hidden, weight, given, logp)
+        grad_weight = torch.empty_like(weight)  # not before the tile of rows is gone
+        first = kept.shape[1]
+        _product(kept.T, hidden, grad_weight[:first])
+        del kept
+        self._columns(hidden, weight, given, grad_weight, first=first)
+        return logp, grad_hidden, grad_weight
+
+    def kept(self, vocab: int) -> int:
+        """Columns whose gradients wait for dW in one pass: whole tiles of at most 4/5 of the vocabulary."""
+        return vocab * 4 // 5 // self.columns * self.columns
+
+    def row_tile(self, rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> int:
+        """Rows of the first tile, from sizes alone, so that both schedules have the same."""
+        return max(1, min(rows, _tile_rows(vocab, self.tile_bytes, dtype, multiple=128)))
+
+    def _row_tiles(
+        self, hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits [rows, vocab] of some rows, in their place in `logits` or each in the place of the one before."""
+        wide, vocab = _wide(hidden), len(weight)
+        size = self.row_tile(len(hidden), vocab, wide)
+        place = _matrix(size, vocab, wide, hidden.device) if logits is None else logits
+        for rows in _slices(0, len(hidden), size):
+            tile = place[: rows.stop - rows.start] if logits is None else logits[rows]
+            _product(hidden[rows], weight.T, tile)
+            yield rows, tile
+
+    def _rows(
+        self, hidden: torch.Tensor, weight: torch.Tensor, given: Given, logp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tile by tile logp, lse (in `given`) and gradients -> dX, and the gradients of the logits that are kept."""
+        dim, first, device = hidden.shape[1], self.kept(len(weight)), hidden.device
+        size = self.row_tile(len(hidden), len(weight), logp.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        kept = torch.empty(len(hidden), first, dtype=hidden.dtype, device=device)
+        others = _matrix(size, len(weight) - first, hidden.dtype, device)
+        sums = torch.empty(size, dim, dtype=logp.dtype, device=device)
+        for rows, tile in self._row_tiles(hidden, weight):
+            targets, lse, grad_logp, grad_lse = (x[rows] for x in given)
+            _run_logprob(tile, targets, logp[rows], lse)
+            total, other = sums[: len(tile)], others[: len(tile)]
+            if first:
+                _run_gradient(tile[:, :first], targets, lse, grad_logp, grad_lse, kept[rows], 0)
+                _product(kept[rows], weight[:first], total)
+            _run_gradient(tile[:, first:], targets, lse, grad_logp, grad_lse, other, first)
+            _product(other, weight[first:], total, add=first > 0)
+            grad_hidden[rows] = total
+        return grad_hidden, kept
+
+    def _columns(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        given: Given,
+        grad_weight: torch.Tensor,
+        first: int = 0,
+        grad_hidden: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> None:
+        """dW of the columns from `first` on, and dX, their sum, if asked for; from logits that are held or made again."""
+        wide, device, width = _wide(hidden), hidden.device, min(self.columns, len(weight))
+        again = 0 if logits is not None else min(self.rows, len(hidden))
+        place = torch.empty(again, width, dtype=wide, device=device)
+        grads = torch.empty(len(hidden), width, dtype=hidden.dtype, device=device)
+        for block in _slices(first, len(weight), self.columns):
+            grad = grads[:, : block.stop - block.start]
+            for rows in _slices(0, len(hidden), self.rows):
+                if logits is None:
+                    tile = place[: rows.stop - rows.start, : block.stop - block.start]
+                    _product(hidden[rows], weight[block].T, tile)
+                else:
+                    tile = logits[rows, block]
+                targets, lse, grad_logp, grad_lse = (x[rows] for x in given)
+                _run_gradient(tile, targets, lse, grad_logp, grad_lse, grad[rows], block.start)
+                if grad_hidden is not None:
+                    _product(grad[rows], weight[block], grad_hidden[rows], add=block.start > first)
+            _product(grad.T, hidden, grad_weight[block])
+
+
+Tiles = TorchTiles | TritonTiles
+TORCH, TRITON = TorchTiles(), TritonTiles()
+
+
 def linear_logprob(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, tile_bytes: int = TILE_BYTES
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, tiles: Tiles = TORCH
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles over rows of at most `tile_bytes` of logits, forward and backward; both outputs are differentiable."""
-    logp, lse = _LinearLogprob.apply(hidden, weight, targets, tile_bytes)
+    """logp and lse, both differentiable in hidden and weight; the schedule is *recompute*."""
+    logp, lse = _LinearLogprob.apply(hidden, weight, targets, tiles)
     return logp, lse
+
+
+def linear_logprob_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    loss: Loss,
+    linear: bool = False,
+    tiles: Tiles = TORCH,
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """`loss` of the log-probs -> its value (differentiable in hidden and weight), its metrics, logp [N] (detached).
+
+    loss maps logp [N] to (scalar, anything) and depends on the weights through logp alone. linear: its slope is the same
+    at every logp, as SFT's is; it is then asked for at logp = 0, before there are logits, and once more at the end: if the
+    answers differ the value is NaN, not a wrong gradient. One pass where the logits fit HELD_BYTES or the loss is linear,
+    recompute otherwise. In one pass the gradients are there before the backward, which scales and gives them away: once.
+    """
+    wide = _wide(hidden)
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    fits = len(hidden) * len(weight) * wide.itemsize <= HELD_BYTES
+    if not differentiable or not (fits or linear):
+        logp = linear_logprob(hidden, weight, targets, tiles)[0]
+        return *loss(logp), logp.detach()
+    with torch.no_grad():
+        if fits:
+            logits = _matrix(len(hidden), len(weight), wide, hidden.device)
+            logp, lse = tiles.logprobs(hidden, weight, targets, logits)
+            value, metrics, slope = _slope(loss, logp)
+            gradients = [*tiles.gradients(hidden, weight, targets, lse, slope, torch.zeros_like(slope), logits)]
+        else:
+            promised = _slope(loss, torch.zeros(len(hidden), dtype=wide, device=hidden.device))[2]
+            logp, *gradients = tiles.at_once(hidden, weight, targets, promised)
+            value, metrics, slope = _slope(loss, logp)
+            value = torch.where((slope == promised).all(), value, float("nan"))
+    return _Given.apply(hidden, weight, value, *gradients), metrics, logp
+
+
+def _slope(loss: Loss, logp: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """The loss at logp, its metrics, d loss / d logp."""
+    with torch.enable_grad():
+        leaf = logp.detach().requires_grad_()
+        value, metrics = loss(leaf)
+        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True, materialize_grads=True)
+    return value.detach(), metrics, slope
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, tile_bytes):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        head = weight.to(wide)
-        logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        lse = torch.empty_like(logp)
-        for rows in _tiles(len(hidden), len(weight), tile_bytes, wide):
-            logits = hidden[rows].to(wide) @ head.T  # [tile, vocab]
-            torch.logsumexp(logits, dim=-1, out=lse[rows])
-            logp[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, tiles: Tiles
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logp, lse = tiles.logprobs(hidden, weight, targets)
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.tile_bytes = tile_bytes
+        ctx.tiles = tiles
         return logp, lse
 
     @staticmethod
-    def backward(ctx, grad_logp, grad_lse):  # type: ignore[no-untyped-def]
-        hidden, weight, targets, lse = ctx.saved_tensors
-        wide = lse.dtype
-        head = weight.to(wide)
-        grad_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        for rows in _tiles(len(hidden), len(weight), ctx.tile_bytes, wide):
-            x = hidden[rows].to(wide)
-            grad_logits = torch.exp((x @ head.T).sub_(lse[rows, None]))  # softmax [tile, vocab]
-            grad_logits.mul_((grad_lse[rows] - grad_logp[rows])[:, None])
-            grad_logits.scatter_add_(1, targets[rows, None], grad_logp[rows, None])
-            grad_hidden[rows] = grad_logits @ head
-            grad_weight.addmm_(grad_logits.T, x)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *ctx.tiles.gradients(*ctx.saved_tensors, grad_logp, grad_lse), None, None
+
+
+class _Given(torch.autograd.Function):
+    """A value whose gradients are there already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        value: torch.Tensor,
+        grad_hidden: torch.Tensor,
+        grad_weight: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.gradients = grad_hidden, grad_weight
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were given away by its first backward: compute it again")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        return (
+            grad_hidden.mul_(upstream) if for_hidden else None,
+            grad_weight.mul_(upstream) if for_weight else None,
+            *(None, None, None),
+        )
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _tile_rows(vocab: int, tile_bytes: int, dtype: torch.dtype, multiple: int = 1) -> int:
+    return max(16, tile_bytes // (vocab * dtype.itemsize) // multiple * multiple)
 
 
 def _tiles(rows: int, vocab: int, tile_bytes: int, dtype: torch.dtype) -> list[slice]:
-    size = max(16, tile_bytes // (vocab * dtype.itemsize))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return _slices(0, rows, _tile_rows(vocab, tile_bytes, dtype))
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Empty, and its rows begin at multiples of 64 elements: an odd vocabulary shall not cost the products their speed."""
+    return torch.empty(rows, -(-columns // 64) * 64, dtype=dtype, device=device)[:, :columns]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+    """a @ b into (or onto) out, which may be wider than they; summed in fp32 or wider and rounded once.
+
+    torch has products of 16-bit matrices with an fp32 result for CUDA alone.
+    """
+    if a.device.type == "cpu":
+        exact = a.to(_wide(a)) @ b.to(_wide(b))
+        out.add_(exact) if add else out.copy_(exact)
+        return
+    with _sums_in_fp32():
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@contextmanager
+def _sums_in_fp32() -> Iterator[None]:
+    """cuBLAS may split a sum and, unless told not to, add the parts in the dtype of the result."""
+    settings = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    allowed = [name for name in names if getattr(settings, name)]
+    try:
+        for name in allowed:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name in allowed:
+            setattr(settings, name, True)
+
+
+# What a GPU does in each schedule: "forward", "recompute" (forward and backward), and one pass, "held" with all logits kept
+# and "at once" without.
+
+
+def flops(rows: int, dim: int, vocab: int, schedule: str, tiles: TritonTiles = TRITON) -> int:
+    again = vocab - tiles.kept(vocab)
+    columns = {"forward": vocab, "recompute": 4 * vocab, "held": 3 * vocab, "at once": 3 * vocab + again}[schedule]
+    return 2 * rows * dim * columns
+
+
+def bytes(rows: int, dim: int, vocab: int, schedule: str, itemsize: int = 2, tiles: TritonTiles = TRITON) -> int:
+    """Logits, their gradients, and dX while it is summed: what goes through memory between the products.
+
+    The products' operands (hidden, weight) come on top, but are read under the products.
+    """
+    wide = max(itemsize, 4)
+    logits, x = rows * vocab, rows * dim
+    forward = 2 * wide * logits  # written, and read for lse
+    if schedule == "forward":
+        return forward
+    if schedule == "at once":
+        again = rows * (vocab - tiles.kept(vocab))
+        in_rows = (wide + 2 * itemsize) * logits + itemsize * (logits - again)
+        return forward + in_rows + (2 * wide + 2 * itemsize) * again + (4 * wide + itemsize) * x
+    backward = (wide + 3 * itemsize) * logits + (wide * 2 * -(-vocab // tiles.columns) + itemsize) * x
+    return forward + backward + (wide * logits if schedule == "recompute" else 0)
+
+
+def memory(rows: int, dim: int, vocab: int, schedule: str, itemsize: int = 2, tiles: TritonTiles = TRITON) -> int:
+    """What a call takes at its peak besides the gradients of hidden and weight, and a few numbers a row."""
+    wide = max(itemsize, 4)
+    width, padded, kept = min(tiles.columns, vocab), -(-vocab // 64) * 64, tiles.kept(vocab)
+    grad_hidden, grad_weight = rows * dim * itemsize, vocab * dim * itemsize
+    tile = tiles.row_tile(rows, vocab)
+    row_tile, gradients = tile * padded * wide, rows * width * itemsize
+    column_tile = min(tiles.rows, rows) * width * wide + gradients
+    sums = rows * dim * wide if itemsize < wide else 0  # of dX, which comes itself when they are done
+    waiting = grad_hidden if sums else 0
+    if schedule == "forward":
+        return row_tile
+    if schedule == "recompute":
+        return max(row_tile - grad_hidden - grad_weight, column_tile + sums - waiting, sums)
+    if schedule == "held":
+        return rows * padded * wide + max(gradients + sums - waiting, sums)
+    others = tile * (-(-(vocab - kept) // 64) * 64 * itemsize + dim * wide)
+    return max(rows * kept * itemsize + max(row_tile + others - grad_weight, 0), column_tile)

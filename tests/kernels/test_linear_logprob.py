@@ -1,9 +1,15 @@
-"""The tiled log-prob op against all logits at once, with gradients through both outputs."""
+"""The tiled log-prob op against all logits at once, with gradients through both outputs; the loss in one pass."""
+
+from functools import partial
 
 import pytest
 import torch
 
-from engine.kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from engine import logprob_loss, ops
+from engine.kernels import linear_logprob as op
+from engine.kernels.linear_logprob import TorchTiles, linear_logprob, linear_logprob_loss, linear_logprob_reference
+from engine.train.losses import dpo_loss, sft_loss
+from engine.tree import Edges
 
 
 def inputs(rows, dim, vocab, dtype, seed=0):
@@ -24,7 +30,7 @@ def test_float64_gradients_pass_gradcheck_or_equal_autograd(rows, vocab):
     hidden, weight, targets = inputs(rows, 8, vocab, torch.float64)
     up = torch.randn(2, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     up[0, ::3] = 0.0  # masked rows
-    tiled = gradients(lambda *a: linear_logprob(*a, tile_bytes=16 * vocab * 8), hidden, weight, targets, *up)
+    tiled = gradients(lambda *a: linear_logprob(*a, TorchTiles(16 * vocab * 8)), hidden, weight, targets, *up)
     plain = gradients(linear_logprob_reference, hidden, weight, targets, *up)
     for ours, theirs in zip(tiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
@@ -40,7 +46,7 @@ def test_error_is_at_most_twice_that_of_eager_in_the_same_dtype(dtype):
     hidden, weight, targets = inputs(200, 64, 500, dtype)
     exact = linear_logprob_reference(hidden.double(), weight.double(), targets)[0]
     eager = torch.log_softmax((hidden.float() @ weight.float().T), -1).gather(1, targets[:, None]).squeeze(1)
-    ours = linear_logprob(hidden, weight, targets, tile_bytes=16 * 500 * 4)[0]
+    ours = linear_logprob(hidden, weight, targets, TorchTiles(16 * 500 * 4))[0]
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-7
 
@@ -51,3 +57,105 @@ def test_large_logits_do_not_overflow():
     exact, _ = linear_logprob_reference((hidden * 1e4).double(), weight.double(), targets)
     assert torch.isfinite(lse).all()
     torch.testing.assert_close(logp.double(), exact, rtol=1e-5, atol=1e-2)
+
+
+def edges_of(rows, targets, seed=5):
+    """Two edges for most rows, out of order, in four answers; weights that are not all one."""
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randint(rows, (len(targets),), generator=generator)
+    weight = torch.rand(len(targets), generator=generator) + 0.5
+    return Edges(row, targets, weight, torch.arange(len(targets)) * 4 // len(targets))
+
+
+LOSSES = {
+    "sft": lambda edges: (partial(sft_loss, edges=edges, total_weight=17.0), True),
+    "dpo": lambda edges: (
+        partial(
+            dpo_loss, edges=edges, reference=torch.tensor([[-90.0, -91.0], [-88.0, -99.0]]), beta=0.1, total_pairs=3
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_one_pass_has_the_log_probs_of_the_op_bit_for_bit_and_the_gradients_of_autograd(
+    name, fits, dtype, monkeypatch
+):
+    if not fits:
+        monkeypatch.setattr(op, "HELD_BYTES", -1)
+    hidden, weight, _ = inputs(50, 24, 300, dtype)
+    edges = edges_of(50, torch.randint(300, (90,), generator=torch.Generator().manual_seed(1)))
+    loss, linear = LOSSES[name](edges)
+    value, metrics, logp = logprob_loss(hidden, weight, edges, loss, linear)
+    assert torch.equal(logp, ops.token_logprobs(hidden[edges.row], weight, edges.target)[0])
+    assert value.item() == pytest.approx(metrics["loss"], rel=1e-6) and metrics == loss(logp)[1]
+    found = torch.autograd.grad(-2.5 * value, (hidden, weight))
+
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = torch.autograd.grad(-2.5 * loss(_exact(*wide, edges))[0], wide)
+    theirs = torch.autograd.grad(-2.5 * loss(_exact(hidden, weight, edges))[0], (hidden, weight))
+    for mine, exactly, torchs in zip(found, exact, theirs, strict=True):
+        bound = 3 * (torchs.double() - exactly).abs().max() + torch.finfo(dtype).eps * exactly.abs().max()
+        assert (mine.double() - exactly).abs().max() <= bound
+
+
+def _exact(hidden, weight, edges):
+    return linear_logprob_reference(hidden[edges.row], weight, edges.target)[0]
+
+
+def test_tiles_of_one_pass_are_those_of_recompute(monkeypatch):
+    """Many tiles, and a last one of another size."""
+    hidden, weight, targets = inputs(130, 24, 300, torch.float32)
+    tiles = TorchTiles(16 * 300 * 4)
+    plain = linear_logprob(hidden, weight, targets, tiles)[0]
+    for held in (op.HELD_BYTES, -1):
+        monkeypatch.setattr(op, "HELD_BYTES", held)
+        loss = linear_logprob_loss(hidden, weight, targets, lambda logp: (logp.sum(), None), True, tiles)
+        assert torch.equal(loss[2], plain)
+        for mine, theirs in zip(
+            torch.autograd.grad(loss[0], (hidden, weight)),
+            torch.autograd.grad(linear_logprob(hidden, weight, targets, tiles)[0].sum(), (hidden, weight)),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_size_alone_chooses_the_schedule(monkeypatch):
+    """All logits held up to HELD_BYTES; above that one pass for a linear loss and recompute for others."""
+    used = []
+    for name in ("logprobs", "gradients", "at_once"):
+        method = getattr(TorchTiles, name)
+        monkeypatch.setattr(
+            TorchTiles, name, lambda *a, name=name, method=method: used.append((name, len(a))) or method(*a)
+        )
+    hidden, weight, targets = inputs(20, 4, 100, torch.float32)
+    for size, linear, expected in (
+        (20 * 100 * 4, False, [("logprobs", 5), ("gradients", 8)]),  # the last argument: logits that are held
+        (20 * 100 * 4, True, [("logprobs", 5), ("gradients", 8)]),
+        (20 * 100 * 4 - 1, True, [("at_once", 5)]),
+        (20 * 100 * 4 - 1, False, [("logprobs", 4), ("gradients", 7)]),
+    ):
+        monkeypatch.setattr(op, "HELD_BYTES", size)
+        used.clear()
+        linear_logprob_loss(hidden, weight, targets, lambda logp: (logp.sum(), None), linear)[0].backward()
+        assert used == expected
+
+
+def test_a_target_that_is_no_token_is_an_error():
+    hidden, weight, targets = inputs(20, 4, 100, torch.float32)
+    targets[3] = 100
+    for run in (linear_logprob, lambda *a: linear_logprob_loss(*a, lambda logp: (logp.sum(), None))):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            run(hidden, weight, targets)
+
+
+def test_no_edges_give_zero_gradients():
+    hidden, weight, _ = inputs(3, 4, 9, torch.float32)
+    none = torch.zeros(0, dtype=torch.int64)
+    edges = Edges(none, none, torch.zeros(0), none)
+    value, _, logp = logprob_loss(hidden, weight, edges, partial(sft_loss, edges=edges, total_weight=5.0), True)
+    value.backward()
+    assert len(logp) == 0 and value == 0 and not hidden.grad.any() and not weight.grad.any()
