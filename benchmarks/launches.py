@@ -27,7 +27,8 @@ BLOCKS, PAGE = 1024, 64  # of the sampler's cache
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 TOKENS = 8192
-WIDE: frozenset[str] = frozenset()  # kernels whose products have 64 rows or more: 16-bit ones are wgmma's on sm_90
+# Kernels whose products have 64 rows or more up to head dim 128: 16-bit ones are wgmma's on sm_90.
+WIDE = {"_tree_forward", "_tree_backward_queries", "_tree_backward_keys"}
 
 
 HEADS = ((4096, 32000), (8192, 32000), (4096, 32001))  # 7B, 70B, and a vocabulary that fits no tile

@@ -33,9 +33,9 @@ Compiled for bf16, D = 128, H = G = 32 (registers a thread / KB shared, by Trito
 spills, under 3.6 neither):
 
     kernel               sm_90: tile, warps, stages        sm_80
-    _forward             128 x 128, 8, 3: 244 / 224        128 x 64, 8, 2: 255 / 81
-    _backward_queries    128 x  64, 8, 3: 228 / 160        128 x 32, 8, 2: 232 / 88
-    _backward_keys       128 x  64, 8, 3: 255 / 161         64 x 32, 4, 2: 245 / 52
+    _tree_forward            128 x 128, 8, 3: 244 / 224        128 x 64, 8, 2: 255 / 81
+    _tree_backward_queries   128 x  64, 8, 3: 228 / 160        128 x 32, 8, 2: 232 / 88
+    _tree_backward_keys      128 x  64, 8, 3: 255 / 161         64 x 32, 4, 2: 245 / 52
 
 256 threads with 255 registers fill a multiprocessor, so one program runs on each. Its own tile of 128 keeps the traffic
 from L2 low: 64 KB for 8.4 MFLOP forward, 32 KB for 8.4 MFLOP over keys and for 6.3 MFLOP over queries. Steps of 64 keys
@@ -170,7 +170,7 @@ def _own_tile(lists_ptr, width, HEADS: tl.constexpr, BLOCK: tl.constexpr, TILE: 
 
 
 @jit
-def _forward(  # type: ignore[no-untyped-def]
+def _tree_forward(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, end_ptr, lists_ptr, out_ptr, lse_ptr, width, tokens, scale2,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -209,7 +209,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward_queries(  # type: ignore[no-untyped-def]
+def _tree_backward_queries(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, end_ptr, lists_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, width, tokens, scale, scale2,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -248,7 +248,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward_keys(  # type: ignore[no-untyped-def]
+def _tree_backward_keys(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, end_ptr, lists_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, width, tokens, scale, scale2,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -324,7 +324,7 @@ def _run_forward(
     lse = torch.empty(heads, tokens, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     lists = tiles.by_query
     _launch(
-        _forward, "forward", q, k, v, heads, tiles,
+        _tree_forward, "forward", q, k, v, heads, tiles,
         lists, out, lse, lists.shape[1], tokens, dim**-0.5 * LOG2_E,
     )  # fmt: skip
     return out, lse
@@ -348,11 +348,11 @@ class _TreeAttention(torch.autograd.Function):
         delta = torch.empty_like(lse)  # the first kernel writes it, the second reads it
         scales = dim**-0.5, dim**-0.5 * LOG2_E
         _launch(
-            _backward_queries, "queries", q, k, v, heads, tiles,
+            _tree_backward_queries, "queries", q, k, v, heads, tiles,
             tiles.by_query, out, do, lse, delta, dq, tiles.by_query.shape[1], tokens, *scales,
         )  # fmt: skip
         _launch(
-            _backward_keys, "keys", q, k, v, k.shape[1], tiles,
+            _tree_backward_keys, "keys", q, k, v, k.shape[1], tiles,
             tiles.by_key, do, lse, delta, dk, dv, tiles.by_key.shape[1], tokens, *scales,
         )  # fmt: skip
         return dq, dk, dv, None
