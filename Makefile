@@ -2,6 +2,8 @@
 # make test   virtual environment, install with test extras, lint, types, import rules, tests
 # make test-full   the tests that take minutes: kills, full disk, large checkpoints
 #
+# make gpu-test   tests that run on a GPU, with this machine's python and packages: no network, no virtual environment
+#
 # SELFREWARD_NO_VENV=1   use the current interpreter instead of .venv
 # PIP_ARGS="..."         options for every pip call, for instance the index of torch's CPU or CUDA builds
 # PYTHON=python3.12      the interpreter of the virtual environment (3.11 or later)
@@ -23,7 +25,7 @@ endif
 PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: run install test test-full lint clean
+.PHONY: run install test test-full gpu-test lint clean
 
 run: $(STAMPS)/run
 	$(PY) -m selfreward.run $(ARGS)
@@ -35,6 +37,10 @@ test: $(STAMPS)/test lint
 
 test-full: $(STAMPS)/test $(STAMPS)/triton-3.6.0
 	SELFREWARD_OLD_TRITON=$(abspath $(STAMPS)/triton-3.6.0) $(PY) -m pytest -m full --durations=10
+
+gpu-test:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch finds no GPU here")'
+	$(PYTHON) -m pytest -m "gpu or gpu_too" --durations=10 $$(grep -rlE "mark\.gpu" tests)
 
 lint: $(STAMPS)/test
 	$(PY) -m ruff check .
