@@ -3,6 +3,7 @@
 # make test-full   the tests that take minutes: kills, full disk, large checkpoints
 #
 # make gpu-test   tests that run on a GPU, with this machine's python and packages: no network, no virtual environment
+# make gpu-bench PART=kernels|sampler|train|peers   rows into benchmarks/results/<device>/, each part under 8 minutes
 #
 # SELFREWARD_NO_VENV=1   use the current interpreter instead of .venv
 # PIP_ARGS="..."         options for every pip call, for instance the index of torch's CPU or CUDA builds
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+PART ?= kernels
 ARGS ?=
 
 ifdef SELFREWARD_NO_VENV
@@ -25,7 +27,7 @@ endif
 PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: run install test test-full gpu-test lint clean
+.PHONY: run install test test-full gpu-test gpu-bench lint clean
 
 run: $(STAMPS)/run
 	$(PY) -m selfreward.run $(ARGS)
@@ -41,6 +43,9 @@ test-full: $(STAMPS)/test $(STAMPS)/triton-3.6.0
 gpu-test:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch finds no GPU here")'
 	$(PYTHON) -m pytest -m "gpu or gpu_too" --durations=10 $$(grep -rlE "mark\.gpu" tests)
+
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu $(PART)
 
 lint: $(STAMPS)/test
 	$(PY) -m ruff check .
