@@ -41,6 +41,7 @@ test-full: $(STAMPS)/test $(STAMPS)/triton-3.6.0
 	SELFREWARD_OLD_TRITON=$(abspath $(STAMPS)/triton-3.6.0) $(PY) -m pytest -m full --durations=10
 
 gpu-test:
+	@$(PYTHON) -c 'import torch' 2>/dev/null || (echo "$(PYTHON) has no torch: make $@ PYTHON=another"; exit 1)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch finds no GPU here")'
 	$(PYTHON) -m pytest -m "gpu or gpu_too" --durations=10 $$(grep -rlE "mark\.gpu" tests)
 

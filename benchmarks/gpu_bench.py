@@ -176,8 +176,9 @@ def _line(row: dict[str, Any]) -> str:
     if "failed" in row or "skipped" in row:
         return f"| {row['kernel']} | {row.get('failed') or row.get('skipped')} |"
     if row["kernel"] == "limits":
+        limits = f"copy {row['gbps']:.0f} GB/s, products {row['tflops']:.0f} TFLOP/s"
         return (
-            f"{row['device']}: copy {row['gbps']:.0f} GB/s, products {row['tflops']:.0f} TFLOP/s\n\n"
+            f"{row['device']}: {'a smoke run, its numbers mean nothing' if 'smoke' in row else limits}\n\n"
             "| kernel | shape | ms | GB/s | TFLOP/s | of floor | peers | extra MB |\n|---|---|---|---|---|---|---|---|"
         )
     peers = ", ".join(f"{name} {peer['speedup']:.2f}x" for name, peer in row.get("peers", {}).items())

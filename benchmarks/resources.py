@@ -1,6 +1,6 @@
 """`python -m benchmarks.resources`: what every kernel takes of a GPU, compiled as it is launched, on any machine.
 
-The launches of `benchmarks/launches.py` run on tensors without memory (device "meta") of the sizes of Llama 2 7B; Triton
+The launches of `benchmarks/launches.py` run on tensors without memory (device "meta") of the sizes of Llama 2; Triton
 is told that a GPU is there, and compiles for it instead of launching. So the signature, the alignment that Triton
 specialises on, the tile sizes, warps and stages are those of the real launch. Registers and spills are read from the
 machine code with the `cuobjdump` that Triton ships.
@@ -147,6 +147,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    if not any(arguments.only in launch.name for launch in LAUNCHES):
+        parser.error(f"no launch has {arguments.only!r} in its name: {', '.join(launch.name for launch in LAUNCHES)}")
     torch.set_num_threads(1)
     found = []
     for capability in arguments.arch:

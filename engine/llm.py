@@ -60,6 +60,7 @@ class LLM:
         self.model = _find_model(model, str(device), str(dtype).removeprefix("torch."))
         self.device = self.model.embed.device
         _check_deterministic(deterministic, self.device.type)
+        ops.backends(self.device.type)  # a SELFREWARD_BACKEND that nothing has is refused here, not in the first step
         if self._on_gpu and block_size not in GPU_BLOCKS:
             raise InputError(f"block_size is {block_size}; on a GPU expected one of {GPU_BLOCKS}")
         self.tokenizer = _find_tokenizer(model, tokenizer)
@@ -75,7 +76,7 @@ class LLM:
         self._reader = Reader(self.tokenizer, config.vocab_size, self.max_model_len, seed)
         vocab = self.tokenizer.vocab_size if self.tokenizer else config.vocab_size  # rows behind it are no tokens
         self._runner = (
-            GpuRunner(self.model, block_size, vocab, self.max_model_len, self.max_sequences)
+            GpuRunner(self.model, block_size, vocab, self.max_model_len)
             if self._on_gpu
             else CpuRunner(self.model, block_size, vocab)
         )
@@ -493,6 +494,8 @@ def _check_deterministic(deterministic: bool | None, device: str) -> None:
         raise InputError(f"deterministic is {deterministic!r}; expected None, True or False")
     if deterministic is False and device == "cpu":
         raise InputError("deterministic=False has no meaning on a CPU, where results are always batch-invariant")
+    if deterministic and device == "cpu" and ops.choose("linear", "cpu").name != "native":
+        raise InputError("deterministic=True needs the native kernels, and SELFREWARD_BACKEND asks for others")
     if deterministic and device == "cuda":
         raise NotBuiltError("deterministic=True is not built for a GPU: its products round by the batch; leave it out")
 

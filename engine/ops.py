@@ -304,20 +304,20 @@ def choose(
     Ops whose backends depend on dtype, gradients or the mask pass them; for the others the defaults stand. Remembered
     per case.
     """
-    asked = _asked(op)
-    case = Case(device, dtype, gradients, causal, asked)
+    wanted = asked(op)
+    case = Case(device, dtype, gradients, causal, wanted)
     reasons = []
     for backend in OPS[op]:
         reason = backend.why_not(case)
-        if asked and backend.name != asked:
-            reason = f"SELFREWARD_BACKEND={asked}"
+        if wanted and backend.name != wanted:
+            reason = f"SELFREWARD_BACKEND={wanted} asks for another"
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise InputError(f"no backend of {op} runs on {device} ({'; '.join(reasons)})")
 
 
-def _asked(op: str) -> str | None:
+def asked(op: str) -> str | None:
     """SELFREWARD_BACKEND, for the ops that have a backend of that name; several with commas, the first that the op has."""
     names = {backend.name for backends in OPS.values() for backend in backends}
     wanted = [name for name in os.environ.get("SELFREWARD_BACKEND", "").split(",") if name]
@@ -334,8 +334,17 @@ def _for_rows(op: str, *tensors: torch.Tensor) -> Backend:
 
 
 def backends(device: str = "cpu") -> dict[str, str]:
-    """Which backend every op uses on this device."""
-    return {op: choose(op, device).name for op in OPS}
+    """Which backend every op uses on this device, for tensors of its usual dtype; where none applies, why."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return {op: _name(op, device, torch.float32 if op == "sample_rows" else dtype) for op in OPS}
+
+
+def _name(op: str, device: str, dtype: torch.dtype) -> str:
+    asked(op)  # a name that no op has is an error here too
+    try:
+        return choose(op, device, dtype, causal=True).name
+    except InputError as error:
+        return f"none: {error}"
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine import ops
 from engine.batch import Batch, known_tokens
@@ -75,17 +76,16 @@ class GpuRunner:
         block_size: int,
         vocab: int,
         max_model_len: int,
-        max_draws: int,
         capture: Callable[..., Any] | None = None,
     ) -> None:
-        """vocab: ids from here on are no tokens; max_draws: of one step; capture: another than CUDA's, for tests."""
+        """vocab: ids from here on are no tokens; capture: another than CUDA's, for tests."""
         self.model, self.block_size, self.vocab = model, block_size, vocab
         self.device = model.embed.device
         self.seconds = 0.0  # of operations that the host waits for: none
         self.head_rows = 0
         self.graphs = True  # off only to measure what they give
         self.keys = self.values = torch.empty(0)
-        self._drawn = torch.zeros(max(max_draws, BUCKETS[-1]), dtype=torch.int64, device=self.device)
+        self._drawn = torch.zeros(BUCKETS[-1], dtype=torch.int64, device=self.device)  # by the last step, by query
         self._chunks = -(-max_model_len // block_size)
         self._capture = capture or CudaCapture()
         self._captured: dict[int, Graph] = {}
@@ -125,6 +125,9 @@ class GpuRunner:
     # ---- kernel by kernel -------------------------------------------------------------------------------------------
 
     def _launch_eagerly(self, batch: Batch, queries: Sequence[Query]) -> list[ops.Draws]:
+        if len(queries) > len(self._drawn):
+            self._drawn = F.pad(self._drawn, (0, len(queries) - len(self._drawn)))
+            self._captured.clear()  # they hold the address of the old ones
         hidden = self._forward(map_tensors(self._step(batch, None), self._upload))
         parts = []
         for start in range(0, len(queries), HEAD_ROWS):

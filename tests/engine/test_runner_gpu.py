@@ -44,7 +44,7 @@ def gpu(monkeypatch):
             return LLM(model, block_size=8, kv_cache_gb=0.001, **options)
         llm = LLM(MODEL, block_size=8, kv_cache_gb=0.001, **options)
         llm._overlap = True
-        llm._runner = GpuRunner(MODEL, 8, CONFIG.vocab_size, llm.max_model_len, llm.max_sequences, capture=replayed)
+        llm._runner = GpuRunner(MODEL, 8, CONFIG.vocab_size, llm.max_model_len, capture=replayed)
         llm._runner.allocate(llm._pool.num_blocks)
         llm._runner.keys.fill_(float("nan"))  # no slot is read before it is written
         llm._runner.values.fill_(float("nan"))
@@ -93,6 +93,16 @@ def test_graphs_and_grouping_are_no_part_of_the_result(gpu):
         outputs.append([[o.token_ids for o in output.outputs] for output in llm.generate(prompts, params)])
         assert bool(llm._runner._captured) == graphs
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_more_draws_in_a_step_than_there_was_room_for(gpu, monkeypatch):
+    """The prompt's step draws a token for every candidate; what they draw is where the next step looks for it."""
+    monkeypatch.setattr("engine.runner_gpu.BUCKETS", (1, 2))
+    params = SamplingParams(n=5, max_tokens=3, seed=4, logprobs=1)
+    check(
+        gpu().generate([[3, 4, 5]], params),
+        LLM(random_llama(CONFIG, seed=2), block_size=8).generate([[3, 4, 5]], params),
+    )
 
 
 def test_scoring_gives_the_cpus_log_probs(gpu):
