@@ -101,20 +101,22 @@ class Graph:
 
 
 class CudaCapture:
-    """Captures into CUDA graphs that share one memory pool: they never run at the same time."""
+    """Captures into CUDA graphs that share one memory pool: they never run at the same time, and are dropped together, this
+    object with them. Warm-up and capture are on one stream, so that the libraries' workspaces for it exist once, outside
+    the pool."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        side = torch.cuda.Stream()  # a capture wants its warm-up on another stream than the default one
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = run()
         self._pool = self._pool or graph.pool()
         return graph.replay, result

@@ -36,9 +36,10 @@ from engine.tokenizer import Tokenizer
 class LLM:
     """An offline engine for many candidates per prompt and many prompts with a common beginning.
 
-    model: a directory in HF layout, or a live Llama, whose parameters are used in place; the sampler packs a copy of
-    them for its products. kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free
-    memory. max_batch_tokens: rows computed in one step; max_sequences: candidates in flight.
+    model: a directory in HF layout, or a live Llama, whose parameters are used in place; on a CPU the sampler packs a copy
+    of them for its products. kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free
+    memory, of a GPU's nine tenths less what a step takes. max_batch_tokens: rows computed in one step; max_sequences:
+    candidates in flight.
     """
 
     def __init__(
@@ -268,7 +269,11 @@ class LLM:
         full = self.max_sequences * -(-self.max_model_len // self.block_size)
         available = available_memory(self.device)
         if kv_cache_gb is None:
-            blocks = min(full, int(available * (0.8 if self._on_gpu else 0.25)) // block_bytes)
+            if isinstance(self._runner, GpuRunner):
+                room = int(0.9 * available) - self._runner.step_bytes(self.max_batch_tokens, self.max_sequences)
+            else:
+                room = available // 4
+            blocks = min(full, max(0, room) // block_bytes)
         elif not isinstance(kv_cache_gb, (int, float)) or isinstance(kv_cache_gb, bool) or not kv_cache_gb > 0:
             raise InputError(f"kv_cache_gb is {kv_cache_gb!r}; expected a size above 0")
         elif kv_cache_gb * 2**30 > available:
@@ -300,6 +305,7 @@ class LLM:
         if self._scheduler.epoch != self.model.weight_epoch:
             self._pool.reset()  # old blocks could not be found any more; make room for new ones
             self._scheduler.epoch = self.model.weight_epoch
+        self._runner.follow_weights()
         self._running = object()
         try:
             self._scheduler.add(groups)
@@ -317,7 +323,7 @@ class LLM:
                     self._check_epoch()
             self._settle(reader)  # what was under way for sequences that had ended
         finally:
-            self._pending = None
+            self._wait()
             self._scheduler.abort_all()  # an error or a closed stream must leave nothing behind
             with self._abort_lock:
                 self._to_abort = set()
@@ -404,6 +410,13 @@ class LLM:
         )
         return done
 
+    def _wait(self) -> None:
+        """Let a step end that nobody will read: what it was copied from may then be written again."""
+        launched, self._pending = self._pending, None
+        if launched:
+            with suppress(Exception):  # it may be the step that failed
+                launched.running.read()
+
     def _count(self, **counts: float) -> None:
         for name, count in counts.items():
             self._stats[name] += count
@@ -439,7 +452,8 @@ _COUNTERS = (
 def available_memory(device: torch.device) -> int:
     """Bytes that can be taken: of a GPU, or without swapping, where the page cache counts as it does in MemAvailable."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, unused
+        return torch.cuda.mem_get_info(device)[0] + kept
     with suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
@@ -470,7 +484,11 @@ def _find_model(model: str | Path | Llama, device: str, dtype: str) -> Llama:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         wanted = dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
         _check_cpu_dtype(device, wanted)
+        if ":" in device and torch.device(device).index != torch.cuda.current_device():
+            raise InputError(f"device is {device!r}; call torch.cuda.set_device of it and give 'cuda'")
         return load_checkpoint(model, dtype=DTYPES[wanted], device=device)
+    if model.embed.is_cuda and model.embed.device.index != torch.cuda.current_device():
+        raise InputError(f"the model is on {model.embed.device}; call torch.cuda.set_device of it first")
     place, found = model.embed.device, str(model.embed.dtype).removeprefix("torch.")
     if device != "auto" and torch.device(device).type != place.type:
         raise InputError(f"device is {device!r} and the model is on {place}: move one of them")

@@ -45,6 +45,7 @@ from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
 from engine.tree import Edges
 
+sums_in_fp32 = _logprob.sums_in_fp32  # a context: products of 16 bits are summed in fp32 only
 tiles = _work.tiles  # the wide and the narrow items of a work list
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
 

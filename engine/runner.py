@@ -54,6 +54,9 @@ class CpuRunner:
         self.packed.clear()
         self.keys = self.values = torch.empty(0)
 
+    def follow_weights(self) -> None:
+        """Packed copies are found by the address of what they were packed from."""
+
     def packed_bytes(self) -> int:
         """Memory of the copies of weights."""
         return self.packed.bytes()

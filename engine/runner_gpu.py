@@ -19,7 +19,7 @@ from engine import ops
 from engine.batch import Batch, known_tokens
 from engine.graphs import CudaCapture, Graph, map_tensors
 from engine.model import Llama
-from engine.sampling import Query, draw_rules
+from engine.sampling import GREEDY, Query, draw_rules
 from engine.work import Capacity, WorkDoesNotFit, make_work
 
 BUCKETS = (1, 2, 4, 8, *range(16, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64))
@@ -76,7 +76,7 @@ class GpuRunner:
         block_size: int,
         vocab: int,
         max_model_len: int,
-        capture: Callable[..., Any] | None = None,
+        capture: Callable[[], Any] = CudaCapture,
     ) -> None:
         """vocab: ids from here on are no tokens; capture: another than CUDA's, for tests."""
         self.model, self.block_size, self.vocab = model, block_size, vocab
@@ -87,8 +87,10 @@ class GpuRunner:
         self.keys = self.values = torch.empty(0)
         self._drawn = torch.zeros(BUCKETS[-1], dtype=torch.int64, device=self.device)  # by the last step, by query
         self._chunks = -(-max_model_len // block_size)
-        self._capture = capture or CudaCapture()
-        self._captured: dict[int, Graph] = {}
+        self._make_capture = capture
+        self._captured: dict[tuple[int, int], Graph] = {}  # by rows and items
+        self._weights: list[int] = []  # their addresses when the graphs were captured
+        self._forget_graphs()
 
     def allocate(self, blocks: int) -> None:
         """Pages for every layer. Graphs hold the addresses of earlier ones, so they are captured anew."""
@@ -96,11 +98,33 @@ class GpuRunner:
         shape = (config.n_layers, blocks, config.n_kv_heads, self.block_size, config.head_dim)
         keys, self.values = (torch.empty(shape, dtype=self.model.embed.dtype, device=self.device) for _ in range(2))
         self.keys = keys.transpose(-1, -2)  # [layers, blocks, G, D, B], but a token's key lies together
-        self._captured.clear()
+        self._forget_graphs()
 
     def release(self) -> None:
-        self._captured.clear()
+        self._forget_graphs()
         self.keys = self.values = torch.empty(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def follow_weights(self) -> None:
+        """Graphs read the weights where they were: parameters that moved (to another device and back, say) end them."""
+        found = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if found != self._weights:
+            self._forget_graphs()
+            self._weights = found
+
+    def step_bytes(self, max_batch_tokens: int, max_sequences: int) -> int:
+        """An upper bound of what a step takes beside weights and pages: activations, logits, slots of attention."""
+        config, size = self.model.config, self.model.embed.itemsize
+        activations = max_batch_tokens * (12 * config.dim + 4 * config.ffn_dim) * size
+        logits = 2 * HEAD_ROWS * config.vocab_size * 4
+        bucket = next((rows for rows in BUCKETS if rows >= max_sequences), BUCKETS[-1])
+        slots = bucket * self._chunks * config.n_heads * (config.head_dim + 2) * 4
+        return activations + logits + 2 * slots
+
+    def _forget_graphs(self) -> None:
+        self._captured.clear()
+        self._capture: Any = None  # and its memory pool, which must not outlive them
 
     def packed_bytes(self) -> int:
         """The weights are used as they are."""
@@ -108,16 +132,21 @@ class GpuRunner:
 
     @torch.no_grad()
     def launch(self, batch: Batch, queries: Sequence[Query]) -> Pending:
+        with ops.sums_in_fp32():
+            return self._launch(batch, queries)
+
+    def _launch(self, batch: Batch, queries: Sequence[Query]) -> Pending:
         labels = sum(len(query.labels) for query in queries)
         decoding = self._decoding(batch, queries)
         if decoding is None:
             return Pending(self._launch_eagerly(batch, queries), len(queries), labels)
-        rows = len(decoding.step.tokens)
-        graph = self._captured.get(rows)
+        rows, items = len(decoding.step.tokens), len(decoding.step.work.narrow)
+        graph = self._captured.get((rows, items))
         if graph is None:
-            nothing = self._padded(Batch.empty(), [], rows)  # padding alone, which writes no page
+            self._capture = self._capture or self._make_capture()
+            nothing = self._padded(Batch.empty(), [], rows, items)  # padding alone, which writes no page
             drawn = self._drawn.clone()  # but it draws, and this step may be waiting for what the last one drew
-            graph = self._captured[rows] = Graph(self._decode, nothing, self.device, self._capture)
+            graph = self._captured[rows, items] = Graph(self._decode, nothing, self.device, self._capture)
             self._drawn.copy_(drawn)
         self.head_rows += rows
         return Pending([graph.launch(decoding)], len(queries), labels)
@@ -125,15 +154,17 @@ class GpuRunner:
     # ---- kernel by kernel -------------------------------------------------------------------------------------------
 
     def _launch_eagerly(self, batch: Batch, queries: Sequence[Query]) -> list[ops.Draws]:
-        if len(queries) > len(self._drawn):
+        draws = any(query.params is not GREEDY for query in queries)  # those of a scoring step are all the default
+        if draws and len(queries) > len(self._drawn):
             self._drawn = F.pad(self._drawn, (0, len(queries) - len(self._drawn)))
-            self._captured.clear()  # they hold the address of the old ones
+            self._forget_graphs()  # they hold the address of the old ones
         hidden = self._forward(map_tensors(self._step(batch, None), self._upload))
         parts = []
         for start in range(0, len(queries), HEAD_ROWS):
             part = queries[start : start + HEAD_ROWS]
             rows = self._upload(torch.tensor([query.row for query in part]))
-            parts.append(self._draw(hidden[rows], map_tensors(draw_rules(part, self.vocab), self._upload), start))
+            rules = map_tensors(draw_rules(part, self.vocab), self._upload)
+            parts.append(self._draw(hidden[rows], rules, start if draws else None))
             self.head_rows += len(part)
         return parts
 
@@ -149,9 +180,11 @@ class GpuRunner:
         alike = len(queries) == rows <= BUCKETS[-1] and all(query.row == row for row, query in enumerate(queries))
         if not (self.graphs and alike) or len(batch.copies):
             return None
-        return self._padded(batch, queries, next(size for size in BUCKETS if rows <= size))
+        bucket = next(size for size in BUCKETS if rows <= size)
+        tight, wide = (Capacity.items_of(bucket, per_row, self.model.config.n_kv_heads) for per_row in (1, 4))
+        return self._padded(batch, queries, bucket, tight) or self._padded(batch, queries, bucket, wide)
 
-    def _padded(self, batch: Batch, queries: Sequence[Query], bucket: int) -> Decoding | None:
+    def _padded(self, batch: Batch, queries: Sequence[Query], bucket: int, items: int) -> Decoding | None:
         """None where a list is longer than the bucket's."""
         rows = len(batch.tokens)
         rules = draw_rules([*queries, *(Query(row) for row in range(rows, bucket))], self.vocab)
@@ -159,7 +192,7 @@ class GpuRunner:
         if forbidden < 0 or labels < 0:
             return None
         try:
-            step = self._step(batch, Capacity.of(bucket, self._chunks, self.model.config.n_kv_heads))
+            step = self._step(batch, Capacity(bucket, items, bucket * self._chunks, bucket * self._chunks))
         except WorkDoesNotFit:
             return None
         step = step._replace(
@@ -199,12 +232,10 @@ class GpuRunner:
         tokens = known_tokens(step.tokens, step.from_draws, self._drawn)
         return self.model(tokens, step.positions, attend)
 
-    def _draw(self, hidden: torch.Tensor, rules: ops.DrawRules, start: int) -> ops.Draws:
-        """start: the number of the first query among all of the step."""
+    def _draw(self, hidden: torch.Tensor, rules: ops.DrawRules, start: int | None) -> ops.Draws:
+        """start: the number of the first query among all of the step, where tokens are drawn."""
         draws = ops.sample_rows(ops.wide_linear(hidden, self.model.head), rules)
-        if start + len(draws.ids) <= len(
-            self._drawn
-        ):  # a step that scores reads more than can be drawn, and draws nothing
+        if start is not None:
             self._drawn[start : start + len(draws.ids)] = draws.ids
         return draws
 

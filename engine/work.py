@@ -33,7 +33,13 @@ class Capacity(NamedTuple):
     def of(rows: int, chunks: int, kv_heads: int) -> Capacity:
         """For `rows` sequences of at most `chunks` chunks. Pages and slots always suffice; items do but for odd trees: a
         tree with that many leaves has less than twice as many runs, tiles and busy programs cut them further."""
-        return Capacity(rows, 4 * rows + -(-PROGRAMS // kv_heads), rows * chunks, rows * chunks)
+        return Capacity(rows, Capacity.items_of(rows, 4, kv_heads), rows * chunks, rows * chunks)
+
+    @staticmethod
+    def items_of(rows: int, per_row: int, kv_heads: int) -> int:
+        """What busy programs may cut runs into comes on top. Without shared pages a row has one item: an item that is not
+        needed is a program for every key/value head that only ends."""
+        return per_row * rows + -(-PROGRAMS // kv_heads)
 
 
 class WorkDoesNotFit(Exception):

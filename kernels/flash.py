@@ -1,8 +1,9 @@
 """FlashAttention as others ship it, for packs of plain causal sequences: the same numbers as `tree_attention` to rounding.
 
 Three calling conventions for one thing; each adapter takes q [N, H, D], k and v [N, G, D] (16-bit, on a GPU) of sequences
-that lie one after the other, `bounds` int32 [S + 1] (where each begins, and N) and the longest one's length. All ask for
-the deterministic backward. A tree with branches is not theirs to do: `engine/ops.py` asks first.
+that lie one after the other, `bounds` int32 [S + 1] (where each begins, and N) and the longest one's length. FA2 and FA3
+are asked for their deterministic backward; torch has no such argument. A tree with branches is not theirs to do:
+`engine/ops.py` asks first.
 
 | name         | from                                        | causal is written                                   |
 |--------------|---------------------------------------------|-----------------------------------------------------|

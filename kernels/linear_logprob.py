@@ -465,7 +465,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = Fa
         exact = a.to(_wide(a)) @ b.to(_wide(b))
         out.add_(exact) if add else out.copy_(exact)
         return
-    with _sums_in_fp32():
+    with sums_in_fp32():
         if add:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
@@ -473,7 +473,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = Fa
 
 
 @contextmanager
-def _sums_in_fp32() -> Iterator[None]:
+def sums_in_fp32() -> Iterator[None]:
     """cuBLAS may split a sum and, unless told not to, add the parts in the dtype of the result."""
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")

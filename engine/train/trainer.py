@@ -210,7 +210,7 @@ def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: in
     check_kinds(rows, DPORow, "expected a DPORow")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, max_pack_tokens)
     sums: list[float] = []
-    with torch.no_grad():
+    with torch.no_grad(), ops.sums_in_fp32():
         for pack in TokenTree.pack((dpo_tree(row, number) for number, row in enumerate(rows)), max_pack_tokens):
             pack = pack.to(model.embed.device)
             sums.extend(sequence_logps(pack_logprobs(model, pack), pack.edges, pack.edges.sequence.unique()).tolist())
@@ -301,8 +301,9 @@ def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, i
     tokens = 0
     for pack, loss_of in _packs(batch, config, model.embed.device):
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
-        loss, part = loss_of(pack_logprobs(model, pack, dropout))
-        loss.backward()
+        with ops.sums_in_fp32():
+            loss, part = loss_of(pack_logprobs(model, pack, dropout))
+            loss.backward()
         tokens += len(pack)
         for name, value in part.items():
             metrics[name] = metrics.get(name, 0.0) + value

@@ -345,7 +345,7 @@ def test_reduced_precision_sums_are_off_during_a_product_and_as_before_after_it(
     before = [getattr(settings, name) for name in names]
     try:
         settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = True, False
-        with pytest.raises(ZeroDivisionError), op._sums_in_fp32():
+        with pytest.raises(ZeroDivisionError), op.sums_in_fp32():
             assert [getattr(settings, name) for name in names] == [False, False]
             raise ZeroDivisionError
         assert [getattr(settings, name) for name in names] == [True, False]
