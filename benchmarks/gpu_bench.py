@@ -43,7 +43,8 @@ class Bench:
         if out is not None and not smoke:
             folder = out / next((kind for kind in ("h200", "h100", "a100") if kind in self.name.lower()), "gpu")
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / f"{part}.jsonl").open("w", encoding="utf-8")
+            self._path = folder / f"{part}.jsonl"
+            self._file = self._path.with_suffix(".part").open("w", encoding="utf-8")
         self._flush = torch.empty(1 << 10 if smoke else L2, dtype=torch.int8, device=self.device)
         self.bandwidth, self.rate = (1.0, 1.0) if smoke else self._limits()
         self.write("limits", gbps=self.bandwidth, tflops=self.rate)
@@ -80,6 +81,7 @@ class Bench:
             began = time.perf_counter()
             run()
             return (time.perf_counter() - began) * 1e3
+        torch.cuda._sleep(2_000_000)  # a millisecond: the host is ahead of the device when the clock starts
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         events[0].record()
         run()
@@ -99,7 +101,7 @@ class Bench:
                     raise AssertionError(
                         f"{case.kernel} {case.shape}: relative error {error:.2g}, {case.bound} allowed"
                     )
-        memory = self._extra_memory(case.ours)
+        memory = {name: self._extra_memory(run) for name, run in {"ours": case.ours, **case.peers}.items()}
         times = self.time({"ours": case.ours, **case.peers})
         low, middle, high = times["ours"]
         floor = max(case.bytes / self.bandwidth * 1e-6, case.flops / self.rate * 1e-9)  # ms
@@ -113,32 +115,45 @@ class Bench:
             tflops=case.flops / middle * 1e-9,
             share_of_floor=floor / middle,
             peers={name: {"ms": t[1], "speedup": t[1] / middle} for name, t in times.items() if name != "ours"},
-            extra_memory=memory,
+            extra_memory=memory["ours"],
+            extra_memory_of_peers={name: memory[name] for name in case.peers},
         )
 
     def _extra_memory(self, run: Callable[[], Any]) -> int:
+        """Bytes at the most, besides what was there before and what is returned."""
         if self.device.type == "cpu":
             return 0
         self.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
+        returned = sum(x.nbytes for x in _tensors(run()))
         self.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before - returned
 
     def all(self, makers: list[Callable[[Bench], Iterator[Case]]]) -> None:
         """Every case of every maker, until the time is over; one that fails is a row, and the next is run."""
         for make in makers:
-            if time.monotonic() > self.deadline:
-                self.write(make.__name__, skipped=f"{MINUTES} minutes are over")
-                continue
             try:
+                if self.over(make.__name__):
+                    continue
                 for case in make(self):
+                    if self.over(case.kernel):
+                        break
                     self.run(case)
             except Exception as error:
                 if self.smoke:
                     raise
                 self.write(make.__name__, failed=f"{type(error).__name__}: {error}"[:500])
+        if self._file:  # what was there is replaced by a whole run only
+            self._file.close()
+            self._path.with_suffix(".part").replace(self._path)
+
+    def over(self, what: str) -> bool:
+        """Whether the time is; then a row says what was not begun."""
+        if time.monotonic() <= self.deadline:
+            return False
+        self.write(what, skipped=f"{MINUTES} minutes are over")
+        return True
 
     def write(self, kernel: str, **values: Any) -> None:
         row = {"part": self.part, "kernel": kernel, **values, "device": self.name, "versions": versions()}
@@ -168,7 +183,7 @@ def _quantiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def _tensors(found: Any) -> list[torch.Tensor]:
-    return [found] if isinstance(found, torch.Tensor) else list(found)
+    return [found] if isinstance(found, torch.Tensor) else [x for x in found if isinstance(x, torch.Tensor)]
 
 
 def _line(row: dict[str, Any]) -> str:

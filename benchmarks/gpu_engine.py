@@ -3,6 +3,7 @@ each idea switched off, a training step, and transformers' continuous batching b
 
 from __future__ import annotations
 
+import inspect
 import random
 import statistics
 import time
@@ -21,7 +22,8 @@ TINY = LlamaConfig(64, 2, 4, 2, 16, 96, 512, 512)
 
 def model_of(bench: Bench) -> Llama:
     config = TINY if bench.smoke else PRESETS["7B"]
-    return Llama(config, dtype=bench.dtype, device=bench.device).init_weights()
+    with torch.device(bench.device):
+        return Llama(config, dtype=bench.dtype, device=bench.device).init_weights()
 
 
 def ids(rng: random.Random, count: int, config: LlamaConfig) -> list[int]:
@@ -60,10 +62,13 @@ def decoding(bench: Bench) -> Iterator[Case]:
     token = 2 * model.embed.itemsize * config.n_layers * config.n_kv_heads * config.head_dim
     llm = engine(model, bench)
     for batch in (2,) if bench.smoke else (1, 32, 128, 256):
-        generate(llm, [ids(rng, context, config) for _ in range(batch)], 2)  # captures the graph
+        if bench.over(f"decode step, batch {batch}"):
+            break
+        begin = context - (short + long) // 2  # the steps that are timed have this context on average
+        generate(llm, [ids(rng, begin, config) for _ in range(batch)], short)  # captures the graphs
         times = []
         for _ in range(1 if bench.smoke else 3):
-            prompts = [ids(rng, context - long // 2, config) for _ in range(batch)]
+            prompts = [ids(rng, begin, config) for _ in range(batch)]
             llm.reset_prefix_cache()
             few = seconds(lambda prompts=prompts: generate(llm, prompts, short), bench)  # type: ignore[misc]
             llm.reset_prefix_cache()
@@ -183,6 +188,8 @@ def workloads(bench: Bench) -> Iterator[Case]:
         for seed in range(1 if bench.smoke else 2):
             work = workload(name, bench, seed, model.config)
             for variant, change in VARIANTS.items():
+                if bench.over(f"{name}, {variant}"):
+                    return
                 llm._overlap, llm._grouped = usual, True
                 if hasattr(llm._runner, "graphs"):
                     llm._runner.graphs = True
@@ -210,6 +217,10 @@ def steps(bench: Bench) -> Iterator[Case]:
         ("SFT step", sft, SFTConfig(**options), rows * (prompt + answer)),
         ("DPO step", dpo, DPOConfig(**options), rows * (prompt + 2 * answer)),
     ):
+        if bench.over(name):
+            break
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         ends: list[float] = []
 
         def at_step(step: int, of: int, metrics: dict[str, float], ends: list[float] = ends) -> None:
@@ -228,50 +239,67 @@ def steps(bench: Bench) -> Iterator[Case]:
             gbps=0.0,
             tflops=flops / middle * 1e-9,
             share_of_floor=flops / bench.rate * 1e-9 / middle,
-            extra_memory=torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 0,
+            extra_memory=torch.cuda.max_memory_allocated() - weight_bytes(model) if bench.device.type == "cuda" else 0,
         )
     yield from ()
 
 
 def transformers(bench: Bench) -> Iterator[Case]:
-    """transformers' continuous batching at its defaults for a GPU (graphs and asynchronous batches where it has them), in
-    turns with the engine. It knows one candidate a request: each prompt is asked n times, which its prefix cache sees."""
+    """transformers' continuous batching at its defaults for a GPU (graphs and asynchronous batches where it has them), its
+    manager kept between calls, in turns with the engine. Random weights of its own, EOS ignored: what is compared is time
+    for the same numbers of tokens. Both caches have room for all that the workload holds at once."""
     from transformers import GenerationConfig, LlamaForCausalLM
     from transformers import LlamaConfig as TheirConfig
 
     model = model_of(bench)
     config = model.config
-    theirs = LlamaForCausalLM._from_config(
-        TheirConfig(
-            hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads, intermediate_size=config.ffn_dim, vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-        ),
-        attn_implementation="paged|sdpa",
-        dtype=bench.dtype,
-    ).to(bench.device)  # fmt: skip
-    llm = engine(model, bench)
+    with torch.device(bench.device):
+        theirs: Any = LlamaForCausalLM._from_config(
+            TheirConfig(
+                hidden_size=config.dim,
+                num_hidden_layers=config.n_layers,
+                num_attention_heads=config.n_heads,
+                num_key_value_heads=config.n_kv_heads,
+                intermediate_size=config.ffn_dim,
+                vocab_size=config.vocab_size,
+                max_position_embeddings=config.max_seq_len,
+            ),
+            attn_implementation="paged|sdpa",
+            dtype=bench.dtype,
+        )
+    token = 2 * model.embed.itemsize * config.n_layers * config.n_kv_heads * config.head_dim
+    llm = LLM(
+        model, kv_cache_gb=0.01 if bench.smoke else 85_000 * token / 2**30
+    )  # 256 answers of 256 tokens, 32 prompts
+    known = inspect.signature(theirs.generate_batch).parameters
+    kept = {"persistent_manager": True} if "persistent_manager" in known else {}
+
+    def ask(work: Workload) -> None:
+        first = work.params[0]
+        options = GenerationConfig(
+            max_new_tokens=first.max_tokens,
+            num_return_sequences=first.n,
+            do_sample=True,
+            temperature=first.temperature,
+            top_p=first.top_p,
+            eos_token_id=-1,
+            pad_token_id=0,
+        )
+        found = theirs.generate_batch(inputs=work.prompts, generation_config=options, **kept)
+        if sum(len(output.generated_tokens) for output in found.values()) != work.new_tokens:
+            raise AssertionError("transformers generated another number of tokens than asked for")
+
     for name in ("sampling", "judging"):
         spent: dict[str, list[float]] = {"engine": [], "transformers generate_batch": []}
-        timed(llm, workload(name, bench, 99, config), bench)
+        untimed = workload(name, bench, 99, config)
+        timed(llm, untimed, bench)
+        ask(untimed)
         for seed in range(1 if bench.smoke else 2):
+            if bench.over(name):
+                return
             work = workload(name, bench, seed, config)
             spent["engine"].append(timed(llm, work, bench))
-            first = work.params[0]
-            asked = [prompt for prompt in work.prompts for _ in range(first.n)]
-            options = GenerationConfig(
-                max_new_tokens=first.max_tokens,
-                do_sample=True,
-                temperature=0.7,
-                top_p=0.9,
-                eos_token_id=-1,
-                pad_token_id=0,
-            )
-            found: dict[str, Any] = {}
-            run = lambda: found.update(theirs.generate_batch(inputs=asked, generation_config=options))  # noqa: B023, E731
-            spent["transformers generate_batch"].append(seconds(run, bench))
-            if sum(len(output.generated_tokens) for output in found.values()) != work.new_tokens:
-                raise AssertionError("transformers generated another number of tokens than asked for")
+            spent["transformers generate_batch"].append(seconds(lambda work=work: ask(work), bench))  # type: ignore[misc]
         for variant, times in spent.items():
             ratio = statistics.median(t / own for t, own in zip(times, spent["engine"], strict=True))
             write_workload(bench, name, variant, work, times, ratio)
