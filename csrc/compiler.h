@@ -8,10 +8,12 @@
 
 #ifdef __GNUC__
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #define PREFETCH(address) __builtin_prefetch(address)
 #define UNROLL _Pragma("GCC unroll 16")  // sums in an array that is not unrolled would live in memory
 #else
 #define ALWAYS_INLINE inline
+#define NOINLINE
 #define PREFETCH(address) (void)(address)
 #define UNROLL
 #endif
