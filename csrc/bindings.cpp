@@ -17,6 +17,7 @@
 #include "gumbel.h"
 #include "linear.h"
 #include "linear_bf16.h"
+#include "linear_int8.h"
 #include "philox.h"
 #include "probe.h"
 #include "rms_norm.h"
@@ -125,6 +126,7 @@ py::list level_names(Level (*at)(int)) {
 
 py::list instruction_levels() { return level_names(selfreward::gumbel_level); }
 py::list linear_bf16_levels() { return level_names(selfreward::linear_bf16_level); }
+py::list linear_int8_levels() { return level_names(selfreward::linear_int8_level); }
 
 void gumbel_noise(const py::array& seeds, const py::array& positions, const py::array& candidates, uint32_t stream,
                   py::array& out, const std::string& level) {
@@ -264,6 +266,42 @@ void linear_bf16(const py::array& x, const py::array& packed, py::array& out, in
   const auto* rows = static_cast<const float*>(x.data());
   py::gil_scoped_release release;
   selfreward::linear_prepared(rows, depth, 0, arguments, threads, kernel);
+}
+
+py::ssize_t int8_units(py::ssize_t depth) {
+  return (depth + selfreward::kInt8Group - 1) / selfreward::kInt8Group * selfreward::kInt8Group / 4;
+}
+
+void linear_pack_int8(const py::array& weight, py::array& packed, py::array& scales, int64_t first) {
+  check<float>("weight", weight, {-1, -1});
+  const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
+  const int64_t panels = check_panels<uint8_t>(packed, {int8_units(depth), selfreward::kPanel, 4}, first, outputs);
+  check<float>("scales", scales, {panels * selfreward::kPanel});
+  check_written("packed", packed);
+  check_written("scales", scales);
+  check_apart("weight", weight, "packed", packed);
+  check_apart("weight", weight, "scales", scales);
+  check_apart("packed", packed, "scales", scales);
+  const auto* from = static_cast<const float*>(weight.data());
+  auto* to = static_cast<uint8_t*>(packed.mutable_data());
+  auto* scale = static_cast<float*>(scales.mutable_data());
+  py::gil_scoped_release release;
+  selfreward::linear_pack_int8(from, outputs, depth, first, panels, to, scale);
+}
+
+void linear_int8(const py::array& x, const py::array& packed, const py::array& scales, py::array& out, int threads,
+                 const std::string& level) {
+  selfreward::LinearArguments arguments = check_linear(x, packed, out, threads);
+  const int64_t depth = arguments.units, panels = panels_of(arguments.outputs);
+  arguments.units = int8_units(depth);
+  check<uint8_t>("packed", packed, {panels, arguments.units, selfreward::kPanel, 4});
+  check<float>("scales", scales, {panels * selfreward::kPanel});
+  check_apart("scales", scales, "out", out);
+  arguments.scales = static_cast<const float*>(scales.data());
+  const selfreward::LinearKernel kernel = find_level(selfreward::linear_int8_level, level).run;
+  const auto* rows = static_cast<const float*>(x.data());
+  py::gil_scoped_release release;
+  selfreward::linear_prepared(rows, depth, arguments.units * 4 / selfreward::kInt8Group, arguments, threads, kernel);
 }
 
 void rms_norm(const py::array& x, const py::array& weight, float eps, py::array& out, int threads,
@@ -675,6 +713,16 @@ PYBIND11_MODULE(_C, m) {
         py::arg("level") = "",
         "As linear, for weights packed by linear_pack_bf16; x is rounded to bf16. level: one of linear_bf16_levels().\n"
         "kernels/linear_bf16.py has the order of the sums, which all levels keep.");
+  m.def("linear_int8_levels", &linear_int8_levels, "instruction_levels() of linear_int8.");
+  m.def("linear_pack_int8", &linear_pack_int8, py::arg("weight"), py::arg("packed"), py::arg("scales"),
+        py::arg("first") = 0,
+        "As linear_pack, into packed uint8 [panels, 16 * ceil(depth / 64), 64, 4] and scales fp32 [64 * panels]; weights\n"
+        "are quantised to 8 bits, one scale for each output.");
+  m.def("linear_int8", &linear_int8, py::arg("x"), py::arg("packed"), py::arg("scales"), py::arg("out"),
+        py::arg("threads"), py::arg("level") = "",
+        "As linear, for weights packed by linear_pack_int8; x is quantised to 8 bits in groups of 64. level: one of\n"
+        "linear_int8_levels(). kernels/linear_int8.py has the numbers and the order of the sums, which all levels keep.\n"
+        "A row of x with a NaN or an infinity gives NaN.");
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"), py::arg("threads"),
         py::arg("level") = "",
         "Fill out [rows, dim] fp32 from x [rows, dim] and weight [dim]. level as in gumbel_noise; neither it nor\n"

@@ -21,8 +21,10 @@ constexpr int kParts = 1;
 using Weights = Vec;
 
 ALWAYS_INLINE Weights load_weights(const char* at, int) { return {_mm512_loadu_ps(at)}; }
-ALWAYS_INLINE Sum dot(const Value& value, const Weights& weights, const Sum& sum) {
-  return {_mm512_dpbf16_ps(sum.v, (__m512bh)value.v, (__m512bh)weights.v)};
+// Not the intrinsic: GCC 12 copies every sum in every step of it.
+ALWAYS_INLINE Sum dot(const Value& value, const Weights& weights, Sum sum) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(weights.v), "v"(value.v));
+  return sum;
 }
 
 #else

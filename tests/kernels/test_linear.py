@@ -78,6 +78,25 @@ def test_packed_weights_are_panels_of_64_outputs_padded_with_zeros():
     np.testing.assert_array_equal(pack(weight), padded.reshape(3, 64, 37).transpose(0, 2, 1))
 
 
+@pytest.mark.parametrize("first", [1, 63, 64, 65, 100])
+def test_a_part_is_packed_and_read_at_any_place_and_touches_nothing_else(first):
+    whole, part = normal(300, 37), normal(70, 37, seed=1)
+    packed = pack(whole)
+    _C.linear_pack(part, packed, first)
+    np.testing.assert_array_equal(packed, pack(np.concatenate([whole[:first], part, whole[first + 70 :]])))
+    read = np.full_like(part, np.nan)
+    _C.linear_unpack(packed, read, first)
+    np.testing.assert_array_equal(read, part)
+
+
+def test_packing_zeroes_behind_a_part_in_the_last_panel_only():
+    packed = np.full((2, 5, 64), np.nan, np.float32)
+    _C.linear_pack(normal(30, 5), packed, 10)
+    assert np.isnan(packed[0, :, :10]).all() and np.isnan(packed[0, :, 40:]).all() and np.isnan(packed[1]).all()
+    _C.linear_pack(normal(30, 5), packed, 40)
+    assert np.isfinite(packed[0, :, 10:]).all() and (packed[1, :, 6:] == 0).all() and (packed[1, :, :6] != 0).all()
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("depth, outputs", [(1, 1), (255, 63), (256, 64), (257, 65), (700, 130), (1, 130), (700, 1)])
@@ -260,6 +279,13 @@ def test_packing_names_a_wrong_argument():
     _C.linear_pack(weight, packed)
     with pytest.raises(ValueError, match=r"packed has shape \[1, 5, 64\]; expected \[2, 5, 64\]"):
         _C.linear_pack(weight, packed[:1])
+    for run, given in ((_C.linear_pack, (weight, packed)), (_C.linear_unpack, (packed, weight))):
+        with pytest.raises(
+            ValueError, match=r"packed has shape \[2, 5, 64\]; expected \[3, 5, 64\] or more .* 64 to 129"
+        ):
+            run(*given, 64)
+        with pytest.raises(ValueError, match="first is -1; expected 0 or more"):
+            run(*given, -1)
     with pytest.raises(ValueError, match="weight has dtype float64; expected float32"):
         _C.linear_pack(weight.astype(np.float64), packed)
     packed.flags.writeable = False
