@@ -122,6 +122,13 @@ class Random {
   uint64_t state_;
 };
 
+std::string text_of(double value);
+
+template <typename T>
+std::string element_text(const Buffer<T>& buffer, int64_t i) {
+  return std::string(buffer.name()) + "[" + std::to_string(i) + "] is " + text_of(double(buffer[i]));
+}
+
 // What one way to run a kernel gave, for the others to be compared with bit by bit.
 class Agreement {
  public:
@@ -140,16 +147,14 @@ class Agreement {
       if constexpr (std::is_floating_point_v<T>)
         if (std::isnan(expected) && std::isnan(found[i])) continue;
       if (std::memcmp(&expected, found + i, sizeof(T)))
-        fail(std::string(found.name()) + "[" + std::to_string(i) + "] is " + std::to_string(found[i]) +
-             "; the first way gave " + std::to_string(expected));
+        fail(element_text(found, i) + "; the first way gave " + text_of(double(expected)));
     }
   }
 
   // Also no NaN: nothing is left unwritten, and nothing read that is not the kernel's.
   void check_finite(const Buffer<float>& found) {
     for (int64_t i = 0; i < found.size(); ++i)
-      if (!std::isfinite(found[i]))
-        fail(std::string(found.name()) + "[" + std::to_string(i) + "] is " + std::to_string(found[i]));
+      if (!std::isfinite(found[i])) fail(element_text(found, i));
     check(found);
   }
 
