@@ -5,7 +5,7 @@ namespace {
 
 void check_rms_norm() {
   for (const int64_t dim : {1, 7, 127, 129, 4095})
-    for (const int64_t rows : {0, 1, 7}) {
+    for (const int64_t rows : {0, 1, 61}) {  // many: a difference of roundings moves the bits of some rows only
       driver::Agreement agreement;
       driver::every_way(selfreward::rms_norm_level, driver::shape_of("rows", rows, "dim", dim),
                         [&](auto run, int threads, int slack) {

@@ -81,6 +81,12 @@ void enter(const std::string& shape, const std::string& level, int threads, int 
   reached.insert(level);
 }
 
+std::string text_of(double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%g (%a)", value, value);
+  return text;
+}
+
 void pause() { std::this_thread::sleep_for(std::chrono::microseconds(50)); }
 
 Fence::Fence(const char* name, size_t bytes, size_t slack) : name_(name) {

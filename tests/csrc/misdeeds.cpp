@@ -71,10 +71,16 @@ void race() {
 }
 
 const driver::Check checks[] = {
-    {"misdeed: read_behind", {}, read_behind}, {"misdeed: read_slack", {}, read_slack},
-    {"misdeed: read_before", {}, read_before}, {"misdeed: leave_unwritten", {}, leave_unwritten},
-    {"misdeed: disagree", {}, disagree},       {"misdeed: use_scratch_unwritten", {}, use_scratch_unwritten},
-    {"misdeed: overflow", {}, overflow},       {"misdeed: race", {}, race},
+    {"misdeed: read_behind", {}, read_behind},
+    {"misdeed: read_slack", {}, read_slack},
+    {"misdeed: read_before", {}, read_before},
+    {"misdeed: read_behind_masked", {}, read_behind_masked},
+    {"misdeed: write_slack_masked", {}, write_slack_masked},
+    {"misdeed: leave_unwritten", {}, leave_unwritten},
+    {"misdeed: disagree", {}, disagree},
+    {"misdeed: use_scratch_unwritten", {}, use_scratch_unwritten},
+    {"misdeed: overflow", {}, overflow},
+    {"misdeed: race", {}, race},
 };
 
 }  // namespace
