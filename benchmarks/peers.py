@@ -86,11 +86,8 @@ class Child:
         self.name, self.form = name, form
         self._log = scratch / f"{name}-{form}.log"
         peer = PEERS.get(name, Peer({}, ""))
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(settings["threads"]),
-            "HF_HUB_OFFLINE": "1",
-        } | peer.environment
+        threads = {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **threads, **peer.environment}
         if peer.preload:
             root = Path(command[0]).parents[1]
             paths = [str(root / library) if "/" in library else library for library in peer.preload]
