@@ -5,22 +5,16 @@ from __future__ import annotations
 from engine import InputError, Llama, LlamaConfig
 
 
-def _mha(dim: int, layers: int, heads: int, head_dim: int, ffn: int) -> LlamaConfig:
-    sizes = {
-        "dim": dim,
-        "n_layers": layers,
-        "n_heads": heads,
-        "n_kv_heads": heads,
-        "head_dim": head_dim,
-        "ffn_dim": ffn,
-    }
-    return LlamaConfig(vocab_size=32000, max_seq_len=1024, **sizes)
+def _config(dim: int, layers: int, heads: int, head_dim: int, ffn: int) -> LlamaConfig:
+    return LlamaConfig(dim, layers, heads, heads, head_dim, ffn, vocab_size=32000, max_seq_len=1024)
 
 
 MODELS = {
-    "110M": _mha(768, 12, 12, 64, 2048),  # 134M parameters, 109.5M in products: 84.9M in the layers, 24.6M in the head
-    "138M": _mha(768, 12, 12, 128, 2048),  # the same with wider heads, 137.8M in products
-    "15M": _mha(288, 6, 6, 48, 768),
+    "110M": _config(
+        768, 12, 12, 64, 2048
+    ),  # 134M parameters, 109.5M in products: 84.9M in the layers, 24.6M in the head
+    "138M": _config(768, 12, 12, 128, 2048),  # the same with wider heads, 137.8M in products
+    "15M": _config(288, 6, 6, 48, 768),
 }
 
 
