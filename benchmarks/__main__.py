@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.compare import children, compare
 from benchmarks.limits import Limits, machine
-from benchmarks.models import MODELS, random_model
+from benchmarks.models import MODELS, peaked, random_model
 from benchmarks.peers import CLASSES, OURS, PEERS
 from benchmarks.throughput import measure
 from benchmarks.workloads import ABLATED, COMPARED
@@ -74,7 +74,7 @@ def _ablation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _peers(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, threads = random_model(arguments.model), torch.get_num_threads()
+    model, threads = peaked(random_model(arguments.model)), torch.get_num_threads()
     names = [OURS, *filter(None, (arguments.peers or "").split(","))]
     with children(model, names, arguments.formats.split(","), threads, arguments.peers_dir) as engines:
         limits, rows = compare(arguments.workload, model, engines, arguments.rounds, arguments.scale, threads)

@@ -1,6 +1,8 @@
-"""Random Llamas of a stated size: speed does not depend on what the weights are."""
+"""Random Llamas of a stated size: the speed of products does not depend on what the weights are."""
 
 from __future__ import annotations
+
+import torch
 
 from engine import InputError, Llama, LlamaConfig
 
@@ -22,6 +24,18 @@ def random_model(name: str) -> Llama:
     if name not in MODELS:
         raise InputError(f"model is {name!r}; expected one of {', '.join(MODELS)}")
     return Llama(MODELS[name]).init_weights(seed=0)
+
+
+def peaked(model: Llama) -> Llama:
+    """The model with a head 8 times as large, in place: logits as far apart as a trained model's.
+
+    Random ones differ so little that 90% of the probability is most of the vocabulary, and whoever sorts the nucleus,
+    as llama.cpp does, would spend 1.9 ms on a token instead of 0.3.
+    """
+    with torch.no_grad():
+        model.head.mul_(8.0)
+    model.weights_changed()
+    return model
 
 
 def product_flops(model: Llama) -> int:

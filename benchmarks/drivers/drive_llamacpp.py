@@ -82,12 +82,22 @@ def load(settings: dict[str, Any]) -> tuple[str, Any, Generate]:
             for number in range(1, len(prompts)):
                 llama_cpp.llama_memory_seq_cp(memory, 0, number * n, -1, -1)
         first_logits = {}
-        for number, prompt in enumerate(prompts):
-            for begin in range(shared, len(prompt), BATCH):
-                rows = range(begin, min(begin + BATCH, len(prompt)))
-                decode(context, [(prompt[at], at, number * n, at + 1 == len(prompt)) for at in rows])
-            logits = llama_cpp.llama_get_logits_ith(context, -1)
-            first_logits[number] = np.ctypeslib.as_array(logits, (vocab,)).copy()
+        whole = max(1, BATCH // (max(map(len, prompts)) - shared))  # prompts in a batch
+        for begin in range(0, len(prompts), whole):
+            together = range(begin, min(begin + whole, len(prompts)))
+            rows = [
+                (token, at, number * n, at + 1 == len(prompts[number]))
+                for number in together
+                for at, token in enumerate(prompts[number])
+                if at >= shared
+            ]
+            for part in range(0, len(rows), BATCH):
+                decode(context, rows[part : part + BATCH])
+            ends = [at for at, row in enumerate(rows) if row[3]]
+            for number, end in zip(together, ends, strict=True):
+                logits = llama_cpp.llama_get_logits_ith(context, end % BATCH)
+                first_logits[number] = np.ctypeslib.as_array(logits, (vocab,)).copy()
+        for number in range(len(prompts)):
             for candidate in range(1, n):
                 llama_cpp.llama_memory_seq_cp(memory, number * n, number * n + candidate, -1, -1)
 
