@@ -1,5 +1,5 @@
 """`python -m benchmarks sampling|judging`: what each idea of the engine gives; with `--peers`, and for `prefill` and
-`single`, the engine beside other engines, at a smaller load."""
+`single`, the engine beside other engines, at a smaller load. `kernels` and `quantization` have options of their own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import kernels, quantization
 from benchmarks.compare import children, compare
 from benchmarks.limits import Limits, machine
 from benchmarks.models import MODELS, peaked, random_model
@@ -22,6 +23,10 @@ from engine import InputError
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["kernels"]:
+        return kernels.main(sys.argv[2:])
+    if sys.argv[1:2] == ["quantization"]:
+        return quantization.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("workload", choices=sorted(COMPARED))
     parser.add_argument("--model", default="110M", help=f"a random Llama: {', '.join(MODELS)} (default: %(default)s)")

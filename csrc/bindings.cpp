@@ -184,13 +184,13 @@ int64_t check_panels(const py::array& packed, const std::vector<py::ssize_t>& in
 void linear_pack(const py::array& weight, py::array& packed, int64_t first) {
   check<float>("weight", weight, {-1, -1});
   const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
-  const int64_t panels = check_panels<float>(packed, {depth, selfreward::kPanel}, first, outputs);
+  check_panels<float>(packed, {depth, selfreward::kPanel}, first, outputs);
   check_written("packed", packed);
   check_apart("weight", weight, "packed", packed);
   const auto* from = static_cast<const float*>(weight.data());
   auto* to = static_cast<float*>(packed.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear_pack(from, outputs, depth, first, panels, to);
+  selfreward::linear_pack(from, outputs, depth, first, to);
 }
 
 void linear_unpack(const py::array& packed, py::array& weight, int64_t first) {
@@ -236,13 +236,13 @@ void linear(const py::array& x, const py::array& packed, py::array& out, int thr
 void linear_pack_bf16(const py::array& weight, py::array& packed, int64_t first) {
   check<uint16_t>("weight", weight, {-1, -1});
   const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
-  const int64_t panels = check_panels<uint16_t>(packed, {(depth + 1) / 2, selfreward::kPanel, 2}, first, outputs);
+  check_panels<uint16_t>(packed, {(depth + 1) / 2, selfreward::kPanel, 2}, first, outputs);
   check_written("packed", packed);
   check_apart("weight", weight, "packed", packed);
   const auto* from = static_cast<const uint16_t*>(weight.data());
   auto* to = static_cast<uint16_t*>(packed.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear_pack_bf16(from, outputs, depth, first, panels, to);
+  selfreward::linear_pack_bf16(from, outputs, depth, first, to);
 }
 
 void linear_unpack_bf16(const py::array& packed, py::array& weight, int64_t first) {
@@ -286,7 +286,7 @@ void linear_pack_int8(const py::array& weight, py::array& packed, py::array& sca
   auto* to = static_cast<uint8_t*>(packed.mutable_data());
   auto* scale = static_cast<float*>(scales.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear_pack_int8(from, outputs, depth, first, panels, to, scale);
+  selfreward::linear_pack_int8(from, outputs, depth, first, to, scale);
 }
 
 void linear_int8(const py::array& x, const py::array& packed, const py::array& scales, py::array& out, int threads,
@@ -694,9 +694,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threshold"), py::arg("out"),
         "Fill out [rows, units] bool, True: the unit is kept; segments uint64 [rows], positions uint32 [rows].");
   m.def("linear_pack", &linear_pack, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
-        "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] fp32,\n"
-        "and zero the lanes behind them in the last panel. So pack the parts of a matrix in ascending order, and after\n"
-        "replacing one that reaches into the last panel pack those behind it again. No other output is touched.");
+        "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] fp32;\n"
+        "no other output is touched. What stands behind the last one in its panel reaches no result.");
   m.def("linear_unpack", &linear_unpack, py::arg("packed"), py::arg("weight"), py::arg("first") = 0,
         "Fill weight [outputs, depth] fp32 with the outputs first .. first + outputs of packed [panels, depth, 64].");
   m.def(

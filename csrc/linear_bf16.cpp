@@ -61,9 +61,8 @@ struct Pair {
 
 }  // namespace
 
-void linear_pack_bf16(const uint16_t* w, int64_t outputs, int64_t depth, int64_t first, int64_t panels,
-                      uint16_t* packed) {
-  pack_units(outputs, (depth + 1) / 2, first, panels, reinterpret_cast<Pair*>(packed), Pair{0, 0},
+void linear_pack_bf16(const uint16_t* w, int64_t outputs, int64_t depth, int64_t first, uint16_t* packed) {
+  pack_units(outputs, (depth + 1) / 2, first, reinterpret_cast<Pair*>(packed),
              [=](int64_t o, int64_t pair) {
                const uint16_t* at = w + o * depth + 2 * pair;
                return Pair{at[0], 2 * pair + 1 < depth ? at[1] : uint16_t(0)};
