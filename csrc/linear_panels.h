@@ -51,8 +51,10 @@ ALWAYS_INLINE void chains(const LinearArguments& a, int64_t row, int64_t first, 
                        units - unit < kChain ? units - unit : kChain, ahead + unit * kAhead * kLine, total);
 }
 
-// A group of R rows, the `group`-th of `groups`, over one block of a panel. The block behind it in memory is fetched by
-// the tiles of all groups, each its share, so that the stream of weights does not stop while they compute.
+// A group of R rows, the `group`-th of `groups`, over one block of a panel. As much as this block is fetched, kBlock
+// units ahead, by the tiles of all groups, each its share, so that the stream of weights does not stop while they
+// compute. (Panels lie one behind the other, so every unit is fetched once; fetching the next block instead misses half
+// of it where a block of half the size is before it, as every second one of 768 bf16.)
 template <int R>
 ALWAYS_INLINE void rows_of_block(const LinearArguments& a, int64_t row, int64_t first, const char* w, int64_t units,
                                  int64_t group, int64_t groups, float* total) {
@@ -60,7 +62,7 @@ ALWAYS_INLINE void rows_of_block(const LinearArguments& a, int64_t row, int64_t 
   const int64_t share = groups * kTiles >= kLines ? 1 : groups * kTiles * 2 >= kLines ? 2 : kLines;
   for (int i = 0; i < kTiles; ++i) {
     const int64_t done = (group * kTiles + i) * share;
-    const char* ahead = w + units * kUnit + units * done * kLine;
+    const char* ahead = w + kBlock * kUnit + units * done * kLine;
     const char* at = w + i * C * kLanes * kPiece;
     float* to = total + i * C * kLanes;
     if (done >= kLines)

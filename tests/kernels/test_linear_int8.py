@@ -79,7 +79,7 @@ def test_every_level_has_the_references_bits_with_outliers_zeros_and_numbers_tha
     x[0] *= np.exp2(normal(1, 300, seed=2)[0] * 20)
     x[1, 70] = 1e6
     x[2], x[3, 64:128] = 0, 0
-    x[4], x[5] = x[4] * np.float32(2.0**-99), x[5] * np.float32(2.0**-101)  # groups on both sides of the limit
+    x[4], x[5] = x[4] * np.float32(2.0**-99), x[5] * np.float32(2.0**-102)  # groups on both sides of the limit
     x[6], x[7, 3], x[8, 299], x[9, 0] = 1e38, np.nan, np.inf, -np.inf
     weight[3], weight[4], weight[5, 17], weight[6, 18], weight[7, 299] = 0, weight[4] * 1e-35, np.inf, np.nan, 1e4
     ours, theirs = native(x, weight, level=level), reference(x, weight)
@@ -87,6 +87,18 @@ def test_every_level_has_the_references_bits_with_outliers_zeros_and_numbers_tha
     assert np.isnan(ours[7:10]).all() and np.isnan(ours[:, 5:7]).all()
     good = ours[[0, 1, 2, 3, 4, 5, 10]][:, np.r_[0:5, 7:70]]
     assert np.isfinite(good).all() and (good[2] == 0).all() and (good[:, 3:5] == 0).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_x_is_multiplied_by_the_inverse_of_its_scale_and_rounded_to_even(level):
+    x = np.abs(normal(1000000, 2))
+    x = np.sort(x, axis=1)
+    largest = x[:, 1]
+    other = np.rint(x[:, 0] / (largest / np.float32(127)))  # the same but for about one in a million
+    x = x[other != np.rint(x[:, 0] * (np.float32(127) / largest))]
+    x = np.concatenate([x, np.array([[0.5, 127], [1.5, 127], [-2.5, 127], [-3.5, 127]], np.float32)])
+    assert len(x) > 4
+    assert_same_bits(native(x, np.eye(2, dtype=np.float32), level=level), reference(x, np.eye(2, dtype=np.float32)))
 
 
 @pytest.mark.parametrize("level", LEVELS)
