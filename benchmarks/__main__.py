@@ -135,10 +135,10 @@ def _peer_rows(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         low, high = row["tokens_per_second_20_80"]
         ratio = f"{row['our_speed']:.2f}x" if row["our_speed"] else ""
-        share = row["share_of_bandwidth"] if single else row["share_of_flops"]
+        share = row["share_of_bandwidth"] if single else row["share_of_flops"] if row["class"] == "float32" else None
         lines.append(
             f"| {row['engine']} {row['version']} | {row['format']} | {row['tokens_per_second']:.0f} "
-            f"| {low:.0f} to {high:.0f} | {ratio} | {share:.0%} | {row['other_processes']:.2f} |"
+            f"| {low:.0f} to {high:.0f} | {ratio} | {'' if share is None else f'{share:.0%}'} | {row['other_processes']:.2f} |"
         )
     return lines
 

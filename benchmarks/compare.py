@@ -19,6 +19,7 @@ from engine import LLM, Llama, save_checkpoint
 
 QUIET = 0.05  # of a core: what other processes may use during a run, and a child that should sleep
 TRIES = 3
+SETTLE = 0.3  # seconds: Intel's OpenMP threads wait 0.2 for more work before they sleep
 BYTES = {
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -93,6 +94,7 @@ def take_turn(child: Child, engines: Sequence[Child], workload: Workload) -> Tur
     """One run while everything else sleeps: of several, if others disturb it, the one least disturbed."""
     best: Turn | None = None
     for _ in range(TRIES):
+        time.sleep(SETTLE)
         asleep = {other: other.cpu_seconds() for other in engines if other is not child}
         started = time.perf_counter()
         first = child.ask(workload.shortened(1)).seconds if workload.name == "single" else 0.0

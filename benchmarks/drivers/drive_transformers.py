@@ -28,11 +28,15 @@ def load(settings: dict[str, Any]) -> tuple[str, Any, Generate]:
             cache.batch_repeat_interleave(rows)
         model(prompts[:, shared:-1], past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(workload["n"])
+        room = transformers.StaticCache(config=model.config, max_cache_len=length + workload["max_tokens"])
+        for number, layer in enumerate(cache.layers):  # written in place, where a growing cache is copied every step
+            room.update(layer.keys, layer.values, number)
         sampling = workload["temperature"] > 0
         ids = model.generate(
             prompts.repeat_interleave(workload["n"], dim=0),
             attention_mask=torch.ones(rows * workload["n"], length, dtype=torch.int64),
-            past_key_values=cache,
+            past_key_values=room,
+            disable_compile=True,
             do_sample=sampling,
             temperature=workload["temperature"] if sampling else None,
             top_p=workload["top_p"] if sampling else None,

@@ -58,7 +58,7 @@ def fake(tmp_path):
 def known(monkeypatch):
     """`fake` in the table of peers."""
     formats = {"float32": "float32", "short": "float32", "restless": "int8"}
-    monkeypatch.setitem(PEERS, "fake", Peer(formats, "fake==1.0"))
+    monkeypatch.setitem(PEERS, "fake", Peer(formats, ("install fake",)))
 
 
 def test_a_child_answers_workloads_whatever_its_library_prints(fake):
