@@ -694,7 +694,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threshold"), py::arg("out"),
         "Fill out [rows, units] bool, True: the unit is kept; segments uint64 [rows], positions uint32 [rows].");
   m.def("linear_pack", &linear_pack, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
-        "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] fp32;\n"
+        "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] "
+        "fp32;\n"
         "no other output is touched. What stands behind the last one in its panel reaches no result.");
   m.def("linear_unpack", &linear_unpack, py::arg("packed"), py::arg("weight"), py::arg("first") = 0,
         "Fill weight [outputs, depth] fp32 with the outputs first .. first + outputs of packed [panels, depth, 64].");
@@ -715,13 +716,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_int8_levels", &linear_int8_levels, "instruction_levels() of linear_int8.");
   m.def("linear_pack_int8", &linear_pack_int8, py::arg("weight"), py::arg("packed"), py::arg("scales"),
         py::arg("first") = 0,
-        "As linear_pack, into packed uint8 [panels, 16 * ceil(depth / 64), 64, 4] and scales fp32 [64 * panels]; weights\n"
+        "As linear_pack, into packed uint8 [panels, 16 * ceil(depth / 64), 64, 4] and scales fp32 [64 * panels]; "
+        "weights\n"
         "are quantised to 8 bits, one scale for each output.");
-  m.def("linear_int8", &linear_int8, py::arg("x"), py::arg("packed"), py::arg("scales"), py::arg("out"),
-        py::arg("threads"), py::arg("level") = "",
-        "As linear, for weights packed by linear_pack_int8; x is quantised to 8 bits in groups of 64. level: one of\n"
-        "linear_int8_levels(). kernels/linear_int8.py has the numbers and the order of the sums, which all levels keep.\n"
-        "A row of x with a NaN or an infinity gives NaN.");
+  m.def(
+      "linear_int8", &linear_int8, py::arg("x"), py::arg("packed"), py::arg("scales"), py::arg("out"),
+      py::arg("threads"), py::arg("level") = "",
+      "As linear, for weights packed by linear_pack_int8; x is quantised to 8 bits in groups of 64. level: one of\n"
+      "linear_int8_levels(). kernels/linear_int8.py has the numbers and the order of the sums, which all levels keep.\n"
+      "A row of x with a NaN or an infinity gives NaN.");
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"), py::arg("threads"),
         py::arg("level") = "",
         "Fill out [rows, dim] fp32 from x [rows, dim] and weight [dim]. level as in gumbel_noise; neither it nor\n"

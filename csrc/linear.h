@@ -1,5 +1,5 @@
-// The sampler's fp32 linear: y[n, o] = sum over k of x[n, k] * w[o, k], the same bits as kernels/linear.py; and what the
-// linears of the other number formats (linear_bf16.h, linear_int8.h) share with it.
+// The sampler's fp32 linear: y[n, o] = sum over k of x[n, k] * w[o, k], the same bits as kernels/linear.py; and what
+// the linears of the other number formats (linear_bf16.h, linear_int8.h) share with it.
 #pragma once
 
 #include <cstdint>

@@ -69,8 +69,10 @@ ALWAYS_INLINE Integers dot(const Value& value, const Weights& weights, Integers 
 namespace avx2 {
 #define SELFREWARD_LANES 8
 #define SELFREWARD_INT8_RATE 60
+// clang-format off: in this order
 #include "math.h"
 #include "linear_int8_pairs.h"
+// clang-format on
 
 constexpr int kParts = 2;
 
@@ -96,8 +98,10 @@ ALWAYS_INLINE Integers dot(const Value& value, const Weights& weights, const Int
 #pragma GCC target("avxvnni,avx2,fma")
 namespace avxvnni {
 #define SELFREWARD_INT8_RATE 65
+// clang-format off: in this order
 #include "math.h"
 #include "linear_int8_pairs.h"
+// clang-format on
 
 constexpr int kParts = 1;
 

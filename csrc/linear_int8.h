@@ -1,5 +1,5 @@
-// The sampler's linear with 8-bit weights, one scale for each output: x is quantised to 8 bits in groups of 64 along the
-// depth, sums within a group are integers, the same bits as kernels/linear_int8.py.
+// The sampler's linear with 8-bit weights, one scale for each output: x is quantised to 8 bits in groups of 64 along
+// the depth, sums within a group are integers, the same bits as kernels/linear_int8.py.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// One instruction level's 8-bit linear: included by linear_int8.cpp, behind the level's math.h and Integers. Weights are
-// stored with 128 added, which the unsigned operand of the dot instruction wants, so a group's sum starts at
-// -128 * (sum of x) and is exact.
+// One instruction level's 8-bit linear: included by linear_int8.cpp, behind the level's math.h and Integers. Weights
+// are stored with 128 added, which the unsigned operand of the dot instruction wants, so a group's sum starts at -128 *
+// (sum of x) and is exact.
 
 constexpr int kRegisters = SELFREWARD_LANES == 16 ? 32 : 8;  // 8 lanes: two of its 16 are a Vec
 constexpr int64_t kChain = kInt8Group / 4;
@@ -49,7 +49,9 @@ ALWAYS_INLINE float quantise(const float* x, int64_t count, int32_t* whole, int3
   return counts ? magnitude / 127.0f : finite ? 0.0f : std::nanf("");
 }
 
-ALWAYS_INLINE uint32_t low(int32_t whole, int bits, int place) { return (uint32_t(whole) & ((1u << bits) - 1)) << place; }
+ALWAYS_INLINE uint32_t low(int32_t whole, int bits, int place) {
+  return (uint32_t(whole) & ((1u << bits) - 1)) << place;
+}
 
 void prepare(const LinearPrepare& p, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row)

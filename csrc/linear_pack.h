@@ -18,8 +18,7 @@ void pack_units(int64_t outputs, int64_t units, int64_t first, T* packed, const 
     T* panel = packed + start * units;
     for (int64_t run = 0; run < units; run += kRun)
       for (int64_t o = std::max(first, start); o < end; ++o)
-        for (int64_t i = run; i < std::min(run + kRun, units); ++i)
-          panel[i * kPanel + o - start] = unit(o - first, i);
+        for (int64_t i = run; i < std::min(run + kRun, units); ++i) panel[i * kPanel + o - start] = unit(o - first, i);
   }
 }
 
