@@ -36,7 +36,7 @@ class QuantizationError(NamedTuple):
 
 
 def quantization_error(
-    model: Llama, sequences: Iterable[Sequence[int]], quantization: str = "int8", threads: int = 1
+    model: Llama, sequences: Iterable[Sequence[int]], quantization: str | None = "int8", threads: int = 1
 ) -> QuantizationError:
     """Both distributions behind every token of `sequences` (token ids, two or more each), by the CPU sampler's kernels.
 

@@ -8,6 +8,7 @@ from engine.errors import InputError
 from engine.llm import LLM
 from engine.model import given_up, tree_attend
 from engine.packed import PackedWeights
+from engine.quantize import quantization_error
 from engine.sampling import SamplingParams
 from tests.engine.helpers import random_llama, small_config
 
@@ -116,3 +117,30 @@ def test_packed_matrices_survive_a_sleeping_cache_and_come_back_with_the_weights
     llm.wake()
     assert all(map(given_up, matrices(llm.model))) and llm.stats()["packed_bytes"] == held
     assert answers(llm) == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_int8_gives_a_request_the_same_bits_in_any_company(threads):
+    llm = LLM(random_llama(small_config()), quantization="int8", max_batch_tokens=64)
+    params = [SamplingParams(n=2, max_tokens=6, seed=seed, logprobs=1) for seed in range(len(PROMPTS))]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = llm.generate(PROMPTS, params)
+        for output, prompt, asked in zip(together, PROMPTS, params):
+            alone = LLM(llm.model, quantization="int8").generate(prompt, asked)[0]
+            assert [(a.token_ids, a.logprobs) for a in alone.outputs] == [
+                (a.token_ids, a.logprobs) for a in output.outputs
+            ]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_int8_is_near_the_model_and_its_error_is_told():
+    model = random_llama(small_config())
+    found = quantization_error(model, PROMPTS)
+    assert found.tokens == sum(map(len, PROMPTS))
+    assert 0 < found.kl < 2e-3 and found.kl <= found.worst_kl < 0.05 and found.top1 > 0.9 and 0 < found.logprob < 0.05
+    assert quantization_error(model, PROMPTS, quantization=None) == (found.tokens, 0, 0, 1, 0)
+    with pytest.raises(InputError, match="no sequence of two tokens or more"):
+        quantization_error(model, [[1]])
