@@ -119,7 +119,7 @@ def _run(case: Case, probes: Probes) -> Iterator[dict[str, Any]]:
             "limit": row.limit,
             "share": measured["share"],
             "times_as_fast_as": {name: measured[name] for name in row.beside},
-            "missed": [f"{name} {measured[name]:.2f} < {least:.2f}" for name, least in row.bars.items() if measured[name] < least],
+            "missed": [f"{name} {measured[name]:.2f} < {bar:.2f}" for name, bar in row.bars.items() if measured[name] < bar],
         }  # fmt: skip
 
 
