@@ -49,7 +49,7 @@ class PackedWeights:
     def write(self, parameter: torch.nn.Parameter, rows: slice, tensor: torch.Tensor) -> None:
         """Replace rows of a weight, wherever it is held."""
         if given_up(parameter):
-            ops.repack_linear(self._entry(parameter), tensor, rows.indices(len(parameter))[0])
+            ops.repack_linear(self._entry(parameter), tensor.to(parameter.dtype), rows.indices(len(parameter))[0])
         else:
             parameter[rows].copy_(tensor)
 
