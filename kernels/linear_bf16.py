@@ -18,7 +18,7 @@ Shapes: x [N, K] fp32, weight [O, K] bf16 -> y [N, O] fp32. Packed weight: [ceil
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.linear import BLOCK, PANEL, fma
+from .linear import BLOCK, PANEL, fma
 
 
 def linear_bf16_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ added, and scales [64 * ceil(O / 64)].
 
 import torch
 
-from engine.kernels.linear import PANEL, fma
+from .linear import PANEL, fma
 
 GROUP = 64  # along k
 LEAST = 2.0**-100
