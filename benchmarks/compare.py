@@ -26,7 +26,6 @@ BYTES = {
     "int8": 1.0,
     "q8_0": 34 / 32,
 }  # of a weight; q8_0: one f16 scale for 32 weights
-CACHE_BYTES = {"float32": 4.0}  # of a key's or value's number; 2 where the weights are smaller
 GAP = {"float32": 0.01, "16bit": 0.15, "int8": 0.3}  # nats between two tokens that rounding may exchange
 
 
@@ -115,10 +114,9 @@ def take_turn(child: Child, engines: Sequence[Child], workload: Workload) -> Tur
 def check_greedy(model: Llama, workload: Workload, answers: dict[Child, Answer]) -> None:
     """The first 16 tokens of every engine are what the model gives, up to ties within the rounding of its format."""
     llm = LLM(model, kv_cache_gb=0.2)
-    [prompt], [[right]] = (
-        workload.prompts,
-        [[list(llm.generate(workload.prompts, workload.params)[0].outputs[0].token_ids)]],
-    )
+    [prompt] = workload.prompts
+    [output] = llm.generate(workload.prompts, workload.params)
+    right = list(output.outputs[0].token_ids)
     for child, answer in answers.items():
         told = answer.tokens[0][0]
         same = next((at for at in range(min(16, len(right))) if told[at] != right[at]), None)
@@ -153,16 +151,18 @@ def _row(child: Child, turns: list[Turn], model: Llama, workload: Workload, limi
     if workload.name == "single":
         decode = statistics.median(turn.answer.seconds - turn.first for turn in turns)
         row["decode_seconds"] = decode
-        row["share_of_bandwidth"] = decode_bytes(model, workload, child.form) / decode / (limits.gbps * 1e9)
+        row["share_of_bandwidth"] = decode_bytes(model, workload, child.name, child.form) / decode / (limits.gbps * 1e9)
     return row
 
 
-def decode_bytes(model: Llama, workload: Workload, form: str) -> float:
-    """Weights of products, and keys and values, that the steps after the first token read."""
+def decode_bytes(model: Llama, workload: Workload, engine: str, form: str) -> float:
+    """Weights of products, and keys and values, that the steps after the first token read. Keys and values are f16 in
+    llama.cpp, as it is driven here, and bf16 beside weights of bf16; elsewhere they are fp32, beside int8 weights too."""
     config, new = model.config, workload.params[0].max_tokens
     weights = (product_flops(model) / 2 + model.head.numel()) * BYTES[form] * (new - 1)
     context = sum(len(workload.prompts[0]) + step for step in range(1, new))
-    return weights + context * 2 * config.n_layers * config.n_kv_heads * config.head_dim * CACHE_BYTES.get(form, 2.0)
+    number = 2 if engine == "llamacpp" or form == "bfloat16" else 4
+    return weights + context * 2 * config.n_layers * config.n_kv_heads * config.head_dim * number
 
 
 def spread(values: list[float]) -> tuple[float, float]:

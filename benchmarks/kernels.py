@@ -265,11 +265,11 @@ def _rope_write_case(batch: int, dim: int, threads: int) -> Case:
 
     moved = 4 * batch * dim * 6  # q, k, v in; q, k, v out
     calls = {
-        "kernel": lambda turn: write(ops.rope_write, turn, threads),
+        "own": lambda turn: write(ops.rope_write, turn, threads),
         "torch": lambda turn: write(rope_write_reference, turn),
     }
     bars = {"share": 1 / 1.5} if batch > 32 else {}  # decoding touches a line of 64 bytes for every 4 of a key
-    return Case(f"{dim}", batch, calls, [Row("rope_write", "kernel", "copy", moved, ["torch"], bars)])
+    return Case(f"{dim}", batch, calls, [Row("rope_write", "own", "copy", moved, ["torch"], bars)])
 
 
 def _sample_cases(threads: int) -> Iterator[Case]:
@@ -281,10 +281,10 @@ def _sample_cases(threads: int) -> Iterator[Case]:
             logits[:, :50] += torch.linspace(12, 6, 50)
         rules = _rules(batch, vocab, temperature, top_p)
         calls = {
-            "kernel": lambda turn, logits=logits, rules=rules: ops.sample_rows(logits, rules, threads),
+            "own": lambda turn, logits=logits, rules=rules: ops.sample_rows(logits, rules, threads),
             "torch": lambda turn, logits=logits, rules=rules: sample_reference(logits, rules),
         }
-        row = Row("sample", "kernel", "read", 4 * logits.nbytes, ["torch"])
+        row = Row("sample", "own", "read", 4 * logits.nbytes, ["torch"])
         yield Case(f"{kind}, temperature {temperature}, top-p {top_p}", batch, calls, [row])
 
 

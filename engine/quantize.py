@@ -1,7 +1,7 @@
 """int8 for sampling, and what it costs.
 
 `LLM(model, quantization="int8")` rounds matrices to 8 bits, one scale for each output, and the rows they are multiplied
-with to 8 bits in groups of neighbours (kernels/linear.py). `quantization_error` tells how far the model's next-token
+with to 8 bits in groups of neighbours (kernels/linear_int8.py). `quantization_error` tells how far the model's next-token
 distributions move by that: a quarter of the weights' bytes is not free, and how much it costs depends on the model.
 """
 
@@ -56,7 +56,7 @@ def quantization_error(
                 for h, packed in zip(hidden, (own, rounded), strict=True)
             )
             following = tokens[start + 1 : start + 1 + len(p)]
-            moved = torch.zeros(len(p), dtype=torch.float64).fill_(torch.nan)
+            moved = torch.full((len(p),), torch.nan, dtype=torch.float64)
             each = torch.arange(len(following))
             moved[: len(following)] = (p[each, following] - q[each, following]).abs()
             parts.append(torch.stack([(p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).double(), moved]))

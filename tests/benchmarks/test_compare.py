@@ -134,8 +134,10 @@ def test_bytes_of_decode_steps_by_hand():
     workload, config = COMPARED["single"](0, 1.0), MODEL.config
     weights = sum(p.numel() for name, p in MODEL.named_parameters() if p.dim() == 2 and name != "embed")
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * sum(range(129, 256))
-    assert decode_bytes(MODEL, workload, "float32") == 4 * (127 * weights + cache)
-    assert decode_bytes(MODEL, workload, "int8") == 127 * weights + 2 * cache
+    assert decode_bytes(MODEL, workload, "selfreward", "float32") == 4 * (127 * weights + cache)
+    assert decode_bytes(MODEL, workload, "selfreward", "int8") == 127 * weights + 4 * cache
+    assert decode_bytes(MODEL, workload, "vllm", "bfloat16") == 2 * (127 * weights + cache)
+    assert decode_bytes(MODEL, workload, "llamacpp", "float32") == 4 * 127 * weights + 2 * cache
 
 
 def test_quantiles():

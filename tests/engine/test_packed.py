@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine import ops
 from engine.checkpoint import hf_tensors, load_checkpoint, save_checkpoint
 from engine.errors import InputError
 from engine.llm import LLM
@@ -62,6 +63,13 @@ def test_a_live_models_weights_are_copied_once_and_again_after_an_update():
     assert torch.equal(packed(x, model.head), 2 * before)
     packed.clear()
     assert packed.bytes() == 0 and not any(given_up(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_packing_refuses_other_dtypes(dtype, quantization):
+    with pytest.raises(InputError, match=rf"{dtype}; expected torch.float32 or torch.bfloat16"):
+        ops.pack_linear(torch.zeros(3, 4, dtype=dtype), quantization)
 
 
 @pytest.mark.parametrize(("dtype", "quantization"), KINDS)
