@@ -70,7 +70,7 @@ class Probes:
 
     def rate(self, limit: str) -> float:
         if limit == "fma":
-            return _C.probe_fma(50_000, self.threads) * 1e9
+            return _C.probe_fma(1_000_000, self.threads) * 1e9  # 1.3 ms: a sleeping thread takes 0.1 to join
         if limit == "read":
             return _C.probe_read(self.memory, self.threads) * 1e9
         started = time.perf_counter()
