@@ -38,6 +38,7 @@ ROWS = (1, 4, 8, 16, 32, 64, 128, 512)
 HEADS = ((12, 64), (32, 128))  # heads, head dim
 PAGES = (torch.float32,)
 BLOCK = 64
+SETTLE = 0.01  # seconds: torch's threads wait for more work by spinning before they sleep, on a core that is wanted
 SECONDS = 0.5  # of a case at least, and at least three turns
 
 
@@ -91,12 +92,17 @@ def _run(case: Case, probes: Probes) -> Iterator[dict[str, Any]]:
     rates: dict[str, list[float]] = {row.limit: [] for row in case.rows}
     for call in case.calls.values():
         call(0)
+    first = next(iter(case.calls.values()))
     began = time.perf_counter()
     for turn in itertools.count(1):
         for name, call in case.calls.items():
             started = time.perf_counter()
             call(turn)
             seconds[name].append(time.perf_counter() - started)
+            if name == "torch" and probes.threads > 1:
+                time.sleep(SETTLE)
+                probes.rate("fma")  # what comes next does not begin on cores that slept
+                first(turn + 7)
         if turn % 2 and turn < 18:
             for limit, found in rates.items():
                 found.append(probes.rate(limit))
