@@ -13,6 +13,7 @@
 
 #include "chunk_attention.h"
 #include "dropout.h"
+#include "embed.h"
 #include "gumbel.h"
 #include "linear.h"
 #include "linear_bf16.h"
@@ -57,6 +58,16 @@ void check(const char* name, const py::array& array, const std::vector<py::ssize
     throw py::value_error(std::string(name) + " has strides " +
                           shape_text({array.strides(), array.strides() + array.ndim()}) +
                           " bytes; expected a C-contiguous array");
+}
+
+// As check, for numbers that are fp32 or, as uint16, the bits of bf16: whether they are bf16.
+bool check_bf16(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
+  const bool bf16 = array.dtype().equal(py::dtype::of<uint16_t>());
+  if (!bf16 && !array.dtype().equal(py::dtype::of<float>()))
+    throw py::value_error(std::string(name) + " has dtype " + std::string(py::str(array.dtype())) +
+                          "; expected float32, or uint16 for the bits of bfloat16");
+  bf16 ? check<uint16_t>(name, array, shape) : check<float>(name, array, shape);
+  return bf16;
 }
 
 // fp32 of `shape`, whose rows (the first index) are contiguous and may lie apart: the floats from a row to the next.
@@ -173,13 +184,13 @@ int64_t check_panels(const py::array& packed, const std::vector<py::ssize_t>& in
 void linear_pack(const py::array& weight, py::array& packed, int64_t first) {
   check<float>("weight", weight, {-1, -1});
   const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
-  const int64_t panels = check_panels<float>(packed, {depth, selfreward::kPanel}, first, outputs);
+  check_panels<float>(packed, {depth, selfreward::kPanel}, first, outputs);
   check_written("packed", packed);
   check_apart("weight", weight, "packed", packed);
   const auto* from = static_cast<const float*>(weight.data());
   auto* to = static_cast<float*>(packed.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear_pack(from, outputs, depth, first, panels, to);
+  selfreward::linear_pack(from, outputs, depth, first, to);
 }
 
 void linear_unpack(const py::array& packed, py::array& weight, int64_t first) {
@@ -225,13 +236,13 @@ void linear(const py::array& x, const py::array& packed, py::array& out, int thr
 void linear_pack_bf16(const py::array& weight, py::array& packed, int64_t first) {
   check<uint16_t>("weight", weight, {-1, -1});
   const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
-  const int64_t panels = check_panels<uint16_t>(packed, {(depth + 1) / 2, selfreward::kPanel, 2}, first, outputs);
+  check_panels<uint16_t>(packed, {(depth + 1) / 2, selfreward::kPanel, 2}, first, outputs);
   check_written("packed", packed);
   check_apart("weight", weight, "packed", packed);
   const auto* from = static_cast<const uint16_t*>(weight.data());
   auto* to = static_cast<uint16_t*>(packed.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear_pack_bf16(from, outputs, depth, first, panels, to);
+  selfreward::linear_pack_bf16(from, outputs, depth, first, to);
 }
 
 void linear_unpack_bf16(const py::array& packed, py::array& weight, int64_t first) {
@@ -275,7 +286,7 @@ void linear_pack_int8(const py::array& weight, py::array& packed, py::array& sca
   auto* to = static_cast<uint8_t*>(packed.mutable_data());
   auto* scale = static_cast<float*>(scales.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear_pack_int8(from, outputs, depth, first, panels, to, scale);
+  selfreward::linear_pack_int8(from, outputs, depth, first, to, scale);
 }
 
 void linear_int8(const py::array& x, const py::array& packed, const py::array& scales, py::array& out, int threads,
@@ -305,8 +316,40 @@ void rms_norm(const py::array& x, const py::array& weight, float eps, py::array&
   check_threads(threads);
   const selfreward::RmsNormRows run = find_level(selfreward::rms_norm_level, level).run;
   const selfreward::RmsNormArguments arguments{static_cast<const float*>(x.data()),
+                                               nullptr,
                                                static_cast<const float*>(weight.data()),
+                                               nullptr,
                                                static_cast<float*>(out.mutable_data()),
+                                               rows,
+                                               dim,
+                                               eps};
+  py::gil_scoped_release release;
+  selfreward::rms_norm(arguments, threads, run);
+}
+
+void add_rms_norm(const py::array& x, const py::array& branch, const py::array& weight, float eps, py::array& out_sum,
+                  py::array& out_norm, int threads, const std::string& level) {
+  check<float>("x", x, {-1, -1});
+  const py::ssize_t rows = x.shape(0), dim = x.shape(1);
+  check<float>("branch", branch, {rows, dim});
+  check<float>("weight", weight, {dim});
+  check<float>("out_sum", out_sum, {rows, dim});
+  check<float>("out_norm", out_norm, {rows, dim});
+  const std::pair<const char*, const py::array*> outputs[] = {{"out_sum", &out_sum}, {"out_norm", &out_norm}};
+  for (const auto& [name, out] : outputs) {
+    check_written(name, *out);
+    check_apart("x", x, name, *out);
+    check_apart("branch", branch, name, *out);
+    check_apart("weight", weight, name, *out);
+  }
+  check_apart("out_sum", out_sum, "out_norm", out_norm);
+  check_threads(threads);
+  const selfreward::RmsNormRows run = find_level(selfreward::rms_norm_level, level).run;
+  const selfreward::RmsNormArguments arguments{static_cast<const float*>(x.data()),
+                                               static_cast<const float*>(branch.data()),
+                                               static_cast<const float*>(weight.data()),
+                                               static_cast<float*>(out_sum.mutable_data()),
+                                               static_cast<float*>(out_norm.mutable_data()),
                                                rows,
                                                dim,
                                                eps};
@@ -507,6 +550,27 @@ void check_ragged(const char* offsets_name, const int64_t* offsets, int64_t rows
              "0 or more and below " + std::to_string(width) + ", the columns of logits");
 }
 
+void embed(const py::array& tokens, const py::array& table, py::array& out, int threads, const std::string& level) {
+  check<int64_t>("tokens", tokens, {-1});
+  const bool bf16 = check_bf16("table", table, {-1, -1});
+  const py::ssize_t rows = tokens.shape(0), vocab = table.shape(0), dim = table.shape(1);
+  check<float>("out", out, {rows, dim});
+  check_written("out", out);
+  check_apart("tokens", tokens, "out", out);
+  check_apart("table", table, "out", out);
+  check_threads(threads);
+  const auto* ids = static_cast<const int64_t*>(tokens.data());
+  for (py::ssize_t row = 0; row < rows; ++row)
+    if (ids[row] < 0 || ids[row] >= vocab)
+      refuse(at("tokens", row), std::to_string(ids[row]),
+             "0 or more and below " + std::to_string(vocab) + ", the rows of table");
+  const selfreward::EmbedRows run = find_level(selfreward::embed_level, level).run;
+  const selfreward::EmbedArguments arguments{ids,  table.data(), bf16, static_cast<float*>(out.mutable_data()),
+                                             rows, dim};
+  py::gil_scoped_release release;
+  selfreward::embed(arguments, threads, run);
+}
+
 double probe_fma(int64_t rounds, int threads, const std::string& level) {
   check_threads(threads);
   if (rounds < 1) refuse("rounds", std::to_string(rounds), "at least 1");
@@ -630,9 +694,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threshold"), py::arg("out"),
         "Fill out [rows, units] bool, True: the unit is kept; segments uint64 [rows], positions uint32 [rows].");
   m.def("linear_pack", &linear_pack, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
-        "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] fp32,\n"
-        "and zero the lanes behind them in the last panel. So pack the parts of a matrix in ascending order, and after\n"
-        "replacing one that reaches into the last panel pack those behind it again. No other output is touched.");
+        "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] "
+        "fp32;\n"
+        "no other output is touched. What stands behind the last one in its panel reaches no result.");
   m.def("linear_unpack", &linear_unpack, py::arg("packed"), py::arg("weight"), py::arg("first") = 0,
         "Fill weight [outputs, depth] fp32 with the outputs first .. first + outputs of packed [panels, depth, 64].");
   m.def(
@@ -652,17 +716,27 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_int8_levels", &linear_int8_levels, "instruction_levels() of linear_int8.");
   m.def("linear_pack_int8", &linear_pack_int8, py::arg("weight"), py::arg("packed"), py::arg("scales"),
         py::arg("first") = 0,
-        "As linear_pack, into packed uint8 [panels, 16 * ceil(depth / 64), 64, 4] and scales fp32 [64 * panels]; weights\n"
+        "As linear_pack, into packed uint8 [panels, 16 * ceil(depth / 64), 64, 4] and scales fp32 [64 * panels]; "
+        "weights\n"
         "are quantised to 8 bits, one scale for each output.");
-  m.def("linear_int8", &linear_int8, py::arg("x"), py::arg("packed"), py::arg("scales"), py::arg("out"),
-        py::arg("threads"), py::arg("level") = "",
-        "As linear, for weights packed by linear_pack_int8; x is quantised to 8 bits in groups of 64. level: one of\n"
-        "linear_int8_levels(). kernels/linear_int8.py has the numbers and the order of the sums, which all levels keep.\n"
-        "A row of x with a NaN or an infinity gives NaN.");
+  m.def(
+      "linear_int8", &linear_int8, py::arg("x"), py::arg("packed"), py::arg("scales"), py::arg("out"),
+      py::arg("threads"), py::arg("level") = "",
+      "As linear, for weights packed by linear_pack_int8; x is quantised to 8 bits in groups of 64. level: one of\n"
+      "linear_int8_levels(). kernels/linear_int8.py has the numbers and the order of the sums, which all levels keep.\n"
+      "A row of x with a NaN or an infinity gives NaN.");
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"), py::arg("threads"),
         py::arg("level") = "",
         "Fill out [rows, dim] fp32 from x [rows, dim] and weight [dim]. level as in gumbel_noise; neither it nor\n"
         "threads nor the other rows change a row's bits.");
+  m.def(
+      "add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("branch"), py::arg("weight"), py::arg("eps"),
+      py::arg("out_sum"), py::arg("out_norm"), py::arg("threads"), py::arg("level") = "",
+      "Fill out_sum [rows, dim] fp32 with x + branch [rows, dim] and out_norm with what rms_norm makes of it. level,\n"
+      "threads as in rms_norm.");
+  m.def("embed", &embed, py::arg("tokens"), py::arg("table"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
+        "Fill out [rows, dim] fp32 with the rows tokens int64 [rows] of table [vocab, dim], fp32 or, as uint16, the\n"
+        "bits of bf16. level, threads as in rms_norm.");
   m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
         "Fill out [rows, ffn] fp32 from gate_up [rows, 2 * ffn], gate first. level, threads as in rms_norm.");
   m.def(

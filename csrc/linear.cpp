@@ -35,8 +35,8 @@
 
 namespace selfreward {
 
-void linear_pack(const float* w, int64_t outputs, int64_t depth, int64_t first, int64_t panels, float* packed) {
-  pack_units(outputs, depth, first, panels, packed, 0.0f, [=](int64_t o, int64_t k) { return w[o * depth + k]; });
+void linear_pack(const float* w, int64_t outputs, int64_t depth, int64_t first, float* packed) {
+  pack_units(outputs, depth, first, packed, [=](int64_t o, int64_t k) { return w[o * depth + k]; });
 }
 
 void linear_unpack(const float* packed, int64_t outputs, int64_t depth, int64_t first, float* w) {

@@ -1,5 +1,5 @@
-// The sampler's fp32 linear: y[n, o] = sum over k of x[n, k] * w[o, k], the same bits as kernels/linear.py; and what the
-// linears of the other number formats (linear_bf16.h, linear_int8.h) share with it.
+// The sampler's fp32 linear: y[n, o] = sum over k of x[n, k] * w[o, k], the same bits as kernels/linear.py; and what
+// the linears of the other number formats (linear_bf16.h, linear_int8.h) share with it.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@ namespace selfreward {
 
 constexpr int64_t kPanel = 64;  // outputs in one panel of packed weights
 
-// w [outputs, depth] row-major -> the outputs first .. first + outputs of packed [panels, depth, 64]. The lanes behind
-// them in the last of all panels are set to zero.
-void linear_pack(const float* w, int64_t outputs, int64_t depth, int64_t first, int64_t panels, float* packed);
+// w [outputs, depth] row-major -> the outputs first .. first + outputs of packed [panels, depth, 64]; no other lane is
+// touched, and what stands in those behind the last output reaches no result.
+void linear_pack(const float* w, int64_t outputs, int64_t depth, int64_t first, float* packed);
 void linear_unpack(const float* packed, int64_t outputs, int64_t depth, int64_t first, float* w);
 
 // Packed panels are read in units: the next 4 bytes of each of 64 outputs, which are one fp32, two bf16 or four 8-bit

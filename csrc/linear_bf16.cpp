@@ -45,8 +45,10 @@ namespace avx512bf16 {
 #define SELFREWARD_LANES 16
 #define SELFREWARD_BF16_DOT
 #define SELFREWARD_BF16_RATE 130
+// clang-format off: in this order
 #include "math.h"
 #include "linear_bf16_run.h"
+// clang-format on
 }  // namespace avx512bf16
 #pragma GCC pop_options
 
@@ -61,13 +63,11 @@ struct Pair {
 
 }  // namespace
 
-void linear_pack_bf16(const uint16_t* w, int64_t outputs, int64_t depth, int64_t first, int64_t panels,
-                      uint16_t* packed) {
-  pack_units(outputs, (depth + 1) / 2, first, panels, reinterpret_cast<Pair*>(packed), Pair{0, 0},
-             [=](int64_t o, int64_t pair) {
-               const uint16_t* at = w + o * depth + 2 * pair;
-               return Pair{at[0], 2 * pair + 1 < depth ? at[1] : uint16_t(0)};
-             });
+void linear_pack_bf16(const uint16_t* w, int64_t outputs, int64_t depth, int64_t first, uint16_t* packed) {
+  pack_units(outputs, (depth + 1) / 2, first, reinterpret_cast<Pair*>(packed), [=](int64_t o, int64_t pair) {
+    const uint16_t* at = w + o * depth + 2 * pair;
+    return Pair{at[0], 2 * pair + 1 < depth ? at[1] : uint16_t(0)};
+  });
 }
 
 void linear_unpack_bf16(const uint16_t* packed, int64_t outputs, int64_t depth, int64_t first, uint16_t* w) {

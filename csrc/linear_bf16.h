@@ -9,9 +9,9 @@
 
 namespace selfreward {
 
-// w [outputs, depth] -> the outputs first .. first + outputs of packed [panels, ceil(depth / 2), 64, 2], as linear_pack.
-void linear_pack_bf16(const uint16_t* w, int64_t outputs, int64_t depth, int64_t first, int64_t panels,
-                      uint16_t* packed);
+// w [outputs, depth] -> the outputs first .. first + outputs of packed [panels, ceil(depth / 2), 64, 2], as
+// linear_pack.
+void linear_pack_bf16(const uint16_t* w, int64_t outputs, int64_t depth, int64_t first, uint16_t* packed);
 void linear_unpack_bf16(const uint16_t* packed, int64_t outputs, int64_t depth, int64_t first, uint16_t* w);
 
 Level<LinearKernel> linear_bf16_level(int index);

@@ -1,6 +1,6 @@
-// One instruction level's bf16 linear: included by levels.h and, with SELFREWARD_BF16_DOT, for the dot instruction. That
-// instruction takes two bf16 each of x and w, adds first the odd product and then the even one, rounds after each as a
-// fused multiply-add does, and takes and gives numbers below 2^-126 as zero. All levels do the same.
+// One instruction level's bf16 linear: included by levels.h and, with SELFREWARD_BF16_DOT, for the dot instruction.
+// That instruction takes two bf16 each of x and w, adds first the odd product and then the even one, rounds after each
+// as a fused multiply-add does, and takes and gives numbers below 2^-126 as zero. All levels do the same.
 
 constexpr int kRegisters = SELFREWARD_LANES == 16 ? 32 : 8;  // AVX2: two of its 16 are a Vec
 constexpr int64_t kChain = 128;                              // units of two: 256 along the depth

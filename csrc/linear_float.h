@@ -1,5 +1,5 @@
-// Sums of the fp32 and bf16 linears, for linear_panels.h: a chain from zero for each 256 along the depth, chains added in
-// ascending order, the first one as it is.
+// Sums of the fp32 and bf16 linears, for linear_panels.h: a chain from zero for each 256 along the depth, chains added
+// in ascending order, the first one as it is.
 
 using Sum = Vec;
 

@@ -69,8 +69,10 @@ ALWAYS_INLINE Integers dot(const Value& value, const Weights& weights, Integers 
 namespace avx2 {
 #define SELFREWARD_LANES 8
 #define SELFREWARD_INT8_RATE 60
+// clang-format off: in this order
 #include "math.h"
 #include "linear_int8_pairs.h"
+// clang-format on
 
 constexpr int kParts = 2;
 
@@ -96,8 +98,10 @@ ALWAYS_INLINE Integers dot(const Value& value, const Weights& weights, const Int
 #pragma GCC target("avxvnni,avx2,fma")
 namespace avxvnni {
 #define SELFREWARD_INT8_RATE 65
+// clang-format off: in this order
 #include "math.h"
 #include "linear_int8_pairs.h"
+// clang-format on
 
 constexpr int kParts = 1;
 
@@ -178,20 +182,15 @@ float quantise_weights(const float* w, int64_t depth, std::vector<Quad>& to) {
 
 }  // namespace
 
-void linear_pack_int8(const float* w, int64_t outputs, int64_t depth, int64_t first, int64_t panels, uint8_t* packed,
-                      float* scales) {
+void linear_pack_int8(const float* w, int64_t outputs, int64_t depth, int64_t first, uint8_t* packed, float* scales) {
   const int64_t units = (depth + kInt8Group - 1) / kInt8Group * kInt8Group / 4;
   std::vector<Quad> row(size_t(units), Quad{{kZero, kZero, kZero, kZero}});
-  const auto put = [&](int64_t output, float scale) {
+  for (int64_t o = 0; o < outputs; ++o) {
+    const int64_t output = first + o;
+    scales[output] = quantise_weights(w + o * depth, depth, row);
     Quad* to = reinterpret_cast<Quad*>(packed) + output / kPanel * kPanel * units + output % kPanel;
     for (int64_t unit = 0; unit < units; ++unit) to[unit * kPanel] = row[size_t(unit)];
-    scales[output] = scale;
-  };
-  int64_t output = first;
-  for (; output < first + outputs; ++output) put(output, quantise_weights(w + (output - first) * depth, depth, row));
-  if (outputs == 0 || (output - 1) / kPanel != panels - 1) return;
-  row.assign(size_t(units), Quad{{kZero, kZero, kZero, kZero}});
-  for (; output < panels * kPanel; ++output) put(output, 0.0f);
+  }
 }
 
 Level<LinearKernel> linear_int8_level(int index) {

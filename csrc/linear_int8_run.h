@@ -1,6 +1,6 @@
-// One instruction level's 8-bit linear: included by linear_int8.cpp, behind the level's math.h and Integers. Weights are
-// stored with 128 added, which the unsigned operand of the dot instruction wants, so a group's sum starts at
-// -128 * (sum of x) and is exact.
+// One instruction level's 8-bit linear: included by linear_int8.cpp, behind the level's math.h and Integers. Weights
+// are stored with 128 added, which the unsigned operand of the dot instruction wants, so a group's sum starts at -128 *
+// (sum of x) and is exact.
 
 constexpr int kRegisters = SELFREWARD_LANES == 16 ? 32 : 8;  // 8 lanes: two of its 16 are a Vec
 constexpr int64_t kChain = kInt8Group / 4;

@@ -8,19 +8,17 @@
 
 namespace selfreward {
 
-// The outputs first .. first + outputs of packed [panels, units, 64] from unit(output, unit); the lanes behind them in
-// the last of all panels are made `empty`.
+// The outputs first .. first + outputs of packed [panels, units, 64] from unit(output, unit); no other lane is touched.
 template <typename T, typename Unit>
-void pack_units(int64_t outputs, int64_t units, int64_t first, int64_t panels, T* packed, T empty, const Unit& unit) {
+void pack_units(int64_t outputs, int64_t units, int64_t first, T* packed, const Unit& unit) {
   constexpr int64_t kRun = 16;  // a cache line of each output at a time
   const int64_t last = first + outputs;
   for (int64_t start = first / kPanel * kPanel; start < last; start += kPanel) {
-    const int64_t end = start + kPanel == panels * kPanel ? start + kPanel : std::min(last, start + kPanel);
+    const int64_t end = std::min(last, start + kPanel);
     T* panel = packed + start * units;
     for (int64_t run = 0; run < units; run += kRun)
       for (int64_t o = std::max(first, start); o < end; ++o)
-        for (int64_t i = run; i < std::min(run + kRun, units); ++i)
-          panel[i * kPanel + o - start] = o < last ? unit(o - first, i) : empty;
+        for (int64_t i = run; i < std::min(run + kRun, units); ++i) panel[i * kPanel + o - start] = unit(o - first, i);
   }
 }
 

@@ -1,4 +1,4 @@
-// RMSNorm of fp32 rows, as kernels/rms_norm.py has it.
+// RMSNorm of fp32 rows, alone or behind the addition that a residual stream makes, as kernels/rms_norm.py has it.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,9 @@ namespace selfreward {
 
 struct RmsNormArguments {
   const float* x;       // [rows, dim]
+  const float* branch;  // [rows, dim], added to x first; or null
   const float* weight;  // [dim]
+  float* sum;           // [rows, dim]: x + branch, if there is a branch
   float* out;           // [rows, dim]
   int64_t rows, dim;
   float eps;

@@ -175,14 +175,15 @@ def test_nothing_is_read_or_written_outside(rows, outputs, level):
     assert np.isfinite(out).all() and np.isnan(memory[:guard]).all() and np.isnan(memory[-guard:]).all()
 
 
-def test_packed_weights_are_quantised_and_padded_with_zeros_that_are_128():
+def test_packed_weights_are_quantised_and_their_depth_padded_with_zeros_that_are_128():
     weight = normal(130, 70)
     whole, scales = kernel.quantize_weight(torch.from_numpy(weight))
-    padded = np.zeros((192, 128))
+    padded = np.full((192, 128), 77.0 - 128.0)  # as `pack` has made them: nothing else is written
+    padded[:130] = 0.0
     padded[:130, :70] = whole.numpy()
     packed, found = pack(weight)
     np.testing.assert_array_equal(packed - 128.0, padded.reshape(3, 64, 32, 4).transpose(0, 2, 1, 3))
-    np.testing.assert_array_equal(found, np.concatenate([scales.numpy(), np.zeros(62, np.float32)]))
+    np.testing.assert_array_equal(found, np.concatenate([scales.numpy(), np.full(62, np.nan, np.float32)]))
 
 
 @pytest.mark.parametrize("depth", [1, 64, 65])

@@ -28,6 +28,14 @@ LEVEL = pytest.mark.parametrize("level", LEVELS)
 WIDTHS = [1, 7, 16, 17, 127, 768, 4095]
 
 
+@pytest.fixture(autouse=True)
+def threads_share_little():
+    """Else so little work stays on one thread whatever is asked for."""
+    _C.share_little(True)
+    yield
+    _C.share_little(False)
+
+
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -84,6 +92,19 @@ def test_rms_norm_is_as_near_to_float64_as_torch(rows, dim):
     x, weight = normal(rows, dim) * 3, normal(dim, seed=1)
     truth = rms_norm_reference(x.double(), weight.double(), 1e-5)
     within_twice(rms_norm(x, weight), truth, rms_norm_reference(x, weight, 1e-5), 3e-7)
+
+
+@LEVEL
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dim", [1, 7, 16, 127, 129, 768])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 129])
+def test_add_rms_norm_is_one_rounded_sum_and_the_bits_of_its_norm(rows, dim, threads, level):
+    x, branch, weight = normal(rows, dim), normal(rows, dim, seed=1) * 3, normal(dim, seed=2)
+    total, check = guarded((rows, dim))
+    normed = call(_C.add_rms_norm, (rows, dim), x, branch, weight, 1e-5, total, threads=threads, level=level)
+    check()
+    assert same(torch.from_numpy(total), x + branch)
+    assert same(normed, rms_norm(x + branch, weight))
 
 
 @pytest.mark.parametrize("ffn", WIDTHS)
@@ -366,6 +387,25 @@ def refused(kernel, good, name, value, message):
 def test_rms_norm_refuses_a_wrong_argument_by_name(name, value, message):
     good = {"x": zeros(2, 7), "weight": zeros(7), "eps": 1e-5, "out": zeros(2, 7), "threads": 1, "level": ""}
     refused(_C.rms_norm, good, name, value, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("branch", zeros(3, 7), r"branch has shape \[3, 7\]; expected \[2, 7\]"),
+        ("weight", zeros(8), r"weight has shape \[8\]; expected \[7\]"),
+        ("out_sum", zeros(2, 8), r"out_sum has shape \[2, 8\]; expected \[2, 7\]"),
+        ("out_norm", zeros(2, 7, dtype=np.float64), "out_norm has dtype float64; expected float32"),
+        ("threads", 0, "threads is 0; expected at least 1"),
+    ],
+)
+def test_add_rms_norm_refuses_a_wrong_argument_by_name(name, value, message):
+    good = {"x": zeros(2, 7), "branch": zeros(2, 7), "weight": zeros(7), "eps": 1e-5}
+    good |= {"out_sum": zeros(2, 7), "out_norm": zeros(2, 7), "threads": 1}
+    refused(_C.add_rms_norm, good, name, value, message)
+    for first, second in (("out_norm", "out_sum"), ("out_sum", "branch"), ("out_norm", "x")):
+        with pytest.raises(ValueError, match="shares memory with"):
+            _C.add_rms_norm(**(good | {first: good[second]}))
 
 
 @pytest.mark.parametrize(
