@@ -17,3 +17,10 @@
 #define PREFETCH(address) (void)(address)
 #define UNROLL
 #endif
+
+// A hint that the thread waits for another.
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() (void)0
+#endif

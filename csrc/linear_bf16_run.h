@@ -4,6 +4,7 @@
 
 constexpr int kRegisters = SELFREWARD_LANES == 16 ? 32 : 8;  // AVX2: two of its 16 are a Vec
 constexpr int64_t kChain = 128;                              // units of two: 256 along the depth
+constexpr bool kWholeChains = false;
 
 #include "linear_float.h"
 

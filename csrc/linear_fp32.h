@@ -3,6 +3,7 @@
 constexpr int kRegisters = SELFREWARD_LANES == 16 ? 32 : 8;  // AVX2: two of its 16 are a Vec
 constexpr int kParts = 1;
 constexpr int64_t kChain = 256;
+constexpr bool kWholeChains = false;
 
 #include "linear_float.h"
 

@@ -5,6 +5,7 @@
 //   kLanes, kRegisters   outputs in a vector, vectors in the registers
 //   kParts               4-byte pieces of x, and multiplications with a vector of weights, in a unit
 //   kChain               units that are multiplied before a sum is finished: part of the numbers
+//   kWholeChains         whether the units are a multiple of it: a loop of known length
 //   Weights load_weights(at, part), Value load_value(at)      kLanes outputs of a unit, one piece of x for all of them
 //   Sum start(a, row, chain), dot(value, weights, sum)
 //   finish(a, row, chain, sum, total), write(a, output, total, width, out)
@@ -48,7 +49,8 @@ ALWAYS_INLINE void chains(const LinearArguments& a, int64_t row, int64_t first, 
   const char* x = static_cast<const char*>(a.x) + (row * a.units + first) * kParts * kPiece;
   for (int64_t unit = 0; unit < units; unit += kChain)
     tile<R, C, kAhead>(a, row, (first + unit) / kChain, x + unit * kParts * kPiece, w + unit * kUnit,
-                       units - unit < kChain ? units - unit : kChain, ahead + unit * kAhead * kLine, total);
+                       kWholeChains || units - unit > kChain ? kChain : units - unit, ahead + unit * kAhead * kLine,
+                       total);
 }
 
 // A group of R rows, the `group`-th of `groups`, over one block of a panel. As much as this block is fetched, kBlock

@@ -49,8 +49,8 @@ void linear_prepared(const float* x, int64_t depth, int64_t groups, const Linear
     section.x = prepare.to;
     section.x_scales = prepare.scales;
     section.starts = prepare.starts;
-    // About 4 values a nanosecond; as in linear(), another thread pays above 150 microseconds.
-    const bool share = section.rows * depth > 600000 || share_little();
+    // About 5 values a nanosecond; as in linear(), another thread pays above 40 microseconds.
+    const bool share = section.rows * depth > 200000 || share_little();
     const int64_t pieces = share ? std::min<int64_t>(section.rows, 4 * threads) : 1;
     parallel_for(pieces, threads, [&](int64_t i) {
       kernel.prepare(prepare, section.rows * i / pieces, section.rows * (i + 1) / pieces);

@@ -4,10 +4,13 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+#include "compiler.h"
 
 #ifdef __unix__
 #include <pthread.h>
@@ -19,14 +22,26 @@ namespace {
 struct Job {
   const std::function<void(int64_t)>& work;
   const int64_t count;
-  int seats;       // threads that may still join
-  int active = 0;  // threads that joined and have not left
+  int seats;                   // threads that may still join
+  std::atomic<int> active{0};  // threads that joined and have not left
   std::atomic<int64_t> next{0};
 
   void run() {
     for (int64_t i = next++; i < count; i = next++) work(i);
   }
 };
+
+// Returns when `ready` or after a while. Steps of a model call one kernel after another, and a thread that sleeps takes
+// 50 to 100 microseconds to join (virtual machine, idle core), so it looks for the next call a little before it sleeps.
+template <typename Ready>
+void spin(const Ready& ready) {
+  using clock = std::chrono::steady_clock;
+  for (const auto end = clock::now() + std::chrono::microseconds(50); clock::now() < end;)
+    for (int i = 0; i < 16; ++i) {
+      if (ready()) return;
+      PAUSE();
+    }
+}
 
 class Pool {
  public:
@@ -35,11 +50,15 @@ class Pool {
     while (threads_ < job.seats && start()) {
     }
     job_ = &job;
+    ++calls_;
     wake_.notify_all();
     lock.unlock();
     job.run();
     lock.lock();
     if (job_ == &job) job_ = nullptr;
+    lock.unlock();
+    spin([&] { return job.active == 0; });
+    lock.lock();
     left_.wait(lock, [&] { return job.active == 0; });
   }
 
@@ -57,7 +76,14 @@ class Pool {
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return job_ && job_->seats > 0; });
+      const auto open = [&] { return job_ && job_->seats > 0; };
+      if (!open()) {
+        const int64_t calls = calls_;
+        lock.unlock();
+        spin([&] { return calls_ != calls; });
+        lock.lock();
+      }
+      wake_.wait(lock, open);
       Job& job = *job_;
       --job.seats;
       ++job.active;
@@ -68,7 +94,8 @@ class Pool {
     }
   }
 
-  std::mutex mutex_;  // guards all below, and a job's seats and active
+  std::atomic<int64_t> calls_{0};  // of run
+  std::mutex mutex_;               // guards all below, and a job's seats and active
   std::condition_variable wake_, left_;
   Job* job_ = nullptr;  // the latest call's: of calls at the same time the others go on with the threads that they have
   int threads_ = 0;
