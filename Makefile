@@ -53,7 +53,7 @@ lint: $(STAMPS)/test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -c "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
-	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror csrc/*
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror csrc/* tests/csrc/*.cpp tests/csrc/*.h
 
 clean:
 	rm -rf .venv .stamps build dist *.egg-info engine/_C*.so

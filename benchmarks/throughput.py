@@ -9,14 +9,13 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.limits import Limits
 from benchmarks.models import product_flops
-from benchmarks.peers import Peer
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import ABLATED, Workload
 from engine import LLM, Llama, RequestOutput
 
 
@@ -84,36 +83,17 @@ def _check(outputs: list[RequestOutput], workload: Workload) -> None:
             raise AssertionError(f"request {output.index} has answers of {lengths} tokens")
 
 
-def measure(
-    name: str, model: Llama, rounds: int, scale: float, limits: Limits, peers: Sequence[Peer] = ()
-) -> list[dict[str, Any]]:
-    """One row per variant, then one per peer."""
-    peer_seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+def measure(name: str, model: Llama, rounds: int, scale: float, limits: Limits) -> list[dict[str, Any]]:
+    """One row per variant."""
     runs: dict[str, list[Run]] = {variant.name: [] for variant in VARIANTS}
     for number in range(rounds):
-        workload = WORKLOADS[name](number, scale)
+        workload = ABLATED[name](number, scale)
         for variant in VARIANTS[number % len(VARIANTS) :] + VARIANTS[: number % len(VARIANTS)]:
             runs[variant.name].append(run_once(model, variant, workload))
         told = {variant.name: runs[variant.name][-1].first_tokens for variant in VARIANTS if variant.block_size == 64}
         if any(tokens != told["engine"] for tokens in told.values()):
             raise AssertionError("variants with the same block size drew other tokens")
-        for peer in peers:
-            peer_seconds[peer.name].append(peer.run(workload))
-    rows = [_row(variant, runs[variant.name], runs["engine"], model, workload, limits) for variant in VARIANTS]
-    return rows + [_peer_row(peer, peer_seconds[peer.name], runs["engine"], workload) for peer in peers]
-
-
-def _peer_row(peer: Peer, seconds: list[float], engine: list[Run], workload: Workload) -> dict[str, Any]:
-    middle = statistics.median(seconds)
-    return {
-        "workload": workload.name,
-        "peer": peer.name,
-        "version": peer.version,
-        "seconds": middle,
-        "seconds_low_high": [min(seconds), max(seconds)],
-        "time_ratio": statistics.median(s / own.seconds for s, own in zip(seconds, engine, strict=True)),
-        "new_tokens_per_second": workload.new_tokens / middle,
-    }
+    return [_row(variant, runs[variant.name], runs["engine"], model, workload, limits) for variant in VARIANTS]
 
 
 def _row(

@@ -16,6 +16,8 @@
 #include "embed.h"
 #include "gumbel.h"
 #include "linear.h"
+#include "linear_bf16.h"
+#include "linear_int8.h"
 #include "philox.h"
 #include "probe.h"
 #include "rms_norm.h"
@@ -123,11 +125,16 @@ Level find_level(Level (*at)(int), const std::string& name) {
   }
 }
 
-py::list instruction_levels() {
+template <typename Level>
+py::list level_names(Level (*at)(int)) {
   py::list names;
-  for (int i = 0; selfreward::gumbel_level(i).row; ++i) names.append(selfreward::gumbel_level(i).name);
+  for (int i = 0; *at(i).name; ++i) names.append(at(i).name);
   return names;
 }
+
+py::list instruction_levels() { return level_names(selfreward::gumbel_level); }
+py::list linear_bf16_levels() { return level_names(selfreward::linear_bf16_level); }
+py::list linear_int8_levels() { return level_names(selfreward::linear_int8_level); }
 
 void gumbel_noise(const py::array& seeds, const py::array& positions, const py::array& candidates, uint32_t stream,
                   py::array& out, const std::string& level) {
@@ -167,42 +174,142 @@ void dropout_mask(uint64_t key, const py::array& segments, const py::array& posi
     selfreward::dropout_row(key, segment[row], position[row], site, threshold, units, mask + row * units);
 }
 
-void linear_pack(const py::array& weight, py::array& packed) {
+// The number of panels of `packed`, checked to be T, of `inner` shape and to hold `outputs` from the `first` on.
+template <typename T>
+int64_t check_panels(const py::array& packed, const std::vector<py::ssize_t>& inner, int64_t first, int64_t outputs) {
+  std::vector<py::ssize_t> shape{-1};
+  shape.insert(shape.end(), inner.begin(), inner.end());
+  check<T>("packed", packed, shape);
+  if (first < 0) throw py::value_error("first is " + std::to_string(first) + "; expected 0 or more");
+  shape[0] = (first + outputs + selfreward::kPanel - 1) / selfreward::kPanel;
+  if (packed.shape(0) < shape[0])
+    throw py::value_error("packed has shape " + shape_text({packed.shape(), packed.shape() + packed.ndim()}) +
+                          "; expected " + shape_text(shape) + " or more panels for the outputs " +
+                          std::to_string(first) + " to " + std::to_string(first + outputs));
+  return packed.shape(0);
+}
+
+void linear_pack(const py::array& weight, py::array& packed, int64_t first) {
   check<float>("weight", weight, {-1, -1});
   const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
-  check<float>("packed", packed, {(outputs + selfreward::kPanel - 1) / selfreward::kPanel, depth, selfreward::kPanel});
+  check_panels<float>(packed, {depth, selfreward::kPanel}, first, outputs);
   check_written("packed", packed);
   check_apart("weight", weight, "packed", packed);
   const auto* from = static_cast<const float*>(weight.data());
   auto* to = static_cast<float*>(packed.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear_pack(from, outputs, depth, to);
+  selfreward::linear_pack(from, outputs, depth, first, to);
 }
 
-void linear(const py::array& x, const py::array& packed, py::array& out, int threads, const std::string& level) {
-  check<float>("x", x, {-1, -1});
-  const py::ssize_t rows = x.shape(0), depth = x.shape(1);
-  if (depth < 1) throw py::value_error("x has shape " + shape_text({rows, depth}) + "; expected at least one column");
-  check<float>("out", out, {rows, -1});
-  const py::ssize_t outputs = out.shape(1);
-  check<float>("packed", packed, {(outputs + selfreward::kPanel - 1) / selfreward::kPanel, depth, selfreward::kPanel});
-  check_written("out", out);
-  check_apart("x", x, "out", out);
-  check_apart("packed", packed, "out", out);
-  if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + "; expected at least 1");
-  const selfreward::LinearPanels panels = find_level(selfreward::linear_level, level).run;
-  const selfreward::LinearArguments arguments{static_cast<const float*>(x.data()),
-                                              static_cast<const float*>(packed.data()),
-                                              static_cast<float*>(out.mutable_data()),
-                                              rows,
-                                              outputs,
-                                              depth};
+void linear_unpack(const py::array& packed, py::array& weight, int64_t first) {
+  check<float>("weight", weight, {-1, -1});
+  const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
+  check_panels<float>(packed, {depth, selfreward::kPanel}, first, outputs);
+  check_written("weight", weight);
+  check_apart("packed", packed, "weight", weight);
+  const auto* from = static_cast<const float*>(packed.data());
+  auto* to = static_cast<float*>(weight.mutable_data());
   py::gil_scoped_release release;
-  selfreward::linear(arguments, threads, panels);
+  selfreward::linear_unpack(from, outputs, depth, first, to);
 }
 
 void check_threads(int threads) {
   if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + "; expected at least 1");
+}
+
+// x [rows, depth] and out [rows, outputs] of a linear, and of packed all but its units: returned as far as they are
+// known without them.
+selfreward::LinearArguments check_linear(const py::array& x, const py::array& packed, py::array& out, int threads) {
+  check<float>("x", x, {-1, -1});
+  const py::ssize_t rows = x.shape(0), depth = x.shape(1);
+  if (depth < 1) throw py::value_error("x has shape " + shape_text({rows, depth}) + "; expected at least one column");
+  check<float>("out", out, {rows, -1});
+  check_written("out", out);
+  check_apart("x", x, "out", out);
+  check_apart("packed", packed, "out", out);
+  check_threads(threads);
+  return {x.data(), packed.data(), static_cast<float*>(out.mutable_data()), rows, out.shape(1), depth};
+}
+
+py::ssize_t panels_of(py::ssize_t outputs) { return (outputs + selfreward::kPanel - 1) / selfreward::kPanel; }
+
+void linear(const py::array& x, const py::array& packed, py::array& out, int threads, const std::string& level) {
+  const selfreward::LinearArguments arguments = check_linear(x, packed, out, threads);
+  check<float>("packed", packed, {panels_of(arguments.outputs), arguments.units, selfreward::kPanel});
+  const selfreward::LinearPanels panels = find_level(selfreward::linear_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::linear(arguments, threads, panels);
+}
+
+void linear_pack_bf16(const py::array& weight, py::array& packed, int64_t first) {
+  check<uint16_t>("weight", weight, {-1, -1});
+  const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
+  check_panels<uint16_t>(packed, {(depth + 1) / 2, selfreward::kPanel, 2}, first, outputs);
+  check_written("packed", packed);
+  check_apart("weight", weight, "packed", packed);
+  const auto* from = static_cast<const uint16_t*>(weight.data());
+  auto* to = static_cast<uint16_t*>(packed.mutable_data());
+  py::gil_scoped_release release;
+  selfreward::linear_pack_bf16(from, outputs, depth, first, to);
+}
+
+void linear_unpack_bf16(const py::array& packed, py::array& weight, int64_t first) {
+  check<uint16_t>("weight", weight, {-1, -1});
+  const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
+  check_panels<uint16_t>(packed, {(depth + 1) / 2, selfreward::kPanel, 2}, first, outputs);
+  check_written("weight", weight);
+  check_apart("packed", packed, "weight", weight);
+  const auto* from = static_cast<const uint16_t*>(packed.data());
+  auto* to = static_cast<uint16_t*>(weight.mutable_data());
+  py::gil_scoped_release release;
+  selfreward::linear_unpack_bf16(from, outputs, depth, first, to);
+}
+
+void linear_bf16(const py::array& x, const py::array& packed, py::array& out, int threads, const std::string& level) {
+  selfreward::LinearArguments arguments = check_linear(x, packed, out, threads);
+  const int64_t depth = arguments.units;
+  arguments.units = (depth + 1) / 2;
+  check<uint16_t>("packed", packed, {panels_of(arguments.outputs), arguments.units, selfreward::kPanel, 2});
+  const selfreward::LinearKernel kernel = find_level(selfreward::linear_bf16_level, level).run;
+  const auto* rows = static_cast<const float*>(x.data());
+  py::gil_scoped_release release;
+  selfreward::linear_prepared(rows, depth, 0, arguments, threads, kernel);
+}
+
+py::ssize_t int8_units(py::ssize_t depth) {
+  return (depth + selfreward::kInt8Group - 1) / selfreward::kInt8Group * selfreward::kInt8Group / 4;
+}
+
+void linear_pack_int8(const py::array& weight, py::array& packed, py::array& scales, int64_t first) {
+  check<float>("weight", weight, {-1, -1});
+  const py::ssize_t outputs = weight.shape(0), depth = weight.shape(1);
+  const int64_t panels = check_panels<uint8_t>(packed, {int8_units(depth), selfreward::kPanel, 4}, first, outputs);
+  check<float>("scales", scales, {panels * selfreward::kPanel});
+  check_written("packed", packed);
+  check_written("scales", scales);
+  check_apart("weight", weight, "packed", packed);
+  check_apart("weight", weight, "scales", scales);
+  check_apart("packed", packed, "scales", scales);
+  const auto* from = static_cast<const float*>(weight.data());
+  auto* to = static_cast<uint8_t*>(packed.mutable_data());
+  auto* scale = static_cast<float*>(scales.mutable_data());
+  py::gil_scoped_release release;
+  selfreward::linear_pack_int8(from, outputs, depth, first, to, scale);
+}
+
+void linear_int8(const py::array& x, const py::array& packed, const py::array& scales, py::array& out, int threads,
+                 const std::string& level) {
+  selfreward::LinearArguments arguments = check_linear(x, packed, out, threads);
+  const int64_t depth = arguments.units, panels = panels_of(arguments.outputs);
+  arguments.units = int8_units(depth);
+  check<uint8_t>("packed", packed, {panels, arguments.units, selfreward::kPanel, 4});
+  check<float>("scales", scales, {panels * selfreward::kPanel});
+  check_apart("scales", scales, "out", out);
+  arguments.scales = static_cast<const float*>(scales.data());
+  const selfreward::LinearKernel kernel = find_level(selfreward::linear_int8_level, level).run;
+  const auto* rows = static_cast<const float*>(x.data());
+  py::gil_scoped_release release;
+  selfreward::linear_prepared(rows, depth, arguments.units * 4 / selfreward::kInt8Group, arguments, threads, kernel);
 }
 
 void rms_norm(const py::array& x, const py::array& weight, float eps, py::array& out, int threads,
@@ -594,12 +701,38 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout_mask", &dropout_mask, py::arg("key"), py::arg("segments"), py::arg("positions"), py::arg("site"),
         py::arg("threshold"), py::arg("out"),
         "Fill out [rows, units] bool, True: the unit is kept; segments uint64 [rows], positions uint32 [rows].");
-  m.def("linear_pack", &linear_pack, py::arg("weight"), py::arg("packed"),
-        "Fill packed [ceil(outputs / 64), depth, 64] fp32 from weight [outputs, depth] fp32, padded with zeros.");
+  m.def("linear_pack", &linear_pack, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
+        "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] "
+        "fp32;\n"
+        "no other output is touched. What stands behind the last one in its panel reaches no result.");
+  m.def("linear_unpack", &linear_unpack, py::arg("packed"), py::arg("weight"), py::arg("first") = 0,
+        "Fill weight [outputs, depth] fp32 with the outputs first .. first + outputs of packed [panels, depth, 64].");
   m.def(
       "linear", &linear, py::arg("x"), py::arg("packed"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
       "Fill out [rows, outputs] fp32 with x [rows, depth] times the packed weight; kernels/linear.py has the order of\n"
       "the sums. level as in gumbel_noise; neither it nor threads nor the other rows change a row's bits.");
+  m.def("linear_bf16_levels", &linear_bf16_levels, "instruction_levels() of linear_bf16.");
+  m.def("linear_pack_bf16", &linear_pack_bf16, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
+        "As linear_pack, for weight uint16 [outputs, depth], bits of bf16, and packed uint16\n"
+        "[panels, ceil(depth / 2), 64, 2], an odd depth padded with zeros.");
+  m.def("linear_unpack_bf16", &linear_unpack_bf16, py::arg("packed"), py::arg("weight"), py::arg("first") = 0,
+        "As linear_unpack, for packed and weight of linear_pack_bf16.");
+  m.def("linear_bf16", &linear_bf16, py::arg("x"), py::arg("packed"), py::arg("out"), py::arg("threads"),
+        py::arg("level") = "",
+        "As linear, for weights packed by linear_pack_bf16; x is rounded to bf16. level: one of linear_bf16_levels().\n"
+        "kernels/linear_bf16.py has the order of the sums, which all levels keep.");
+  m.def("linear_int8_levels", &linear_int8_levels, "instruction_levels() of linear_int8.");
+  m.def("linear_pack_int8", &linear_pack_int8, py::arg("weight"), py::arg("packed"), py::arg("scales"),
+        py::arg("first") = 0,
+        "As linear_pack, into packed uint8 [panels, 16 * ceil(depth / 64), 64, 4] and scales fp32 [64 * panels]; "
+        "weights\n"
+        "are quantised to 8 bits, one scale for each output.");
+  m.def(
+      "linear_int8", &linear_int8, py::arg("x"), py::arg("packed"), py::arg("scales"), py::arg("out"),
+      py::arg("threads"), py::arg("level") = "",
+      "As linear, for weights packed by linear_pack_int8; x is quantised to 8 bits in groups of 64. level: one of\n"
+      "linear_int8_levels(). kernels/linear_int8.py has the numbers and the order of the sums, which all levels keep.\n"
+      "A row of x with a NaN or an infinity gives NaN.");
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"), py::arg("threads"),
         py::arg("level") = "",
         "Fill out [rows, dim] fp32 from x [rows, dim] and weight [dim]. level as in gumbel_noise; neither it nor\n"

@@ -18,7 +18,8 @@ ALWAYS_INLINE uint32_t reaching(const Vec& a, const Vec& b) {
 
 #include "philox_lanes.h"
 
-constexpr int kFold = 64;    // vectors that a lane adds up in fp32 before its sum goes on in double precision
+constexpr int kFold = 64;  // vectors that a lane adds up in fp32 before its sum goes on in double precision
+constexpr float kLowest = -3.4028234663852886e38f;
 constexpr int kGroups = 16;  // groups of 16 tokens, four Philox blocks each, whose words are made at once
 
 // 16 logits, -inf behind the end.
@@ -62,28 +63,6 @@ ALWAYS_INLINE double weigh(const float* x, int64_t count, float top, float tempe
   return total;
 }
 
-// The same in double precision, for a top-p that must find the right token: 16 lanes, then a tree.
-ALWAYS_INLINE double weigh_exactly(const float* x, int64_t count, double top, double temperature, double* mass,
-                                   float* weight) {
-  const double inverse = 1.0 / temperature;
-  double lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    float logit[kLanes];
-    double y[kLanes];
-    logits_at(x, i, count).store(logit);
-    for (int l = 0; l < kLanes; ++l) y[l] = not_below((double(logit[l]) - top) * inverse);
-    for (int l = 0; l < kLanes; ++l) {
-      const double part = plain_exp(y[l]);
-      mass[i + l] = part;
-      weight[i + l] = float(part);
-      lanes[l] += part;
-    }
-  }
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
-}
-
 // The ids whose value is at least `least`, which is above -inf, ascending; their number.
 ALWAYS_INLINE int64_t collect(const float* values, int64_t count, float least, int32_t* ids) {
   const Vec bound = Vec::broadcast(least);
@@ -112,7 +91,6 @@ ALWAYS_INLINE float reached_by(const float* x, int64_t count, int64_t k, float* 
     store_upto(top, maxima + groups, full);
     groups += full;
   }
-  constexpr float kLowest = -3.4028234663852886e38f;
   return groups < k ? kLowest : larger(kth_largest(maxima, groups, k), kLowest);
 }
 
@@ -126,13 +104,99 @@ struct Row {
   uint32_t position, candidate;
 };
 
+// Two logits between which a nucleus ends.
+struct Bracket {
+  float high, low;
+};
+
+// Where the nucleus likely ends, from fp32 weights added up in buckets of equal logit range. Right or wrong, it changes
+// no result by more than a rounding in double precision.
+ALWAYS_INLINE Bracket likely_bracket(const Row& row, const float* weight, double weight_sum) {
+  constexpr int kBuckets = 1024;
+  // All tokens with less than this hold less than 1 - top_p together: none of them is needed.
+  const double least = (1.0 - row.top_p) * weight_sum / double(row.count) * 0.999;
+  const float width = larger(float(-plain_log(least) * row.temperature / kBuckets), 1e-30f);
+  const Vec top = Vec::broadcast(row.top), scale = Vec::broadcast(1.0f / width), bound = Vec::broadcast(float(least));
+  const Vec last = Vec::broadcast(kBuckets - 1);
+  const Vec round = Vec::broadcast(0x1p23f);  // a sum with it is an integer in the low bits
+  float spill[kLanes];  // places of lighter tokens, one for every lane: additions to the same one wait for each other
+  for (int l = 0; l < kLanes; ++l) spill[l] = float(kBuckets + l);
+  const Vec behind = Vec::load(spill);
+  double buckets[kBuckets + kLanes] = {};
+  for (int64_t i = 0; i < row.count; i += kLanes) {
+    if (!reaching(Vec::load(weight + i), bound)) continue;
+    const Vec place = (top - logits_at(row.x, i, row.count)) * scale;
+    float lane[kLanes];
+    (where_less(place, last, place, behind) + round).store(lane);
+    uint32_t bucket[kLanes];
+    std::memcpy(bucket, lane, sizeof bucket);
+    for (int l = 0; l < kLanes; ++l) buckets[bucket[l] & 0x7FFFFF] += double(weight[i + l]);
+  }
+  int at = 0;
+  for (double before = 0.0; at < kBuckets - 1; before += buckets[at++])
+    if (before + buckets[at] >= row.top_p * weight_sum) break;
+  // The bucket and half of its neighbours.
+  return {at > 0 ? row.top - float(at - 1) * width : row.top,
+          at < kBuckets - 1 ? larger(row.top - float(at + 1) * width, kLowest) : kLowest};
+}
+
+struct Masses {
+  double total, above;  // above: of the tokens likelier than all of the bracket
+  int64_t count;        // of the bracket's tokens, in ids and mass of the scratch
+  double inside;
+};
+
+// Masses in double precision, for a top-p that must find the right token: 16 lanes, then a tree. Also fills
+// scratch.weight. In loops over a block, which vectorise and do not wait for one another.
+ALWAYS_INLINE Masses weigh_exactly(const Row& row, const Bracket& bracket, const SampleScratch& scratch) {
+  constexpr int kBlock = 256;
+  const double inverse = 1.0 / row.temperature, top = row.top;
+  const Vec high = Vec::broadcast(bracket.high), low = Vec::broadcast(bracket.low);
+  double total[kLanes] = {}, above[kLanes] = {}, inside = 0.0;
+  int64_t count = 0;
+  for (int64_t start = 0; start < row.count; start += kBlock) {
+    float logit[kBlock];
+    double part[kBlock];
+    const int size = int(std::min<int64_t>(kBlock, (row.count - start + kLanes - 1) / kLanes * kLanes));
+    for (int i = 0; i < size; i += kLanes) logits_at(row.x, start + i, row.count).store(logit + i);
+    for (int i = 0; i < size; ++i) part[i] = not_below((double(logit[i]) - top) * inverse);
+    for (int i = 0; i < size; ++i) part[i] = plain_exp(part[i]);
+    for (int i = 0; i < size; ++i) scratch.weight[start + i] = float(part[i]);
+    for (int i = 0; i < size; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) total[l] += part[i + l];
+    for (int i = 0; i < size; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) above[l] += logit[i + l] > bracket.high ? part[i + l] : 0.0;
+    for (int i = 0; i < size; i += kLanes) {
+      const Vec x = Vec::load(logit + i);
+      for (uint32_t lanes = reaching(x, low) & reaching(high, x); lanes; lanes &= lanes - 1) {
+        const int l = i + lowest_bit(lanes);
+        scratch.ids[count] = int32_t(start + l);
+        scratch.mass[count++] = part[l];
+        inside += part[l];
+      }
+    }
+  }
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) total[l] += total[l + half], above[l] += above[l + half];
+  return {total[0], above[0], count, inside};
+}
+
+// The last token of the smallest set of likeliest tokens whose mass reaches top_p.
+ALWAYS_INLINE Cut nucleus_cut(const Row& row, const SampleScratch& scratch, double weight_sum) {
+  Masses masses = weigh_exactly(row, likely_bracket(row, scratch.weight, weight_sum), scratch);
+  double target = row.top_p * masses.total;
+  if (masses.above >= target || masses.above + masses.inside < target) {  // it ends elsewhere
+    masses = weigh_exactly(row, {row.top, kLowest}, scratch);
+    target = row.top_p * masses.total;
+  }
+  return cut_at(row.x, {scratch.ids, scratch.mass, masses.count}, target - masses.above, scratch.order);
+}
+
 // Fills scratch.weight and returns the sum of what is kept. `weight_sum`: that of scratch.weight if it is there
 // already, else negative.
 ALWAYS_INLINE double truncate(const Row& row, const SampleScratch& scratch, double weight_sum) {
   const bool by_p = row.top_p < 1.0, by_k = row.top_k > 0 && row.top_k < row.count;
-  if (by_p && !by_k)
-    weight_sum = weigh_exactly(row.x, row.count, row.top, row.temperature, scratch.mass, scratch.weight);
-  else if (weight_sum < 0.0 && row.temperature == 1.0f)
+  if (weight_sum < 0.0 && row.temperature == 1.0f)
     weight_sum = weigh<true, false>(row.x, row.count, row.top, 1.0f, scratch.weight);
   else if (weight_sum < 0.0)
     weight_sum = weigh<true, true>(row.x, row.count, row.top, row.temperature, scratch.weight);
@@ -146,26 +210,19 @@ ALWAYS_INLINE double truncate(const Row& row, const SampleScratch& scratch, doub
     cut.tighten({least, INT32_MAX});
     if (tokens.count > row.top_k) cut.tighten(cut_at(row.x, tokens, double(row.top_k), scratch.order));
   }
-  if (by_p) {
-    double total = weight_sum;
+  if (by_p && by_k) {
+    double total = 0.0;
     int64_t kept = 0;
-    if (by_k) {
-      total = 0.0;
-      for (int64_t i = 0; i < tokens.count; ++i) {
-        const int32_t id = scratch.ids[i];
-        if (row.x[id] < cut.x || (row.x[id] == cut.x && id > cut.id)) continue;
-        scratch.ids[kept] = id;
-        scratch.mass[kept] = plain_exp(not_below((double(row.x[id]) - row.top) / row.temperature));
-        total += scratch.mass[kept++];
-      }
-    } else {
-      // All tokens with less than this hold less than 1 - top_p together: none of them is needed.
-      const double least = (1.0 - row.top_p) * total / double(row.count) * 0.999;
-      kept = collect(scratch.weight, row.count, float(least), scratch.ids);
-      for (int64_t i = 0; i < kept; ++i) scratch.mass[i] = scratch.mass[scratch.ids[i]];
+    for (int64_t i = 0; i < tokens.count; ++i) {
+      const int32_t id = scratch.ids[i];
+      if (row.x[id] < cut.x || (row.x[id] == cut.x && id > cut.id)) continue;
+      scratch.ids[kept] = id;
+      scratch.mass[kept] = plain_exp(not_below((double(row.x[id]) - row.top) / row.temperature));
+      total += scratch.mass[kept++];
     }
-    tokens = {scratch.ids, scratch.mass, kept};
-    cut.tighten(cut_at(row.x, tokens, row.top_p * total, scratch.order));
+    cut.tighten(cut_at(row.x, {scratch.ids, scratch.mass, kept}, row.top_p * total, scratch.order));
+  } else if (by_p) {
+    cut.tighten(nucleus_cut(row, scratch, weight_sum));
   }
   if (row.min_p > 0.0)
     cut.tighten(

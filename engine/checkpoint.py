@@ -14,7 +14,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from engine.checkpoint_hf import HfFiles
 from engine.checkpoint_meta import MetaFiles
 from engine.config import LlamaConfig
 from engine.errors import CheckpointError, InputError
-from engine.model import Block, Llama
+from engine.model import Block, Llama, given_up
 from engine.tokenizer import Tokenizer
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -52,9 +53,15 @@ def read_config(directory: str | Path) -> LlamaConfig:
 
 
 def load_checkpoint(
-    directory: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
+    directory: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    loaded: Callable[[Llama, torch.nn.Parameter], None] | None = None,
 ) -> Llama:
     """A Llama from a directory in HF's or Meta's layout. `dtype=None` keeps the dtype of the files.
+
+    loaded(model, parameter): called with each parameter when it is complete, before the next one takes memory: who packs
+    weights may take it and give its own memory up.
 
     Meta's layout does not tell the longest context: 4096, as Llama 2 was trained, unless params.json has `max_seq_len`.
 
@@ -68,11 +75,20 @@ def load_checkpoint(
         _check_vocabulary(Tokenizer(directory), layout.config)
     layout.check(_shapes(layout.config))
     model = Llama(layout.config, dtype=dtype or layout.dtype, device=device)
-    with torch.no_grad():
-        for name, slot in hf_tensors(model):
-            _fill(slot, layout, name)
-    model.weights_changed()
+    _fill_model(model, layout, loaded)
     return model
+
+
+def reload_checkpoint(
+    model: Llama, directory: str | Path, loaded: Callable[[Llama, torch.nn.Parameter], None] | None = None
+) -> None:
+    """Read the weights of `directory`, which `model` was loaded from, again into parameters whose memory was given up."""
+    shapes = dict(Llama(model.config, device="meta").named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.empty(shapes[name].shape, dtype=parameter.dtype, device=parameter.device)
+    layout = _open_layout(Path(directory))
+    layout.check(_shapes(model.config))
+    _fill_model(model, layout, loaded)
 
 
 def save_checkpoint(
@@ -88,6 +104,8 @@ def save_checkpoint(
     `generation_config` is added to generation_config.json, which otherwise holds the ids of BOS and EOS.
     Raises InputError where the directory cannot be written (full disk, no permission); what stood there before stays.
     """
+    if any(given_up(parameter) for parameter in model.parameters()):
+        raise InputError("the model's matrices are packed for sampling only; save the one that was trained or loaded")
     if model.embed.dtype not in DTYPES:
         raise InputError(f"the model is {model.embed.dtype}; a checkpoint holds fp32, fp16 or bf16: convert it first")
     directory = Path(directory).resolve()  # through a symbolic link: the link stays, what it points to is replaced
@@ -142,6 +160,19 @@ def _shapes(config: LlamaConfig) -> dict[str, torch.Size]:
         return {name: slot.shape for name, slot in hf_tensors(Llama(config, device="meta"))}
 
 
+def _fill_model(
+    model: Llama, layout: Layout, loaded: Callable[[Llama, torch.nn.Parameter], None] | None = None
+) -> None:
+    # A fresh parameter takes memory when it is written, so only those that are kept take any.
+    with torch.no_grad():
+        for _, parts in groupby(hf_rows(model), key=lambda part: id(part[1])):
+            for name, parameter, rows in parts:
+                _fill(parameter[rows], layout, name)
+            if loaded:
+                loaded(model, parameter)
+    model.weights_changed()
+
+
 def _fill(target: torch.Tensor, layout: Layout, name: str) -> None:
     """Copy the tensor of that name, converted to the target's dtype and device."""
     for label, where, values in layout.pieces(name, target.shape):
@@ -160,13 +191,20 @@ def _check_values(label: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         raise CheckpointError(f"{label} reaches {max(-low, high):.3g}, too large for {dtype}; load it as float32")
 
 
-def update_tensors(model: Llama, named_tensors: Mapping[str, torch.Tensor]) -> int:
+def update_tensors(
+    model: Llama,
+    named_tensors: Mapping[str, torch.Tensor],
+    write: Callable[[torch.nn.Parameter, slice, torch.Tensor], None] | None = None,
+) -> int:
     """Copy tensors into a model's parameters, in place, and return its new weight epoch.
 
     Names are HF's (`model.layers.0.self_attn.q_proj.weight`, as in a transformers state dict) or the model's own
     (`blocks.0.attention.qkv`), any part of them. Nothing is written unless all names, shapes and dtypes fit (InputError).
+    write(parameter, rows, tensor): in place of a copy, for weights that are held elsewhere.
     """
-    places = dict(hf_tensors(model)) | dict(model.named_parameters())
+    everything = slice(None)
+    places = {name: (parameter, rows) for name, parameter, rows in hf_rows(model)}
+    places |= {name: (parameter, everything) for name, parameter in model.named_parameters()}
     ignored = {"lm_head.weight"} if model.config.tie_embeddings else set()
     for name, tensor in named_tensors.items():
         if name not in places and name not in ignored:
@@ -174,38 +212,51 @@ def update_tensors(model: Llama, named_tensors: Mapping[str, torch.Tensor]) -> i
             raise InputError(f"the model has no tensor {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-        if name in places and tensor.shape != places[name].shape:
-            raise InputError(f"{name} has shape {list(tensor.shape)}; the model's is {list(places[name].shape)}")
+        if name in places:
+            parameter, rows = places[name]
+            if tensor.shape != parameter[rows].shape:
+                raise InputError(f"{name} has shape {list(tensor.shape)}; the model's is {list(parameter[rows].shape)}")
         if not tensor.is_floating_point():
             raise InputError(f"{name} is {tensor.dtype}; expected a floating-point tensor")
     with torch.no_grad():
         for name, tensor in named_tensors.items():
             if name in places:
-                places[name].copy_(tensor)
+                (write or _copy)(*places[name], tensor)
     return model.weights_changed()
+
+
+def _copy(parameter: torch.nn.Parameter, rows: slice, tensor: torch.Tensor) -> None:
+    parameter[rows].copy_(tensor)
 
 
 def hf_tensors(model: Llama) -> Iterator[tuple[str, torch.Tensor]]:
     """HF's tensor names and the (views of the) parameters that hold them."""
+    for name, parameter, rows in hf_rows(model):
+        yield name, parameter[rows]
+
+
+def hf_rows(model: Llama) -> Iterator[tuple[str, torch.nn.Parameter, slice]]:
+    """HF's tensor names, and which rows of which parameter hold each; the parts of a parameter one after the other."""
     config = model.config
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    yield "model.embed_tokens.weight", model.embed
+    whole = slice(None)
+    yield "model.embed_tokens.weight", model.embed, whole
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         at = f"model.layers.{number}."
         qkv, gate_up = block.attention.qkv, block.mlp.gate_up
-        yield at + "input_layernorm.weight", block.attention_norm.weight
-        yield at + "self_attn.q_proj.weight", qkv[:q]
-        yield at + "self_attn.k_proj.weight", qkv[q : q + kv]
-        yield at + "self_attn.v_proj.weight", qkv[q + kv :]
-        yield at + "self_attn.o_proj.weight", block.attention.o
-        yield at + "post_attention_layernorm.weight", block.mlp_norm.weight
-        yield at + "mlp.gate_proj.weight", gate_up[: config.ffn_dim]
-        yield at + "mlp.up_proj.weight", gate_up[config.ffn_dim :]
-        yield at + "mlp.down_proj.weight", block.mlp.down
-    yield "model.norm.weight", model.norm.weight
+        yield at + "input_layernorm.weight", block.attention_norm.weight, whole
+        yield at + "self_attn.q_proj.weight", qkv, slice(q)
+        yield at + "self_attn.k_proj.weight", qkv, slice(q, q + kv)
+        yield at + "self_attn.v_proj.weight", qkv, slice(q + kv, None)
+        yield at + "self_attn.o_proj.weight", block.attention.o, whole
+        yield at + "post_attention_layernorm.weight", block.mlp_norm.weight, whole
+        yield at + "mlp.gate_proj.weight", gate_up, slice(config.ffn_dim)
+        yield at + "mlp.up_proj.weight", gate_up, slice(config.ffn_dim, None)
+        yield at + "mlp.down_proj.weight", block.mlp.down, whole
+    yield "model.norm.weight", model.norm.weight, whole
     if not config.tie_embeddings:
-        yield "lm_head.weight", model.head
+        yield "lm_head.weight", model.head, whole
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: LlamaConfig) -> None:

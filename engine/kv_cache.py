@@ -152,8 +152,11 @@ class BlockPool:
                     self.free.move_to_end(block, last=False)
 
     def reset(self) -> None:
-        """Forget all content (blocks that are held stay held)."""
+        """Forget all content (blocks that are held stay held). Those that were written come first again: their memory is
+        taken already, where a fresh page costs more than the attention over it."""
         for block in range(1, self.num_blocks):
+            if self.blocks[block].filled and block in self.free:
+                self.free.move_to_end(block, last=False)
             self._forget(block)
 
     # ---- checking ---------------------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ import torch
 from engine import ops
 from engine.answers import Answers, Asked, Drawing, Scoring
 from engine.batch import make_batch
-from engine.checkpoint import load_checkpoint, update_tensors
+from engine.checkpoint import load_checkpoint, reload_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
 from engine.kv_cache import BlockPool
 from engine.model import Llama
+from engine.packed import PackedWeights
 from engine.requests import Prompt, Reader, Request, RequestOutput
 from engine.runner import CpuRunner, Done
 from engine.runner_gpu import GpuRunner, Pending
@@ -36,10 +37,12 @@ from engine.tokenizer import Tokenizer
 class LLM:
     """An offline engine for many candidates per prompt and many prompts with a common beginning.
 
-    model: a directory in HF layout, or a live Llama, whose parameters are used in place; on a CPU the sampler packs a copy
-    of them for its products. kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free
-    memory, of a GPU's nine tenths less what a step takes. max_batch_tokens: rows computed in one step; max_sequences:
-    candidates in flight.
+    model: a directory in HF's or Meta's layout, or a live Llama, whose parameters are used in place. On a CPU products
+    read packed matrices: copies of a live model's; those of a directory are packed as they are read, and nothing else
+    is kept of them. dtype: of weights, keys and values; on a CPU float32 or bfloat16, where activations stay fp32.
+    quantization: "int8", on a CPU: matrices, and the rows they are multiplied with, are rounded to 8 bits.
+    kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free memory, of a GPU's nine tenths
+    less what a step takes. max_batch_tokens: rows computed in one step; max_sequences: candidates in flight.
     """
 
     def __init__(
@@ -58,8 +61,11 @@ class LLM:
         block_size: int = 64,
     ) -> None:
         _check_options(quantization, block_size)
-        self.model = _find_model(model, str(device), str(dtype).removeprefix("torch."))
+        self._packed = PackedWeights(quantization)
+        self.model = _find_model(model, str(device), str(dtype).removeprefix("torch."), self._packed)
         self.device = self.model.embed.device
+        if quantization and self._on_gpu:
+            raise NotBuiltError(f"quantization is {quantization!r}; on a GPU only None is built so far")
         _check_deterministic(deterministic, self.device.type)
         ops.backends(self.device.type)  # a SELFREWARD_BACKEND that nothing has is refused here, not in the first step
         if self._on_gpu and block_size not in GPU_BLOCKS:
@@ -79,7 +85,7 @@ class LLM:
         self._runner = (
             GpuRunner(self.model, block_size, vocab, self.max_model_len)
             if self._on_gpu
-            else CpuRunner(self.model, block_size, vocab)
+            else CpuRunner(self.model, self._packed, block_size, vocab)
         )
         self._stats: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
         blocks = self._block_count(kv_cache_gb)
@@ -191,10 +197,10 @@ class LLM:
             tensors = dict(named_tensors)
         except (TypeError, ValueError):
             raise InputError(f"named_tensors is {named_tensors!r:.60}; expected tensors by name") from None
-        update_tensors(self.model, tensors)
+        update_tensors(self.model, tensors, self._packed.write)
 
     def sleep(self, weights: bool = False) -> None:
-        """Free the KV cache and the packed weights until `wake()`.
+        """Free the KV cache and packed copies of weights until `wake()`.
 
         weights=True: also the weights themselves, if this LLM loaded them and they are unchanged.
         """
@@ -208,16 +214,15 @@ class LLM:
         if weights:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.new_empty(0)
+            self._packed.forget()
         self._asleep = "weights" if weights or self._asleep == "weights" else "cache"
 
     def wake(self) -> None:
         """Take the memory that `sleep` gave back and load the weights if they slept. Awake already: nothing happens."""
         if self._asleep == "weights":
             assert self._source is not None
-            fresh = dict(load_checkpoint(self._source, self.model.embed.dtype, self.device).named_parameters())
-            for name, parameter in self.model.named_parameters():
-                parameter.data = fresh[name].data
-            self._loaded_epoch = self.model.weights_changed()
+            reload_checkpoint(self.model, self._source, self._packed.take)
+            self._loaded_epoch = self.model.weight_epoch
         if self._asleep:
             self._runner.allocate(self._pool.num_blocks)
         self._asleep = None
@@ -469,8 +474,8 @@ def _limit(name: str, value: int | None, default: int, most: int | None = None) 
     return value
 
 
-def _find_model(model: str | Path | Llama, device: str, dtype: str) -> Llama:
-    """The model on its device, loaded there if it is a directory."""
+def _find_model(model: str | Path | Llama, device: str, dtype: str, packed: PackedWeights) -> Llama:
+    """The model on its device, loaded there if it is a directory; on a CPU `packed` takes its matrices."""
     if not isinstance(model, (str, Path, Llama)):
         raise InputError(f"model is {model!r:.60}; expected a Llama or the path of a checkpoint's directory")
     if device.split(":")[0] not in ("auto", "cpu", "cuda"):
@@ -486,7 +491,7 @@ def _find_model(model: str | Path | Llama, device: str, dtype: str) -> Llama:
         _check_cpu_dtype(device, wanted)
         if ":" in device and torch.device(device).index != torch.cuda.current_device():
             raise InputError(f"device is {device!r}; call torch.cuda.set_device of it and give 'cuda'")
-        return load_checkpoint(model, dtype=DTYPES[wanted], device=device)
+        return load_checkpoint(model, DTYPES[wanted], device, packed.take)
     if model.embed.is_cuda and model.embed.device.index != torch.cuda.current_device():
         raise InputError(f"the model is on {model.embed.device}; call torch.cuda.set_device of it first")
     place, found = model.embed.device, str(model.embed.dtype).removeprefix("torch.")
@@ -503,8 +508,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _check_cpu_dtype(device: str, dtype: str) -> None:
-    if device == "cpu" and dtype != "float32":
-        raise NotBuiltError(f"dtype is {dtype!r}; on a CPU sampling runs in float32 so far: load the model as float32")
+    if device == "cpu" and dtype not in ("float32",):
+        raise NotBuiltError(f"dtype is {dtype!r}; on a CPU sampling runs in float32 or bfloat16: load the model as one")
 
 
 def _check_deterministic(deterministic: bool | None, device: str) -> None:
@@ -519,8 +524,8 @@ def _check_deterministic(deterministic: bool | None, device: str) -> None:
 
 
 def _check_options(quantization: str | None, block_size: int) -> None:
-    if quantization is not None:
-        raise NotBuiltError(f"quantization is {quantization!r}; only None is built so far")
+    if quantization not in (None, "int8"):
+        raise InputError(f"quantization is {quantization!r}; expected None or 'int8'")
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
         raise InputError(f"block_size is {block_size!r}; expected a positive number of tokens")
 

@@ -4,7 +4,7 @@ Shapes: N = rows (tokens, packed without padding), H = query heads, G = key/valu
 What differs between training and sampling comes in as arguments of `Llama.forward`:
   attend(layer, q [N, H, D], k [N, G, D], v [N, G, D], cos, sin [N, D/2]) -> [N, H, D]
       turns q and k by their positions, then tree attention, or write-pages-and-fold-chunks
-  kernels: linear(x [N, in], weight [out, in]) -> [N, out], rms_norm, swiglu
+  kernels: embed, linear(x [N, in], weight [out, in]) -> [N, out], rms_norm, swiglu
       differentiable ones, or ones that give a row the same bits for any number of rows
   dropout(site, x [N, dim]) -> [N, dim]
       nothing but in training; site 0 is the embedding, 2 * layer + 1 and 2 * layer + 2 what attention and MLP add to the
@@ -31,13 +31,14 @@ Dropout = Callable[[int, torch.Tensor], torch.Tensor]
 class Kernels(NamedTuple):
     """The operations of a forward that the sampler has versions of its own of."""
 
+    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens [N], weight [vocab, dim]
     linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # x, weight, eps
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, branch, weight, eps -> their sum, its norm
     swiglu: Callable[[torch.Tensor], torch.Tensor]  # [N, 2 * ffn], gate first
 
 
-TRAINING = Kernels(F.linear, ops.rms_norm, ops.add_rms_norm, ops.swiglu)
+TRAINING = Kernels(F.embedding, F.linear, ops.rms_norm, ops.add_rms_norm, ops.swiglu)
 
 
 def keep(site: int, x: torch.Tensor) -> torch.Tensor:
@@ -154,7 +155,11 @@ class Llama(nn.Module):
     ) -> torch.Tensor:
         """tokens [N] int64, positions [N] int64 -> hidden states after the last norm [N, dim]. The head is the caller's:
         `token_logprobs(hidden, model.head, targets)`, or `kernels.linear(hidden, model.head)` for logits [N, vocab]."""
-        x = dropout(0, F.embedding(tokens, self.embed))  # [N, dim]
+        if kernels is TRAINING and any(map(given_up, self.blocks[0].parameters())):
+            raise InputError(
+                "this model's matrices were packed for sampling and given up: load_checkpoint gives one to train or score"
+            )
+        x = dropout(0, kernels.embed(tokens, self.embed))  # [N, dim]
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [N, D/2]
         branch = None
         for layer, block in enumerate(self.blocks):
@@ -195,6 +200,15 @@ class Llama(nn.Module):
                 "torch.inference_mode()"
             )
         return [parameter._version for parameter in self.parameters()]
+
+
+def given_up(parameter: torch.Tensor) -> bool:
+    """Whether a weight's memory was given up for a packed copy: its shape is left, over one NaN."""
+    return parameter.numel() > 1 and not any(parameter.stride())
+
+
+def give_up(parameter: torch.nn.Parameter) -> None:
+    parameter.data = torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
 
 def rope_tables(config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,8 +20,10 @@ from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 import engine._C as _C
 from engine.errors import InputError
@@ -31,6 +33,8 @@ from engine.kernels import flash as _flash
 from engine.kernels import gumbel as _gumbel
 from engine.kernels import jit as _jit
 from engine.kernels import linear as _linear
+from engine.kernels import linear_bf16 as _linear_bf16
+from engine.kernels import linear_int8 as _linear_int8
 from engine.kernels import linear_logprob as _logprob
 from engine.kernels import rms_norm as _rms_norm
 from engine.kernels import rope as _rope
@@ -125,6 +129,20 @@ def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads:
     return out
 
 
+def _native_add_rms_norm(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, threads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, out = torch.empty(x.shape, dtype=torch.float32), torch.empty(x.shape, dtype=torch.float32)
+    _C.add_rms_norm(_array(x), _array(branch), _array(weight), eps, total.numpy(), out.numpy(), threads)
+    return total, out
+
+
+def _native_embed(tokens: torch.Tensor, table: torch.Tensor, threads: int) -> torch.Tensor:
+    out = torch.empty(len(tokens), table.shape[1], dtype=torch.float32)
+    _C.embed(_array(tokens), _array(table), out.numpy(), threads)
+    return out
+
+
 def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
     rows, width = gate_up.shape
     out = torch.empty(rows, width // 2, dtype=torch.float32)
@@ -141,7 +159,7 @@ def _native_chunk_attention(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    pages = key_pages.detach().numpy(), value_pages.detach().numpy()  # never copied: not contiguous is an error
+    pages = _view(key_pages), _view(value_pages)  # not contiguous is an error
     _C.chunk_attention(_array(q), *pages, _array(items), _array(positions), out.numpy(), threads)
     return out
 
@@ -159,8 +177,8 @@ def _native_rope_write(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    rows = q.detach().numpy(), k.detach().numpy(), v.detach().numpy()  # views of one tensor: only rows are contiguous
-    pages = key_pages.detach().numpy(), value_pages.detach().numpy()
+    rows = _view(q), _view(k), _view(v)  # views of one tensor: only rows are contiguous
+    pages = _view(key_pages), _view(value_pages)
     _C.rope_write(*rows, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
     return out
 
@@ -177,7 +195,16 @@ def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draw
 
 
 def _array(x: torch.Tensor) -> Any:
-    return x.detach().contiguous().numpy()
+    """As numpy has it, bf16 as its bits; copied if it is not contiguous. Called some 400 times a step: 12 layers in 0.3
+    ms, where detach() and contiguous() without need took 0.6."""
+    return _view(x if x.is_contiguous() else x.contiguous())
+
+
+def _view(x: torch.Tensor) -> Any:
+    """As `_array`, but never a copy: for what is written, and rows that lie apart."""
+    if x.requires_grad:
+        x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,21 +233,52 @@ def _flash_why_not(name: str, case: Case) -> str | None:
 
 
 class PackedWeight(NamedTuple):
-    """A linear's weight as `linear` wants it: panels of 64 outputs for the native backend, itself for the other."""
+    """A linear's weight as its op wants it: panels of 64 outputs for the native backends, itself for the references."""
 
-    weight: torch.Tensor  # [outputs, depth]
-    panels: torch.Tensor | None  # [ceil(outputs / 64), depth, 64]
+    op: str  # "linear", "linear_bf16" or "linear_int8"
+    outputs: int
+    weight: torch.Tensor | None  # [outputs, depth]; None: only the panels are there
+    panels: NDArray[Any] | None  # [ceil(outputs / 64), ...], as csrc/linear.h has them
+    scales: NDArray[np.float32] | None = None  # [ceil(outputs / 64) * 64], of int8
+
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in (self.panels, self.scales) if x is not None)
 
 
 def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None
-    out = torch.empty(len(x), len(packed.weight), dtype=torch.float32)
-    _C.linear(x.contiguous().numpy(), packed.panels.numpy(), out.numpy(), threads)
+    out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
+    _C.linear(_array(x), packed.panels, out.numpy(), threads)
+    return out
+
+
+def _native_linear_bf16(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    assert packed.panels is not None
+    out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
+    _C.linear_bf16(_array(x), packed.panels, out.numpy(), threads)
+    return out
+
+
+def _native_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    assert packed.panels is not None and packed.scales is not None
+    out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
+    _C.linear_int8(_array(x), packed.panels, packed.scales, out.numpy(), threads)
     return out
 
 
 def _torch_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    assert packed.weight is not None
     return F.linear(x, packed.weight)
+
+
+def _torch_linear_bf16(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    assert packed.weight is not None
+    return _linear_bf16.linear_bf16_reference(x, packed.weight)
+
+
+def _torch_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
+    assert packed.weight is not None
+    return _linear_int8.linear_int8_reference(x, packed.weight)
 
 
 OPS: dict[str, tuple[Backend, ...]] = {
@@ -249,6 +307,15 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", _triton, _without_threads(_rms_norm.rms_norm)),
         Backend("native", _native_fp32, _native_rms_norm),
         Backend("torch", _always, _without_threads(_rms_norm.rms_norm_reference)),
+    ),
+    "add_rms_norm_rows": (
+        Backend("triton", _triton, _without_threads(_rms_norm.add_rms_norm)),
+        Backend("native", _native_fp32, _native_add_rms_norm),
+        Backend("torch", _always, _without_threads(_rms_norm.add_rms_norm_reference)),
+    ),
+    "embed_rows": (
+        Backend("native", _native, _native_embed),
+        Backend("torch", _always, _without_threads(lambda tokens, table: F.embedding(tokens, table).float())),
     ),
     "swiglu_rows": (
         Backend("triton", _triton, _without_threads(_swiglu.swiglu)),
@@ -279,6 +346,14 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "linear": (
         Backend("native", _native, _native_linear),
         Backend("torch", _always, _torch_linear),
+    ),
+    "linear_bf16": (
+        Backend("native", _native, _native_linear_bf16),
+        Backend("torch", _always, _torch_linear_bf16),
+    ),
+    "linear_int8": (
+        Backend("native", _native, _native_linear_int8),
+        Backend("torch", _always, _torch_linear_int8),
     ),
     "gumbel_noise": (
         Backend("native", _native, _native_gumbel_noise),
@@ -380,10 +455,12 @@ def add_rms_norm_rows(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, threads: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + branch and its norm, with the promise of `rms_norm_rows`."""
-    if x.device.type != "cpu":
-        return add_rms_norm(x, branch, weight, eps)
-    total = x + branch
-    return total, rms_norm_rows(total, weight, eps, threads)
+    return _for_rows("add_rms_norm_rows", x, branch, weight).fn(x, branch, weight, eps, threads)
+
+
+def embed_rows(tokens: torch.Tensor, table: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    """Rows tokens [N] int64 of table [vocab, dim] as fp32 [N, dim]. On a CPU; not differentiable."""
+    return choose("embed_rows", tokens.device.type).fn(tokens, table, threads)
 
 
 def swiglu_rows(gate_up: torch.Tensor, threads: int = 1) -> torch.Tensor:
@@ -479,25 +556,63 @@ def token_logprobs(
     return choose("linear_logprob", hidden.device.type).fn(hidden, weight, targets)
 
 
-def pack_linear(weight: torch.Tensor) -> PackedWeight:
-    """weight [outputs, depth] fp32, packed for `linear`: a copy of its own size where the backend is native."""
+def packs(weight: torch.Tensor) -> bool:
+    """Whether `pack_linear` makes a copy of this weight that needs it no longer."""
+    return choose("linear", weight.device.type).name == "native"
+
+
+def pack_linear(weight: torch.Tensor, quantization: str | None = None) -> PackedWeight:
+    """weight [outputs, depth], packed for `linear`, in its own dtype (fp32, bf16) or as "int8".
+
+    int8: a scale for each output, its largest weight is 127; activations are rounded to 8 bits too, in groups along the
+    depth (kernels/linear.py). `engine/quantize.py` measures what that costs.
+    """
     weight = weight.detach()
-    if weight.dtype != torch.float32:
-        raise InputError(f"the weight of a sampler's linear is {weight.dtype}; expected torch.float32")
-    if choose("linear", weight.device.type).name != "native":
-        return PackedWeight(weight, None)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(
+            f"the weight of a sampler's linear is {weight.dtype}; expected torch.float32 or torch.bfloat16"
+        )
+    op = "linear_int8" if quantization else "linear" if weight.dtype == torch.float32 else "linear_bf16"
     outputs, depth = weight.shape
-    panels = torch.empty(-(-outputs // _linear.PANEL), depth, _linear.PANEL)
-    _C.linear_pack(weight.contiguous().numpy(), panels.numpy())
-    return PackedWeight(weight, panels)
+    if choose(op, weight.device.type).name != "native":
+        return PackedWeight(op, outputs, weight, None)
+    count = -(-outputs // _linear.PANEL)
+    panels: NDArray[Any]
+    scales = None
+    if op == "linear":
+        panels = np.empty((count, depth, _linear.PANEL), np.float32)
+    elif op == "linear_bf16":
+        panels = np.empty((count, -(-depth // 2), _linear.PANEL, 2), np.uint16)
+    else:
+        padded = -(-depth // _linear_int8.GROUP) * _linear_int8.GROUP
+        panels = np.empty((count, padded // 4, _linear.PANEL, 4), np.uint8)
+        scales = np.empty(count * _linear.PANEL, np.float32)
+    panels[-1].fill(0)  # what stands behind the last output is not used, but a subnormal number there would take time
+    packed = PackedWeight(op, outputs, None, panels, scales)
+    repack_linear(packed, weight)
+    return packed
+
+
+def repack_linear(packed: PackedWeight, weight: torch.Tensor, first: int = 0) -> None:
+    """Replace the outputs from `first` on by weight [rows, depth] of any floating-point dtype."""
+    assert packed.panels is not None
+    panels = packed.panels
+    if packed.op == "linear_bf16":
+        _C.linear_pack_bf16(_array(weight.to(torch.bfloat16)), panels, first)
+    elif packed.op == "linear":
+        _C.linear_pack(_array(weight.float()), panels, first)
+    else:
+        assert packed.scales is not None
+        _C.linear_pack_int8(_array(weight.float()), panels, packed.scales, first)
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Tensor:
-    """x [N, depth] fp32 times the weight -> [N, outputs]. A row's bits depend neither on the other rows nor on `threads`.
+    """x [N, depth] fp32 times the weight -> [N, outputs] fp32. A row's bits depend neither on the other rows nor on
+    `threads`.
 
-    Not differentiable: for sampling. Only the native backend keeps the promise.
+    Not differentiable: for sampling. Only the native backends keep the promise.
     """
-    return choose("linear", x.device.type).fn(x, packed, threads)
+    return choose(packed.op, x.device.type).fn(x, packed, threads)
 
 
 def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -34,9 +34,8 @@ class Done:
 class CpuRunner:
     """The steps of one `LLM`. vocab: ids from here on are no tokens; seconds: of all operations of the model so far."""
 
-    def __init__(self, model: Llama, block_size: int, vocab: int) -> None:
-        self.model, self.block_size, self.vocab = model, block_size, vocab
-        self.packed = PackedWeights(model)
+    def __init__(self, model: Llama, packed: PackedWeights, block_size: int, vocab: int) -> None:
+        self.model, self.packed, self.block_size, self.vocab = model, packed, block_size, vocab
         self.keys = self.values = torch.empty(0)
         self.drawn = torch.zeros(1, dtype=torch.int64)  # ids of the last step, by query
         self.seconds = 0.0
@@ -46,19 +45,21 @@ class CpuRunner:
         config, size = self.model.config, self.block_size
         pages = (config.n_layers, blocks, config.n_kv_heads)
         # Not cleared, so that memory is taken as it is used: no slot is read before it is written.
-        self.keys = torch.empty(*pages, config.head_dim, size)  # [layers, blocks, G, D, B]
-        self.values = torch.empty(*pages, size, config.head_dim)  # [layers, blocks, G, B, D]
+        dtype = self.model.embed.dtype
+        self.keys = torch.empty(*pages, config.head_dim, size, dtype=dtype)  # [layers, blocks, G, D, B]
+        self.values = torch.empty(*pages, size, config.head_dim, dtype=dtype)  # [layers, blocks, G, B, D]
 
     def release(self) -> None:
-        """Give back the pages and the copies of weights."""
+        """Give back the pages and copies of weights that are held elsewhere too."""
         self.packed.clear()
         self.keys = self.values = torch.empty(0)
 
     def follow_weights(self) -> None:
-        """Packed copies are found by the address of what they were packed from."""
+        """Pack anew what was updated."""
+        self.packed.follow(self.model.weight_epoch)
 
     def packed_bytes(self) -> int:
-        """Memory of the copies of weights."""
+        """Memory of the packed weights."""
         return self.packed.bytes()
 
     def launch(self, batch: Batch, queries: Sequence[Query]) -> Done:

@@ -73,9 +73,9 @@ class Run:
             tokenizer = self.tokenizer
             if path == self.recipe.judge_model and (path / "tokenizer.model").is_file():
                 tokenizer = Tokenizer(path)  # a judge from elsewhere speaks its own vocabulary
-            model = load_checkpoint(path)
             with keys_named():
-                self._loaded = (path, LLM(model, tokenizer=tokenizer, **self.recipe.sampler.model_dump()))
+                settings = self.recipe.sampler.model_dump()
+                self._loaded = (path, LLM(path, tokenizer, device="cpu", dtype="float32", **settings))
         return self._loaded[1]
 
     def fresh(self, path: Path) -> Llama:

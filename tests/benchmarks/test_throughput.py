@@ -1,4 +1,4 @@
-"""The benchmarks' rows: what they count is what the workload says, and every variant draws the same tokens."""
+"""The ablation's rows: what they count is what the workload says, and every variant draws the same tokens."""
 
 import json
 import subprocess
@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from benchmarks.limits import Limits
+from benchmarks.models import MODELS, product_flops
 from benchmarks.throughput import measure
-from benchmarks.workloads import judging, sampling
+from benchmarks.workloads import COMPARED, judging, sampling
+from engine import Llama
 from tests.engine.helpers import random_llama, small_config
 
 MODEL = random_llama(small_config(vocab_size=32000, max_seq_len=1024, dim=32, ffn_dim=64))
@@ -41,6 +43,26 @@ def test_rounds_have_prompts_of_their_own_and_the_rubric_is_shared():
     first, second = judging(0).prompts, judging(1).prompts
     assert len(first) == 48 and first != second
     assert len({tuple(prompt[:256]) for prompt in first}) == 1 and len({tuple(prompt) for prompt in first}) == 48
+
+
+def test_the_loads_that_engines_are_compared_at():
+    loads = {name: make(0, 1.0) for name, make in COMPARED.items()}
+    assert {
+        name: (load.prompt_tokens, load.distinct_prompt_tokens, load.new_tokens) for name, load in loads.items()
+    } == {
+        "sampling": (1024, 1024, 4096),
+        "judging": (4096, 2304, 1536),
+        "prefill": (4096, 4096, 8),
+        "single": (128, 128, 128),
+    }
+    assert {len(params.params) for params in loads.values()} == {1, 8}
+    assert loads["single"].params[0].temperature == 0 and loads["sampling"].params[0].temperature > 0
+
+
+def test_the_model_has_the_products_that_its_speed_is_counted_in():
+    model = Llama(MODELS["110M"])
+    assert product_flops(model) == 2 * 12 * (4 * 768 * 768 + 3 * 768 * 2048)
+    assert model.head.numel() == 32000 * 768
 
 
 @pytest.mark.full

@@ -10,11 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import _C, ops
-from engine.config import LlamaConfig
-from engine.errors import InputError
 from engine.kernels import linear as kernel
-from engine.model import Llama, tree_attend
-from engine.packed import PackedWeights
 
 LEVELS = [
     pytest.param(
@@ -71,11 +67,22 @@ def test_the_references_fma_rounds_the_exact_sum_once():
     assert twice != ours[0]  # or the case by hand tests nothing
 
 
-def test_packed_weights_are_panels_of_64_outputs_padded_with_zeros():
+def test_packed_weights_are_panels_of_64_outputs():
     weight = normal(130, 37)
-    padded = np.zeros((192, 37), np.float32)
+    padded = np.full((192, 37), np.nan, np.float32)  # as `pack` has made them: nothing else is written
     padded[:130] = weight
     np.testing.assert_array_equal(pack(weight), padded.reshape(3, 64, 37).transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("first", [1, 63, 64, 65, 100])
+def test_a_part_is_packed_and_read_at_any_place_and_touches_nothing_else(first):
+    whole, part = normal(300, 37), normal(70, 37, seed=1)
+    packed = pack(whole)
+    _C.linear_pack(part, packed, first)
+    np.testing.assert_array_equal(packed, pack(np.concatenate([whole[:first], part, whole[first + 70 :]])))
+    read = np.full_like(part, np.nan)
+    _C.linear_unpack(packed, read, first)
+    np.testing.assert_array_equal(read, part)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -260,6 +267,13 @@ def test_packing_names_a_wrong_argument():
     _C.linear_pack(weight, packed)
     with pytest.raises(ValueError, match=r"packed has shape \[1, 5, 64\]; expected \[2, 5, 64\]"):
         _C.linear_pack(weight, packed[:1])
+    for run, given in ((_C.linear_pack, (weight, packed)), (_C.linear_unpack, (packed, weight))):
+        with pytest.raises(
+            ValueError, match=r"packed has shape \[2, 5, 64\]; expected \[3, 5, 64\] or more .* 64 to 129"
+        ):
+            run(*given, 64)
+        with pytest.raises(ValueError, match="first is -1; expected 0 or more"):
+            run(*given, -1)
     with pytest.raises(ValueError, match="weight has dtype float64; expected float32"):
         _C.linear_pack(weight.astype(np.float64), packed)
     packed.flags.writeable = False
@@ -276,48 +290,6 @@ def test_the_table_takes_the_native_linear_on_the_cpu():
     assert ops.choose("linear", "cpu").name == "native"
     reason = ops.OPS["linear"][0].why_not(ops.Case("cuda", torch.float32, False))
     assert reason is not None and "cuda" in reason
-
-
-def small_model(seed=0):
-    config = LlamaConfig(vocab_size=70, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=32)
-    return Llama(config).init_weights(seed)
-
-
-@torch.no_grad()
-def test_packed_weights_serve_a_models_forward_and_its_head():
-    model = small_model()
-    packed = PackedWeights(model)
-    tokens, positions = torch.arange(9), torch.arange(9)
-    attend = tree_attend(torch.full((9,), 9))
-    hidden = model(tokens, positions, attend, packed.kernels(threads=2))
-    expected = model(tokens, positions, attend)
-    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-    logits = packed(hidden, model.head)
-    assert torch.equal(logits, torch.from_numpy(reference(hidden.numpy(), model.head.numpy())))
-    widths = {name: p.shape for name, p in model.named_parameters() if p.dim() == 2 and p is not model.embed}
-    assert packed.bytes() == 4 * sum(-(-rows // 64) * 64 * depth for rows, depth in widths.values())
-
-
-@torch.no_grad()
-def test_packed_weights_are_packed_once_and_again_after_an_update(monkeypatch):
-    model, packs = small_model(), []
-    pack_linear = ops.pack_linear
-    monkeypatch.setattr(ops, "pack_linear", lambda weight: packs.append(weight.data_ptr()) or pack_linear(weight))
-    linear, x = PackedWeights(model), torch.from_numpy(normal(3, 32))
-    before = linear(x, model.head)
-    assert torch.equal(linear(x, model.head), before) and len(packs) == 1
-    linear(x, model.head[:10])  # the same address, another shape
-    assert len(packs) == 2
-    model.head.mul_(2)
-    model.weights_changed()
-    assert torch.equal(linear(x, model.head), 2 * before) and len(packs) == 3
-    linear.clear()
-    assert linear.bytes() == 0
-
-
-def test_packing_refuses_other_dtypes():
-    with pytest.raises(InputError, match=r"torch.bfloat16; expected torch.float32"):
-        ops.pack_linear(torch.zeros(3, 4, dtype=torch.bfloat16))
 
 
 def test_work_that_is_shared_out_to_threads_has_the_bits_of_one_thread():
