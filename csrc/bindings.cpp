@@ -61,12 +61,20 @@ void check(const char* name, const py::array& array, const std::vector<py::ssize
 }
 
 // As check, for numbers that are fp32 or, as uint16, the bits of bf16: whether they are bf16.
-bool check_bf16(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
-  const bool bf16 = array.dtype().equal(py::dtype::of<uint16_t>());
-  if (!bf16 && !array.dtype().equal(py::dtype::of<float>()))
+bool check_wide(const char* name, const py::array& array, const std::vector<py::ssize_t>& shape) {
+  const bool fp32 = array.dtype().equal(py::dtype::of<float>());
+  if (!fp32 && !array.dtype().equal(py::dtype::of<uint16_t>()))
     throw py::value_error(std::string(name) + " has dtype " + std::string(py::str(array.dtype())) +
                           "; expected float32, or uint16 for the bits of bfloat16");
-  bf16 ? check<uint16_t>(name, array, shape) : check<float>(name, array, shape);
+  fp32 ? check<float>(name, array, shape) : check<uint16_t>(name, array, shape);
+  return !fp32;
+}
+
+// Pages of keys and values, both fp32 or both bf16: whether they are bf16.
+bool check_pages(const py::array& keys, const py::array& values, py::ssize_t dim) {
+  const bool bf16 = check_wide("key_pages", keys, {-1, -1, dim, -1});
+  const std::vector<py::ssize_t> shape{keys.shape(0), keys.shape(1), keys.shape(3), dim};
+  bf16 ? check<uint16_t>("value_pages", values, shape) : check<float>("value_pages", values, shape);
   return bf16;
 }
 
@@ -412,9 +420,8 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
                      const std::string& level) {
   check<float>("q", q, {-1, -1, -1});
   const py::ssize_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2);
-  check<float>("key_pages", key_pages, {-1, -1, dim, -1});
+  const bool bf16 = check_pages(key_pages, value_pages, dim);
   const py::ssize_t blocks = key_pages.shape(0), groups = key_pages.shape(1), size = key_pages.shape(3);
-  check<float>("value_pages", value_pages, {blocks, groups, size, dim});
   check<int64_t>("items", items, {-1, 4});
   check<int64_t>("positions", positions, {rows});
   check<float>("out", out, {rows, heads, dim});
@@ -431,8 +438,9 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
   check_threads(threads);
   const selfreward::ChunkAttentionRun run = find_level(selfreward::chunk_attention_level, level).run;
   const selfreward::ChunkAttentionArguments arguments{static_cast<const float*>(q.data()),
-                                                      static_cast<const float*>(key_pages.data()),
-                                                      static_cast<const float*>(value_pages.data()),
+                                                      key_pages.data(),
+                                                      value_pages.data(),
+                                                      bf16,
                                                       static_cast<const int64_t*>(items.data()),
                                                       static_cast<const int64_t*>(positions.data()),
                                                       static_cast<float*>(out.mutable_data()),
@@ -474,9 +482,8 @@ void rope_write(const py::array& q, const py::array& k, const py::array& v, cons
                 py::array& out, int threads, const std::string& level) {
   check<float>("out", out, {-1, -1, -1});
   const py::ssize_t rows = out.shape(0), heads = out.shape(1), dim = out.shape(2);
-  check<float>("key_pages", key_pages, {-1, -1, dim, -1});
+  const bool bf16 = check_pages(key_pages, value_pages, dim);
   const py::ssize_t blocks = key_pages.shape(0), groups = key_pages.shape(1), size = key_pages.shape(3);
-  check<float>("value_pages", value_pages, {blocks, groups, size, dim});
   const int64_t q_stride = check_rows("q", q, {rows, heads, dim});
   const int64_t k_stride = check_rows("k", k, {rows, groups, dim});
   const int64_t v_stride = check_rows("v", v, {rows, groups, dim});
@@ -500,7 +507,7 @@ void rope_write(const py::array& q, const py::array& k, const py::array& v, cons
   check_apart("key_pages", key_pages, "value_pages", value_pages);
   check_apart("key_pages", key_pages, "out", out);
   check_apart("value_pages", value_pages, "out", out);
-  const selfreward::RopeWriteGroups run = find_level(selfreward::rope_write_level, level).run;
+  const selfreward::RopeWriteRows run = find_level(selfreward::rope_write_level, level).run;
   const selfreward::RopeWriteArguments arguments{static_cast<const float*>(q.data()),
                                                  static_cast<const float*>(k.data()),
                                                  static_cast<const float*>(v.data()),
@@ -509,8 +516,9 @@ void rope_write(const py::array& q, const py::array& k, const py::array& v, cons
                                                  v_stride,
                                                  static_cast<const float*>(cos.data()),
                                                  static_cast<const float*>(sin.data()),
-                                                 static_cast<float*>(key_pages.mutable_data()),
-                                                 static_cast<float*>(value_pages.mutable_data()),
+                                                 key_pages.mutable_data(),
+                                                 value_pages.mutable_data(),
+                                                 bf16,
                                                  static_cast<const int64_t*>(slots.data()),
                                                  static_cast<const int64_t*>(copies.data()),
                                                  static_cast<float*>(out.mutable_data()),
@@ -552,7 +560,7 @@ void check_ragged(const char* offsets_name, const int64_t* offsets, int64_t rows
 
 void embed(const py::array& tokens, const py::array& table, py::array& out, int threads, const std::string& level) {
   check<int64_t>("tokens", tokens, {-1});
-  const bool bf16 = check_bf16("table", table, {-1, -1});
+  const bool bf16 = check_wide("table", table, {-1, -1});
   const py::ssize_t rows = tokens.shape(0), vocab = table.shape(0), dim = table.shape(1);
   check<float>("out", out, {rows, dim});
   check_written("out", out);

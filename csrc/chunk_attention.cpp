@@ -18,75 +18,81 @@
 // Slots that no row of an item sees and pages that no item names are not read: whatever they hold, NaN too, does not
 // reach the result, so fresh pages need no clearing.
 //
-// Loop order: a job is a range of groups and a range of rows, whose states it alone holds, so jobs need no
-// synchronisation; in it items as listed, of an item the groups, then blocks of 32 queries (a row's head): scores of
-// the block, its weights, then its values straight into the states, in tiles of 4 queries. So a page is read from
-// memory once for all rows of its item that are in the job. Where few rows share an item, a job has all groups, because
-// then a page is one stretch of memory; where many do, it has one group, so that it can have many rows. While the first
-// tile of queries works, it asks for the next page, line by line.
+// Items of many rows come first, group by group (chunk_attention_group.h): a job is a group and a range of rows, whose
+// states it alone holds, so jobs need no synchronisation. It folds its items as listed; of an item the page is widened
+// into the first-level cache once, then blocks of 32 queries (a row's head): scores, weights, values into the states.
 //
-// Measured on one thread of an AMD EPYC (family 26, AVX-512), microseconds with the call from Python, 12 heads of 64,
-// pages of 64; before: each row by itself, the same bits. "half": 4 chunks of 8 are shared. Prefill: the last of their
-// context's rows.
-//   rows x context       1 x 512   8 x 512  64 x 512   shared: 8 x 512  48 x 512  64 x 512   half: 64 x 512
-//   before                    31       492     8,825              174     1,001     1,323            4,346
-//   items                     34       378     5,650               95       482       633            2,799
-//   prefill            512 x 512   512 x 2,048   256 x 512, 8 heads in 2 groups   256 x 512, heads and pages of 128
-//   before                 5,607        40,208                            1,591                              10,300
-//   items                  2,846        17,706                            1,364                               3,440
-// Own pages of 64 x 512 are 201 MB: 36 GB/s (a loop that only reads them gets 49 in sequence, 33 in runs of 16 KB,
-// which is what one group of a page is). Two threads with both cores idle: 4,111, shared 64 x 512 373, prefill of 2,048
-// 9,080. One row whose pages are in the cache pays a tenth for asking in advance.
+// Items of few rows (chunk_attention_partial.h) are bound by memory: a page is read once, all groups of it as they lie,
+// K and V of a group in turn, and every line asks for the same line of the next group's. They become partials, spread
+// over the threads item by item, so that one row or one group is enough for all threads; then the partials are folded
+// into the states, in order, by ranges of rows. One thread folds an item at once. A row of both kinds has its items of
+// many rows first, as those who share a chunk share all before it; where a list has it otherwise, the item behind
+// counts as of few.
 //
-// Rejected, times slower with 64 rows of own pages of 512: asking for a page in bursts (1.2 and more), asking for it
-// into the second-level cache only (1.0 to 1.6), two chains side by side for a single query (1.2). All groups in every
-// job: 1.35 times slower for the prefill of 2,048.
+// Measured on one thread of an AMD EPYC (family 26, AVX-512) that was not idle otherwise, pages of 64 out of 600 MB
+// that are in no cache, GB/s of the slots seen, each once; before: the version that folded all items job by job, fp32
+// alone. A loop that reads 600 MB in order got 42 meanwhile, one that reads random runs of 16 KB 19. MHA of 12 heads of
+// 64, but x: 32 of 128; g: 32 of 128 in 8 groups. "8 x 4": 8 prompts of 128 with 4 answers of 1 to 128 each; "8 x 3": 8
+// of 512 with 3 answers of 30. Prefill: GFLOP/s of the last 512 rows of a context, where registers alone give 274.
+//   rows x context    1 x 2,048  32 x 1,024  1 x 2,048 x  8 x 512 x  8 x 1,024 g   8 x 4   8 x 3   prefill 512   2,048
+//   before                 35.9        34.6         30.6       29.3         24.0    26.7    27.0           126     149
+//   fp32                   36.0        34.8         30.1       28.5         24.4    25.5    25.4           147     168
+//   bf16                   31.2        30.7         27.4       26.6         24.0    18.3    18.7           148     169
+// What keeps prefill from the peak: weights 20%, page and queries into place 11%; the products run at 89%.
+//
+// Rejected: a key in one stretch, as values lie, and its page transposed 16 x 16 in registers: writing 32 rows takes 38
+// instead of 97 microseconds, but reading is 1.15 times slower (a page in the cache 1.7 times: the shuffles). All
+// groups of a slot together in memory: 1.6 times slower to read, whichever way it is asked for. All keys of a page,
+// then all values: 1.1. Asking into the second-level cache, or past it: 1.0. Six queries in registers instead of
+// four: 1.0. A thread of its own for a row's state (jobs of rows) leaves threads idle where rows are few.
 
 #include "chunk_attention.h"
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <type_traits>
+#include <vector>
 
+#include "runs.h"
 #include "threads.h"
 
 namespace selfreward {
 namespace {
 
-constexpr int64_t kChain = 16;        // products in one FMA chain: part of the numbers
-constexpr int64_t kLine = 16;         // floats in a cache line
-constexpr int64_t kBlock = 32;        // queries whose scores are held at a time
-constexpr int64_t kStates = 1 << 16;  // floats of a job's queries and states at most: 256 KB, a part of the
-                                      // second-level cache
-constexpr int64_t kShared = 4;        // queries of a group and item on average from which on a job has one group
+constexpr int64_t kChain = 16;          // products in one FMA chain: part of the numbers
+constexpr int64_t kLine = 16;           // floats in a cache line
+constexpr int64_t kBlock = 32;          // queries of a group whose scores are held at a time
+constexpr int64_t kMany = 32;           // rows of an item from which on it is folded group by group
+constexpr int64_t kStates = 1 << 16;    // floats of a job's queries and states at most: 256 KB, a part of the
+                                        // second-level cache
+constexpr int64_t kPartials = 1 << 16;  // floats of partials that wait to be folded, for each thread
 
 // `count` rounded up to whole vectors of 16.
 inline int64_t whole(int64_t count) { return (count + 15) / 16 * 16; }
 
-// What one job needs: rows padded to whole vectors.
-struct Scratch {
-  int64_t width, slots;              // whole(dim), whole(size)
-  float *q, *state;                  // q scaled, sum of weighted values [queries, width]
-  float *state_max, *state_sum;      // [queries]
-  float* scores;                     // then weights [kBlock, slots]
-  float *partial_max, *partial_sum;  // [kBlock]
-  float *kept, *added;               // factors of the state and of the partial [kBlock]
+// What a job of many rows of one group holds; rows are padded to whole vectors.
+struct GroupScratch {
+  int64_t width, slots;          // whole(dim), whole(size)
+  float *keys, *values;          // of a page [width, slots], [slots, width]
+  float *q, *state;              // q scaled, sum of weighted values [queries, width]
+  float *max, *sum;              // of the states [queries]
+  float* scores;                 // then weights [kBlock, slots]
+  float *block_max, *block_sum;  // of the page alone [kBlock]
+  float *kept, *added;           // factors of the state and of the page's values [kBlock]
+  int64_t floats;
 
-  static int64_t floats(const ChunkAttentionArguments& a, int64_t queries) {
-    return 2 * queries * whole(a.dim) + 2 * whole(queries) + kBlock * (whole(a.size) + 4);
-  }
-
-  Scratch(const ChunkAttentionArguments& a, int64_t queries, float* memory)
-      : width(whole(a.dim)), slots(whole(a.size)) {
-    q = memory;
-    state = q + queries * width;
-    state_max = state + queries * width;
-    state_sum = state_max + whole(queries);
-    scores = state_sum + whole(queries);
-    partial_max = scores + kBlock * slots;
-    partial_sum = partial_max + kBlock;
-    kept = partial_sum + kBlock;
-    added = kept + kBlock;
+  GroupScratch(const ChunkAttentionArguments& a, int64_t queries, float* memory)
+      : width(whole(a.dim)), slots(whole(a.size)), floats(0) {
+    const auto take = [&](int64_t count) {
+      floats += whole(count);
+      return memory ? memory + floats - whole(count) : nullptr;
+    };
+    keys = take(width * slots), values = take(slots * width);
+    q = take(queries * width), state = take(queries * width);
+    max = take(queries), sum = take(queries);
+    scores = take(kBlock * slots);
+    block_max = take(kBlock), block_sum = take(kBlock), kept = take(kBlock), added = take(kBlock);
   }
 };
 
@@ -102,36 +108,118 @@ Level<ChunkAttentionRun> chunk_attention_level(int index) { return level_at(inde
 
 namespace {
 
+using Item = ChunkAttentionItem;
+
 inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Groups x rows in parts of at most `groups` x `rows`.
-struct Jobs {
-  int64_t groups, rows;
+// Memory that begins at a cache line; kept by the thread for its next calls, as fresh memory costs a fault a page.
+class Floats {
+ public:
+  float* get(int64_t count) {
+    if (count > count_) memory_.reset(new float[size_t((count_ = count) + kLine)]);
+    const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.get()) / sizeof(float);
+    return memory_.get() + (kLine - at % kLine) % kLine;
+  }
 
-  Jobs(const ChunkAttentionArguments& a, int64_t workers) {
-    int64_t shared = 0;  // rows, over the items
-    for (int64_t i = 0; i < a.item_count; ++i) shared += a.items[4 * i + 3] - a.items[4 * i + 2];
-    const int64_t heads = a.heads / a.groups, row = 2 * heads * whole(a.dim);  // floats of a row and group
-    if (shared * heads < kShared * a.item_count) {
-      const int64_t wanted = workers > 1 ? 2 * workers : 1;
-      rows = std::clamp<int64_t>(kStates / (row * a.groups), 1, divided_up(a.rows, wanted));
-      groups = divided_up(a.groups, divided_up(wanted, divided_up(a.rows, rows)));
-    } else {
-      const int64_t wanted = workers > 1 ? 4 * workers : 1;
-      groups = 1;
-      rows = std::clamp<int64_t>(kStates / row, 1, divided_up(a.rows, divided_up(wanted, a.groups)));
+ private:
+  std::unique_ptr<float[]> memory_;
+  int64_t count_ = 0;
+};
+thread_local Floats job_memory, partial_memory, state_memory;
+
+// What the partials or states of some queries take, and where they lie in memory that has them.
+int64_t state_floats(const ChunkAttentionArguments& a, int64_t queries) {
+  return queries * whole(a.dim) + 2 * whole(queries);
+}
+ChunkAttentionState state_at(int64_t queries, float* memory) {
+  return {memory, memory + whole(queries), memory + 2 * whole(queries)};
+}
+
+// The items of many rows, which come first for all of their rows, and the others, cut to less than kMany rows.
+struct Work {
+  std::vector<Item> many, few;
+  std::unique_ptr<bool[]> unfinished;  // [rows]: has an item among the few
+
+  explicit Work(const ChunkAttentionArguments& a) : unfinished(new bool[size_t(a.rows)]()) {
+    for (int64_t i = 0; i < a.item_count; ++i) {
+      const int64_t* item = a.items + 4 * i;
+      const int64_t first = item[2], last = item[3];
+      bool* begin = unfinished.get() + first;
+      if (last - first >= kMany && std::find(begin, begin + (last - first), true) == begin + (last - first)) {
+        many.push_back({item[0], item[1], first, last});
+        continue;
+      }
+      std::fill(begin, begin + (last - first), true);
+      for (int64_t row = first; row < last; row += kMany - 1)
+        few.push_back({item[0], item[1], row, std::min(last, row + kMany - 1)});
     }
   }
-
-  int64_t count(const ChunkAttentionArguments& a) const {
-    return divided_up(a.groups, groups) * divided_up(a.rows, rows);
-  }
-
-  ChunkAttentionJob at(const ChunkAttentionArguments& a, int64_t index) const {
-    const int64_t ranges = divided_up(a.rows, rows), group = index / ranges * groups, row = index % ranges * rows;
-    return {group, std::min(a.groups, group + groups), row, std::min(a.rows, row + rows)};
-  }
 };
+
+// The rows [first, last) of some items, group by group.
+void fold_many(const ChunkAttentionArguments& a, const Work& work, const ChunkAttentionState& states, int64_t workers,
+               int threads, const ChunkAttentionKernels& kernels) {
+  int64_t first = a.rows, last = 0;
+  for (const Item& item : work.many) first = std::min(first, item.first_row), last = std::max(last, item.last_row);
+  const int64_t heads = a.heads / a.groups, row = 2 * heads * whole(a.dim);  // floats of a row and group
+  const int64_t wanted = workers > 1 ? 4 * workers : 1;
+  const int64_t rows = std::clamp<int64_t>(kStates / row, 1, divided_up(last - first, divided_up(wanted, a.groups)));
+  const int64_t ranges = divided_up(last - first, rows), floats = GroupScratch(a, rows * heads, nullptr).floats;
+  float* const memory = job_memory.get(workers * floats);
+  std::atomic<int64_t> next{0};
+  parallel_for(workers, threads, [&](int64_t worker) {
+    for (int64_t i = next++; i < ranges * a.groups; i = next++) {
+      const int64_t begin = first + i % ranges * rows;
+      kernels.fold_group(a,
+                         {i / ranges, begin, std::min(last, begin + rows), work.many.data(), int64_t(work.many.size()),
+                          work.unfinished.get(), states},
+                         memory + worker * floats);
+    }
+  });
+}
+
+// Partials of as many items as fit are computed by all threads, then folded in order.
+void fold_few(const ChunkAttentionArguments& a, const Work& work, const ChunkAttentionState& states, int64_t workers,
+              int threads, const ChunkAttentionKernels& kernels) {
+  const auto floats_of = [&](const Item& item) { return state_floats(a, (item.last_row - item.first_row) * a.heads); };
+  const int64_t count = int64_t(work.few.size());
+  int64_t largest = 0;
+  for (const Item& item : work.few) largest = std::max(largest, item.last_row - item.first_row);
+  const int64_t room = std::max(workers > 1 ? kPartials * workers : 0, state_floats(a, largest * a.heads));
+  const int64_t scratch = largest * (a.heads / a.groups) * (whole(a.dim) + whole(a.size));
+  float* const partials = partial_memory.get(room + workers * scratch);
+  std::vector<float*> place(size_t(count), nullptr);
+  for (int64_t first = 0, last = 0; first < count; first = last) {
+    int64_t used = 0;
+    for (; last < count && used + floats_of(work.few[size_t(last)]) <= room; ++last) {
+      place[size_t(last)] = partials + used;
+      used += floats_of(work.few[size_t(last)]);
+    }
+    const int64_t run = divided_up(last - first, 8 * workers);  // neighbours, so that the next one can be asked for
+    std::atomic<int64_t> next{first};
+    parallel_for(workers, threads, [&](int64_t worker) {
+      for (int64_t begin = next.fetch_add(run); begin < last; begin = next.fetch_add(run))
+        for (int64_t i = begin; i < std::min(last, begin + run); ++i) {
+          const Item &item = work.few[size_t(i)], &following = work.few[size_t(std::min(i + 1, count - 1))];
+          kernels.partial(a, item, following, state_at((item.last_row - item.first_row) * a.heads, place[size_t(i)]),
+                          partials + room + worker * scratch);
+        }
+    });
+    parallel_runs(Runs(a.rows, 4 * used / a.rows, threads), threads, [&](int64_t, int64_t from, int64_t to) {
+      for (int64_t i = first; i < last; ++i) {
+        const Item& item = work.few[size_t(i)];
+        const int64_t begin = std::max(from, item.first_row), end = std::min(to, item.last_row);
+        if (begin >= end) continue;
+        const int64_t before = (begin - item.first_row) * a.heads, at = begin * a.heads;
+        const ChunkAttentionState all = state_at((item.last_row - item.first_row) * a.heads, place[size_t(i)]);
+        kernels.fold(a, {all.max + before, all.sum + before, all.values + before * whole(a.dim)},
+                     (end - begin) * a.heads, {states.max + at, states.sum + at, states.values + at * whole(a.dim)});
+      }
+    });
+  }
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (work.unfinished[size_t(row)]) kernels.finish(a, states, row);
+}
 
 }  // namespace
 
@@ -142,14 +230,16 @@ void chunk_attention(const ChunkAttentionArguments& a, int threads, ChunkAttenti
   // A thread is worth waking for 2^20 multiply-adds, some 40 microseconds.
   const int64_t paying = share_little() ? threads : 2 * keys * a.dim * a.heads >> 20;
   const int64_t workers = std::clamp<int64_t>(paying, 1, threads);
-  const Jobs jobs(a, workers);
-  const int64_t count = jobs.count(a), floats = Scratch::floats(a, jobs.groups * jobs.rows * (a.heads / a.groups));
-  const std::unique_ptr<float[]> memory(new float[size_t(workers * floats + kLine)]);
-  float* scratch = memory.get() + kLine - (reinterpret_cast<uintptr_t>(memory.get()) / sizeof(float)) % kLine;
-  std::atomic<int64_t> next{0};
-  parallel_for(workers, threads, [&](int64_t worker) {
-    for (int64_t i = next++; i < count; i = next++) run(a, jobs.at(a, i), scratch + worker * floats);
-  });
+  const Work work(a);
+  const ChunkAttentionKernels kernels = run(a.bf16);
+  if (work.few.empty()) return fold_many(a, work, {}, workers, threads, kernels);
+  const int64_t queries = a.rows * a.heads;
+  const ChunkAttentionState states = state_at(queries, state_memory.get(state_floats(a, queries)));
+  std::fill(states.max, states.max + queries, -INFINITY);
+  std::fill(states.sum, states.sum + queries, 0.0f);
+  std::fill(states.values, states.values + queries * whole(a.dim), 0.0f);
+  if (!work.many.empty()) fold_many(a, work, states, workers, threads, kernels);
+  fold_few(a, work, states, workers, threads, kernels);
 }
 
 }  // namespace selfreward

@@ -10,11 +10,15 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 #define PREFETCH(address) __builtin_prefetch(address)
+#define PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
+#define PREFETCH_WRITE(address) __builtin_prefetch(address, 1)
 #define UNROLL _Pragma("GCC unroll 16")  // sums in an array that is not unrolled would live in memory
 #else
 #define ALWAYS_INLINE inline
 #define NOINLINE
 #define PREFETCH(address) (void)(address)
+#define PREFETCH_L2(address) (void)(address)
+#define PREFETCH_WRITE(address) (void)(address)
 #define UNROLL
 #endif
 

@@ -141,25 +141,69 @@ ALWAYS_INLINE void store_upto(Vec x, float* at, int64_t count) {
 }
 
 // The larger; `kept` if they are equal or x is NaN, so that a maximum that starts at -inf never becomes NaN.
-ALWAYS_INLINE Vec larger(Vec x, Vec kept) { return where_less(kept, x, x, kept); }
+#if SELFREWARD_LANES == 16  // max_ps gives its second operand if they are equal or one is NaN
+ALWAYS_INLINE Vec larger(Vec x, Vec kept) { return {_mm512_maskz_max_ps(0xFFFF, x.v, kept.v)}; }
+#elif SELFREWARD_LANES == 8
+ALWAYS_INLINE Vec larger(Vec x, Vec kept) { return {_mm256_max_ps(x.low, kept.low), _mm256_max_ps(x.high, kept.high)}; }
+#else
+ALWAYS_INLINE Vec larger(const Vec& x, const Vec& kept) { return where_less(kept, x, x, kept); }
+#endif
 ALWAYS_INLINE float larger(float x, float kept) { return kept < x ? x : kept; }
 
-// Lanes i and i + 8, then i and i + 4, i + 2, i + 1.
-ALWAYS_INLINE float sum(Vec x) {
-  float lane[kLanes];
-  x.store(lane);
+// A reduction combines lanes i and i + 8, then i and i + 4, i + 2, i + 1.
+#if SELFREWARD_LANES == 1
+
+template <typename Combine>
+ALWAYS_INLINE float reduced(Vec x, Combine combine) {
   for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+    for (int i = 0; i < half; ++i) x.lane[i] = combine(x.lane[i + half], x.lane[i]);
+  return x.lane[0];
+}
+ALWAYS_INLINE float sum(const Vec& x) {
+  return reduced(x, [](float upper, float lower) { return lower + upper; });
+}
+ALWAYS_INLINE float max(const Vec& x) {
+  return reduced(x, [](float upper, float lower) { return larger(upper, lower); });
 }
 
-ALWAYS_INLINE float max(Vec x) {
-  float lane[kLanes];
-  x.store(lane);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = larger(lane[i + half], lane[i]);
-  return lane[0];
+#elif SELFREWARD_LANES == 16
+
+// The lanes from the `half`-th on, as the first ones; half is 8, 4, 2 or 1.
+template <int half>
+ALWAYS_INLINE Vec upper(Vec x) {  // maskz: as above
+  if (half == 8) return {_mm512_maskz_shuffle_f32x4(0xFFFF, x.v, x.v, 0xEE)};
+  if (half == 4) return {_mm512_maskz_shuffle_f32x4(0xFFFF, x.v, x.v, 0x55)};
+  return {_mm512_maskz_permute_ps(0xFFFF, x.v, half == 2 ? 0xEE : 0x55)};
 }
+ALWAYS_INLINE float sum(Vec x) {
+  x = x + upper<8>(x);
+  x = x + upper<4>(x);
+  x = x + upper<2>(x);
+  return _mm512_cvtss_f32((x + upper<1>(x)).v);
+}
+ALWAYS_INLINE float max(Vec x) {
+  x = larger(upper<8>(x), x);
+  x = larger(upper<4>(x), x);
+  x = larger(upper<2>(x), x);
+  return _mm512_cvtss_f32(larger(upper<1>(x), x).v);
+}
+
+#else
+
+ALWAYS_INLINE float sum(Vec x) {
+  const __m256 a = _mm256_add_ps(x.low, x.high);
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+ALWAYS_INLINE float max(Vec x) {
+  const __m256 a = _mm256_max_ps(x.high, x.low);
+  const __m128 b = _mm_max_ps(_mm256_extractf128_ps(a, 1), _mm256_castps256_ps128(a));
+  const __m128 c = _mm_max_ps(_mm_movehl_ps(b, b), b);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_shuffle_ps(c, c, 1), c));
+}
+
+#endif
 
 // e^x: 2^n times a polynomial in r = x - n ln 2, |r| <= ln 2 / 2, ln 2 in two parts. The error is at most 1.01
 // units in the last place. 0 below -86 (the value there is under 4.5e-38, so that no result is denormal and none

@@ -27,8 +27,8 @@ def rope_write_reference(
     copies: torch.Tensor,
 ) -> torch.Tensor:
     """q [N, H, D], turned, is the result; k [N, G, D], turned, and v go to the slots [N] of key_pages [blocks, G, D, B]
-    and value_pages [blocks, G, B, D], slot s of block b being b * B + s. Then the copies [C, 3], in their order: the
-    first `tokens` slots of block `source` also go to block `target`."""
+    and value_pages [blocks, G, B, D], fp32 or rounded to bf16, slot s of block b being b * B + s. Then the copies [C, 3],
+    in their order: the first `tokens` slots of block `source` also go to block `target`."""
     block, slot = slots // key_pages.shape[3], slots % key_pages.shape[3]
     key_pages[block, :, :, slot] = rope_reference(k, cos, sin).to(key_pages.dtype)
     value_pages[block, :, slot] = v.to(value_pages.dtype)

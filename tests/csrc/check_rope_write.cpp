@@ -22,7 +22,11 @@ struct Rows {
   }
 };
 
-void check_shape(const Shape& s, int64_t gap) {
+bool untouched(float value) { return std::isnan(value); }
+bool untouched(uint16_t value) { return value == 0xFFFF; }
+
+template <typename T>
+void check_pages(const Shape& s, int64_t gap) {
   // Row r goes to slot r of the blocks from 1 on. Half of block 1's first tokens then go to block 0, and none to 2.
   const int64_t blocks = 3 + s.rows / s.size, copied = std::min(s.rows, s.size) / 2;
   std::vector<int64_t> slots;
@@ -32,27 +36,33 @@ void check_shape(const Shape& s, int64_t gap) {
   };
   driver::Agreement agreement;
   const std::string shape = driver::shape_of("rows", s.rows, "heads", s.heads, "groups", s.groups, "dim", s.dim) +
-                            driver::shape_of(", size", s.size, "gap", gap);
+                            driver::shape_of(", size", s.size, "gap", gap, "bytes", sizeof(T));
   driver::every_way(selfreward::rope_write_level, shape, [&](auto run, int threads, int slack) {
     const Rows q("q", s.rows, s.heads * s.dim, gap, slack), k("k", s.rows, s.groups * s.dim, gap, slack);
     const Rows v("v", s.rows, s.groups * s.dim, gap, slack);
     const driver::Buffer<float> cos("cos", s.rows * s.dim / 2, slack), sin("sin", s.rows * s.dim / 2, slack);
     const driver::Buffer<int64_t> places("slots", slots, slack), copies("copies", {1, 0, copied, 1, 2, 0}, slack);
-    const driver::Buffer<float> keys("key_pages", blocks * s.groups * s.dim * s.size, slack);
-    const driver::Buffer<float> values("value_pages", keys.size(), slack);
+    const driver::Buffer<T> keys("key_pages", blocks * s.groups * s.dim * s.size, slack);
+    const driver::Buffer<T> values("value_pages", keys.size(), slack);
     const driver::Buffer<float> out("out", s.rows * s.heads * s.dim, slack);
     driver::Random random(7);
     random.fill(cos), random.fill(sin);
-    selfreward::rope_write({q.buffer, k.buffer, v.buffer, q.stride, k.stride, v.stride, cos, sin, keys, values, places,
-                            copies, out, s.rows, s.heads, s.groups, s.dim, s.size, 2},
+    selfreward::rope_write({q.buffer, k.buffer,     v.buffer,       q.stride,       k.stride, v.stride, cos,
+                            sin,      keys.begin(), values.begin(), sizeof(T) == 2, places,   copies,   out,
+                            s.rows,   s.heads,      s.groups,       s.dim,          s.size,   2},
                            threads, run);
     agreement.check_finite(out), agreement.check(keys), agreement.check(values);
     for (int64_t i = 0; i < keys.size(); ++i) {
       const int64_t block = i / (s.groups * s.dim * s.size), key = i % s.size, value = i / s.dim % s.size;
-      driver::require(std::isnan(keys[i]) != written(block, key), "a slot of key_pages is written, or is not");
-      driver::require(std::isnan(values[i]) != written(block, value), "a slot of value_pages is written, or is not");
+      driver::require(untouched(keys[i]) != written(block, key), "a slot of key_pages is written, or is not");
+      driver::require(untouched(values[i]) != written(block, value), "a slot of value_pages is written, or is not");
     }
   });
+}
+
+void check_shape(const Shape& s, int64_t gap) {
+  check_pages<float>(s, gap);
+  check_pages<uint16_t>(s, gap);
 }
 
 void check_rope_write() {

@@ -20,7 +20,7 @@ from engine.kernels.rope_write import rope_write_reference
 from engine.kernels.swiglu import swiglu_reference
 
 from .test_chunk_attention import case as chunk_case
-from .test_chunk_attention import exact, items_of
+from .test_chunk_attention import exact, items_of, reference
 
 LEVELS = _C.instruction_levels()
 CANARY = 12345.0
@@ -53,9 +53,14 @@ def guarded(shape):
     return out, check
 
 
+def array(x):
+    """numpy has no bf16: its bits."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
 def call(kernel, shape, *given, threads=1, level=""):
     out, check = guarded(shape)
-    kernel(*(x.numpy() if isinstance(x, torch.Tensor) else x for x in given), out, threads, level)
+    kernel(*(array(x) if isinstance(x, torch.Tensor) else x for x in given), out, threads, level)
     check()
     return torch.from_numpy(out.copy())
 
@@ -171,6 +176,7 @@ SHAPES = [  # rows, heads, groups, dim, size, chunks
     (5, 16, 2, 128, 65, 2), (3, 7, 1, 128, 128, 2), (9, 5, 1, 18, 1, 9), (3, 4, 2, 16, 33, 2), (129, 2, 1, 6, 8, 2),
     (64, 4, 2, 64, 64, 4), (48, 4, 4, 64, 32, 5),  # enough work for several threads
     (80, 1, 1, 20, 128, 2), (41, 40, 1, 16, 8, 3),  # several blocks of 32 queries, of one row even
+    (67, 2, 1, 7, 7, 3), (66, 3, 3, 127, 129, 2), (70, 2, 2, 1, 8, 3),  # and odd: more than 32 rows share pages
 ]  # fmt: skip
 
 
@@ -200,6 +206,30 @@ def test_how_rows_are_grouped_into_items_changes_no_bit(shape, level):
         assert same(
             attend(*given, together=lambda row, c=coins: c.random() < 0.8, threads=seed + 1, level=level), alone
         )
+
+
+@LEVEL
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_over_bf16_pages_has_the_bits_of_the_same_pages_in_fp32(shape, level):
+    queries, keys, values, tables, positions = case(*shape)
+    keys, values = keys.bfloat16(), values.bfloat16()
+    wide = attend(queries, keys.float(), values.float(), tables, positions)
+    for threads in (1, 3):
+        assert same(attend(queries, keys, values, tables, positions, threads=threads, level=level), wide)
+    assert torch.allclose(reference(queries, keys, values, tables, positions), wide, atol=1e-5)
+
+
+@LEVEL
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_item_of_many_rows_may_follow_items_of_few(threads, level):
+    """Work of the two kinds is done apart, but a row folds in the order of its items."""
+    rows, size = 40, 8  # from 32 on they are many
+    queries, keys, values = normal(rows, 4, 20), normal(60, 2, 20, size, seed=1), normal(60, 2, size, 20, seed=2)
+    own, shared = torch.arange(rows), torch.tensor([50, 51])
+    positions = torch.full((rows,), 4 * size - 1)
+    tables = torch.stack([shared[0].expand(rows), own, shared[1].expand(rows), own.flip(0)], dim=1)
+    alone = attend(queries, keys, values, tables, positions, together=lambda row: False, level=level)
+    assert same(attend(queries, keys, values, tables, positions, threads=threads, level=level), alone)
 
 
 @LEVEL
@@ -313,8 +343,8 @@ def rope_case(rows, heads, groups, dim):
     return *mixed.split([heads, groups, groups], dim=1), angles.cos(), angles.sin()
 
 
-def pages(blocks, groups, dim, size):
-    return torch.full((blocks, groups, dim, size), math.nan), torch.full((blocks, groups, size, dim), math.nan)
+def pages(blocks, groups, dim, size, dtype=torch.float32):
+    return tuple(torch.full((blocks, groups, *page), math.nan, dtype=dtype) for page in ((dim, size), (size, dim)))
 
 
 def rope_write(q, k, v, cos, sin, key_pages, value_pages, slots, copies, **how):
@@ -322,14 +352,16 @@ def rope_write(q, k, v, cos, sin, key_pages, value_pages, slots, copies, **how):
     return call(_C.rope_write, tuple(q.shape), q, k, v, cos, sin, key_pages, value_pages, slots, copies, **how)
 
 
-ROPE_SHAPES = [(1, 2, 2, 2, 8), (5, 4, 2, 6, 8), (40, 12, 12, 64, 64), (70, 8, 1, 128, 32), (33, 6, 3, 34, 16)]
+ROPE_SHAPES = [(1, 2, 2, 2, 8), (5, 4, 2, 6, 8), (40, 12, 12, 64, 64), (70, 8, 1, 128, 32), (33, 6, 3, 34, 16),
+               (7, 1, 1, 126, 127), (129, 1, 1, 258, 1)]  # fmt: skip
 
 
 @LEVEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("rows", "heads", "groups", "dim", "size"), ROPE_SHAPES)
 def test_rope_write_has_the_bits_of_the_reference_and_touches_no_other_slot(
-    rows, heads, groups, dim, size, threads, level
+    rows, heads, groups, dim, size, threads, dtype, level
 ):
     given, blocks = rope_case(rows, heads, groups, dim), rows // size + 9
     generator = torch.Generator().manual_seed(2)
@@ -338,13 +370,30 @@ def test_rope_write_has_the_bits_of_the_reference_and_touches_no_other_slot(
     source = int(slots[0]) // size
     copies = torch.tensor([[source, blocks - 1, size], [blocks - 1, blocks - 2, size - 1],
                            [0, blocks - 3, 1], [source, blocks - 4, 0]])  # fmt: skip
-    ours, theirs = pages(blocks, groups, dim, size), pages(blocks, groups, dim, size)
+    ours, theirs = pages(blocks, groups, dim, size, dtype), pages(blocks, groups, dim, size, dtype)
     out = rope_write(*given, *ours, slots, copies, threads=threads, level=level)
     assert same(out, rope_write_reference(*given, *theirs, slots, copies))
-    assert same(ours[0], theirs[0]) and same(ours[1], theirs[1])
+    assert same(ours[0].float(), theirs[0].float()) and same(ours[1].float(), theirs[1].float())
     assert ours[0][-5].isnan().all() and ours[1][-5].isnan().all()
     turned = out.double().square().sum(-1)  # a rotation: the pairs keep their length
     assert torch.allclose(turned, given[0].double().square().sum(-1), rtol=1e-5)
+
+
+@LEVEL
+def test_values_are_rounded_to_the_nearest_bf16_ties_to_even(level):
+    """Every kind of number: halves, just beside them, the ends of the range, denormal, infinite and no number."""
+    whole = torch.arange(0, 2**31, 2**22 + 2**16).int()  # upper halves of all exponents, even and odd
+    v = torch.cat(
+        [(whole // 2**16 * 2**16 + low).view(torch.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
+    )
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # not to become inf or -0
+    v = torch.cat([v, nans, torch.tensor([math.inf, 3.4e38])])
+    v = torch.cat([v, -v])
+    v = v[: len(v) // 4 * 4].view(-1, 1, 4)
+    none, written = torch.zeros(len(v), 1, 4), pages(-(-len(v) // 8), 1, 4, 8, torch.bfloat16)
+    flat = torch.zeros(len(v), 2)
+    rope_write(none, none, v.contiguous(), flat + 1, flat, *written, torch.arange(len(v)), ints(), level=level)
+    assert same(written[1].flatten(0, 2)[: len(v)].float(), v[:, 0].bfloat16().float())
 
 
 def test_the_op_writes_the_same_with_both_backends():
@@ -440,6 +489,8 @@ def items(at=None, item=None):
         ("q", zeros(2, 3, 6), r"out has shape \[2, 4, 6\]; expected \[2, 3, 6\]"),
         ("key_pages", zeros(5, 2, 7, 8), r"key_pages has shape \[5, 2, 7, 8\]; expected \[-1, -1, 6, -1\]"),
         ("key_pages", zeros(5, 2, 8, 6).swapaxes(2, 3), "key_pages has strides"),
+        ("key_pages", zeros(5, 2, 6, 8, dtype=np.float16), "key_pages has dtype float16; expected float32, or uint16"),
+        ("value_pages", zeros(5, 2, 8, 6, dtype=np.uint16), "value_pages has dtype uint16; expected float32"),
         ("value_pages", zeros(4, 2, 8, 6), r"value_pages has shape \[4, 2, 8, 6\]; expected \[5, 2, 8, 6\]"),
         ("items", zeros(3, 4, dtype=np.int32), "items has dtype int32; expected int64"),
         ("items", ints([1, 0, 0]), r"items has shape \[1, 3\]; expected \[-1, 4\]"),
