@@ -46,8 +46,8 @@ def embed(
 def swiglu(gate_up: NDArray[np.float32], out: NDArray[np.float32], threads: int, level: str = "") -> None: ...
 def chunk_attention(
     q: NDArray[np.float32],
-    key_pages: NDArray[np.float32],
-    value_pages: NDArray[np.float32],
+    key_pages: NDArray[np.float32] | NDArray[np.uint16],
+    value_pages: NDArray[np.float32] | NDArray[np.uint16],
     items: NDArray[np.int64],
     positions: NDArray[np.int64],
     out: NDArray[np.float32],
@@ -60,8 +60,8 @@ def rope_write(
     v: NDArray[np.float32],
     cos: NDArray[np.float32],
     sin: NDArray[np.float32],
-    key_pages: NDArray[np.float32],
-    value_pages: NDArray[np.float32],
+    key_pages: NDArray[np.float32] | NDArray[np.uint16],
+    value_pages: NDArray[np.float32] | NDArray[np.uint16],
     slots: NDArray[np.int64],
     copies: NDArray[np.int64],
     out: NDArray[np.float32],

@@ -39,7 +39,8 @@ class LLM:
 
     model: a directory in HF's or Meta's layout, or a live Llama, whose parameters are used in place. On a CPU products
     read packed matrices: copies of a live model's; those of a directory are packed as they are read, and nothing else
-    is kept of them. dtype: of weights, keys and values; on a CPU float32 only so far.
+    is kept of them. dtype: of weights, keys and values; on a CPU "float32" ("auto") or "bfloat16", and the rows between
+    products are float32 in either.
     quantization: "int8", on a CPU: matrices, and the rows they are multiplied with, are rounded to 8 bits.
     kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free memory, of a GPU's nine tenths
     less what a step takes. max_batch_tokens: rows computed in one step; max_sequences: candidates in flight.
@@ -508,8 +509,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _check_cpu_dtype(device: str, dtype: str) -> None:
-    if device == "cpu" and dtype != "float32":
-        raise NotBuiltError(f"dtype is {dtype!r}; on a CPU sampling runs in float32 so far: load the model as float32")
+    if device == "cpu" and dtype not in ("float32", "bfloat16"):
+        raise NotBuiltError(f"dtype is {dtype!r}; a CPU samples in float32 or bfloat16: load the model as one of them")
 
 
 def _check_deterministic(deterministic: bool | None, device: str) -> None:

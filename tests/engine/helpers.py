@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from engine.config import LlamaConfig
 from engine.model import Llama
 
@@ -22,6 +24,14 @@ def small_config(**overrides: Any) -> LlamaConfig:
     return LlamaConfig(**{**SMALL, **overrides})
 
 
-def random_llama(config: LlamaConfig, seed: int = 0) -> Llama:
+def random_llama(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Llama:
     """Weights wide enough (std 0.1) that no mistake hides in small activations."""
-    return Llama(config).init_weights(seed, std=0.1)
+    return Llama(config, dtype=dtype).init_weights(seed, std=0.1)
+
+
+def widened(model: Llama) -> Llama:
+    """The same weights in fp32."""
+    wide = Llama(model.config)
+    wide.load_state_dict(model.state_dict())
+    wide.weights_changed()
+    return wide

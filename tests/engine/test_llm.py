@@ -301,8 +301,8 @@ def test_bad_input_is_named_and_the_engine_stays_usable(prompts, params, message
 def test_options_that_are_not_built_say_so():
     with pytest.raises(InputError, match="quantization is 'int4'; expected None or 'int8'"):
         LLM(MODEL, quantization="int4")
-    with pytest.raises(NotBuiltError, match="on a CPU sampling runs in float32 so far"):
-        LLM(Llama(MODEL.config, dtype=torch.bfloat16).init_weights())
+    with pytest.raises(NotBuiltError, match="dtype is 'float16'; a CPU samples in float32 or bfloat16"):
+        LLM(random_llama(MODEL.config, dtype=torch.float16))
 
 
 def test_device_and_dtype_are_checked_against_the_model_and_the_machine():

@@ -17,6 +17,7 @@ MODELS = [
     random_llama(small_config()),
     random_llama(small_config(n_heads=4, n_kv_heads=4, ffn_dim=200), seed=1),  # MHA
     random_llama(small_config(dim=96, n_heads=6, n_kv_heads=1, head_dim=10, vocab_size=301), seed=2),  # MQA, odd sizes
+    random_llama(small_config(dim=72, n_heads=6, n_kv_heads=2, head_dim=12), seed=3, dtype=torch.bfloat16),
 ]
 
 
@@ -76,7 +77,7 @@ class Mix:
 
     def engine(self):
         c = self.model.config
-        block = 2 * 4 * c.n_layers * c.n_kv_heads * c.head_dim * self.block_size
+        block = 2 * self.model.embed.itemsize * c.n_layers * c.n_kv_heads * c.head_dim * self.block_size
         return LLM(self.model, kv_cache_gb=self.blocks * block / 2**30, **self.options)
 
     def run(self):

@@ -11,9 +11,9 @@ from engine.model import given_up, tree_attend
 from engine.packed import PackedWeights
 from engine.quantize import quantization_error
 from engine.sampling import SamplingParams
-from tests.engine.helpers import random_llama, small_config
+from tests.engine.helpers import random_llama, small_config, widened
 
-KINDS = [("float32", None), ("float32", "int8")]
+KINDS = [("float32", None), ("float32", "int8"), ("bfloat16", None), ("bfloat16", "int8")]
 PROMPTS = [[1, *range(3, 3 + length)] for length in (5, 40, 70)]
 
 
@@ -36,13 +36,8 @@ def matrices(model):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_they_serve_a_models_forward_and_its_head(dtype, bound):
     """bf16: the same weights in fp32, so what differs is the rounding of rows to bf16 before each product."""
-    model = random_llama(small_config())
-    exact = random_llama(small_config())
-    if dtype == torch.bfloat16:
-        model.to(dtype)
-        model.rope_cos, model.rope_sin = exact.rope_cos, exact.rope_sin
-        for ours, theirs in zip(model.parameters(), exact.parameters()):
-            theirs.copy_(ours)
+    model = random_llama(small_config(), dtype=dtype)
+    exact = widened(model)
     packed = PackedWeights()
     tokens, positions, attend = torch.arange(9), torch.arange(9), tree_attend(torch.full((9,), 9))
     hidden = model(tokens, positions, attend, packed.kernels(threads=2))
