@@ -41,11 +41,16 @@ def _share_whole_blocks(llm: LLM) -> None:
     llm._pool.find_head = lambda parent, tokens: (0, 0)  # type: ignore[method-assign]
 
 
+def _call_by_call(llm: LLM) -> None:
+    llm._runner.replays = False  # type: ignore[union-attr]
+
+
 VARIANTS = (
     Variant("engine", "everything on"),
     Variant("ungrouped", "a shared chunk is read by every sequence for itself", without=_read_alone),
     Variant("whole blocks", "the common head of a partial block is computed again", without=_share_whole_blocks),
     Variant("no sharing", "every candidate computes its own prompt", without=_share_nothing),
+    Variant("call by call", "kernels are called from Python, not replayed", without=_call_by_call),
     Variant("chunk 32", "blocks of 32 tokens", 32),
     Variant("chunk 128", "blocks of 128 tokens", 128),
 )

@@ -5,7 +5,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -20,6 +22,7 @@
 #include "linear_int8.h"
 #include "philox.h"
 #include "probe.h"
+#include "recording.h"
 #include "rms_norm.h"
 #include "rope_write.h"
 #include "sample.h"
@@ -112,6 +115,16 @@ void check_apart(const char* in_name, const py::array& in, const char* out_name,
     throw py::value_error(std::string(out_name) + " shares memory with " + in_name + "; expected memory of its own");
 }
 
+[[noreturn]] void refuse(const std::string& name, const std::string& found, const std::string& expected) {
+  throw py::value_error(name + " is " + found + "; expected " + expected);
+}
+
+std::string at(const char* name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+
+void check_threads(int threads) {
+  if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + "; expected at least 1");
+}
+
 // The level called `name`, or the fastest for an empty one; `at(i)` is the i-th that this CPU runs, the last is
 // portable.
 template <typename Level>
@@ -130,6 +143,98 @@ py::list level_names(Level (*at)(int)) {
   py::list names;
   for (int i = 0; *at(i).name; ++i) names.append(at(i).name);
   return names;
+}
+
+struct Named {
+  const char* name;
+  const py::array* array;
+};
+
+// The calls of a forward of `rows` rows; while it is entered, this thread's calls of the sampler's kernels are kept in
+// it instead of being made. It holds what they read from the model; the caller holds the rows' memory and the pages.
+class Recording {
+ public:
+  Recording(const py::array& tokens, const py::array& positions) : tokens_(tokens), positions_(positions) {
+    check<int64_t>("tokens", tokens, {-1});
+    check<int64_t>("positions", positions, {tokens.shape(0)});
+    if (rows() < 1) refuse("tokens", "empty", "room for a row at least");
+  }
+
+  int64_t rows() const { return tokens_.shape(0); }
+
+  // Memory that the calls write and read, for `rows` rows.
+  void own(const py::array& memory) {
+    const char* begin = static_cast<const char*>(memory.data());
+    owned_.push_back({begin, begin + span(memory)});
+  }
+
+  void enter() {
+    if (current) throw py::value_error("this thread records already; expected one recording at a time");
+    current = this;
+  }
+  void exit() { current = nullptr; }
+
+  // all: rows that a call reads and writes; model: what it reads beside them.
+  void add(std::initializer_list<Named> all, std::initializer_list<const py::array*> model, int64_t found,
+           selfreward::Call call) {
+    if (found != rows()) refuse("a recorded call's rows", std::to_string(found), std::to_string(rows()));
+    for (const Named& one : all) {
+      const char* begin = static_cast<const char*>(one.array->data());
+      const auto holds = [&](const auto& range) {
+        return range.first <= begin && begin + span(*one.array) <= range.second;
+      };
+      if (std::none_of(owned_.begin(), owned_.end(), holds))
+        refuse(one.name, "in other memory", "what a recorded call has written: something in between was not recorded");
+    }
+    for (const py::array* array : model) model_.push_back(*array);
+    calls_.push_back(std::move(call));
+  }
+
+  // The call that gathers rows of a table by the step's tokens or positions, whichever `ids` are.
+  void add_embed(const py::array& ids, const py::array& table, const py::array& out,
+                 const selfreward::EmbedArguments& arguments, selfreward::EmbedRows run) {
+    const bool by_tokens = ids.data() == tokens_.data();
+    if (!by_tokens && ids.data() != positions_.data())
+      refuse("tokens", "another array", "the recording's tokens or positions");
+    int64_t& limit = by_tokens ? vocab_ : longest_;
+    limit = std::min<int64_t>(limit, table.shape(0));
+    add({{"out", &out}}, {&table}, arguments.rows, [=](const selfreward::Step& step) {
+      selfreward::EmbedArguments now = arguments;
+      now.rows = step.rows, now.tokens = by_tokens ? step.tokens : step.positions;
+      selfreward::embed(now, step.threads, run);
+    });
+  }
+
+  // All pages have the same number of blocks, and of slots in a block.
+  void add_pages(int64_t blocks, int64_t size) {
+    if (blocks_ >= 0 && (blocks != blocks_ || size != size_))
+      refuse("key_pages", std::to_string(blocks) + " blocks of " + std::to_string(size),
+             std::to_string(blocks_) + " of " + std::to_string(size_) + ", as in the calls before");
+    blocks_ = blocks, size_ = size;
+  }
+
+  void replay(const py::array& tokens, const py::array& positions, const py::array& slots, const py::array& copies,
+              const py::array& items, int threads) const;
+
+  static thread_local Recording* current;
+
+ private:
+  py::array tokens_, positions_;
+  std::vector<std::pair<const char*, const char*>> owned_;
+  std::vector<py::array> model_;
+  std::vector<selfreward::Call> calls_;
+  int64_t vocab_ = INT64_MAX, longest_ = INT64_MAX, blocks_ = -1, size_ = 0;
+};
+thread_local Recording* Recording::current = nullptr;
+
+// Makes the call, or keeps it if this thread records.
+template <typename Arguments, typename Run>
+void make(std::initializer_list<Named> rows, std::initializer_list<const py::array*> model, const Arguments& arguments,
+          int threads, const Run& run) {
+  if (Recording::current)
+    return Recording::current->add(rows, model, arguments.rows, selfreward::call_of(arguments, run));
+  py::gil_scoped_release release;
+  run(arguments, threads);
 }
 
 py::list instruction_levels() { return level_names(selfreward::gumbel_level); }
@@ -213,10 +318,6 @@ void linear_unpack(const py::array& packed, py::array& weight, int64_t first) {
   selfreward::linear_unpack(from, outputs, depth, first, to);
 }
 
-void check_threads(int threads) {
-  if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + "; expected at least 1");
-}
-
 // x [rows, depth] and out [rows, outputs] of a linear, and of packed all but its units: returned as far as they are
 // known without them.
 selfreward::LinearArguments check_linear(const py::array& x, const py::array& packed, py::array& out, int threads) {
@@ -237,8 +338,8 @@ void linear(const py::array& x, const py::array& packed, py::array& out, int thr
   const selfreward::LinearArguments arguments = check_linear(x, packed, out, threads);
   check<float>("packed", packed, {panels_of(arguments.outputs), arguments.units, selfreward::kPanel});
   const selfreward::LinearPanels panels = find_level(selfreward::linear_level, level).run;
-  py::gil_scoped_release release;
-  selfreward::linear(arguments, threads, panels);
+  make({{"x", &x}, {"out", &out}}, {&packed}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::linear(a, count, panels); });
 }
 
 void linear_pack_bf16(const py::array& weight, py::array& packed, int64_t first) {
@@ -272,8 +373,8 @@ void linear_bf16(const py::array& x, const py::array& packed, py::array& out, in
   check<uint16_t>("packed", packed, {panels_of(arguments.outputs), arguments.units, selfreward::kPanel, 2});
   const selfreward::LinearKernel kernel = find_level(selfreward::linear_bf16_level, level).run;
   const auto* rows = static_cast<const float*>(x.data());
-  py::gil_scoped_release release;
-  selfreward::linear_prepared(rows, depth, 0, arguments, threads, kernel);
+  make({{"x", &x}, {"out", &out}}, {&packed}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::linear_prepared(rows, depth, 0, a, count, kernel); });
 }
 
 py::ssize_t int8_units(py::ssize_t depth) {
@@ -308,8 +409,9 @@ void linear_int8(const py::array& x, const py::array& packed, const py::array& s
   arguments.scales = static_cast<const float*>(scales.data());
   const selfreward::LinearKernel kernel = find_level(selfreward::linear_int8_level, level).run;
   const auto* rows = static_cast<const float*>(x.data());
-  py::gil_scoped_release release;
-  selfreward::linear_prepared(rows, depth, arguments.units * 4 / selfreward::kInt8Group, arguments, threads, kernel);
+  const int64_t groups = arguments.units * 4 / selfreward::kInt8Group;
+  make({{"x", &x}, {"out", &out}}, {&packed, &scales}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::linear_prepared(rows, depth, groups, a, count, kernel); });
 }
 
 void rms_norm(const py::array& x, const py::array& weight, float eps, py::array& out, int threads,
@@ -331,8 +433,8 @@ void rms_norm(const py::array& x, const py::array& weight, float eps, py::array&
                                                rows,
                                                dim,
                                                eps};
-  py::gil_scoped_release release;
-  selfreward::rms_norm(arguments, threads, run);
+  make({{"x", &x}, {"out", &out}}, {&weight}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::rms_norm(a, count, run); });
 }
 
 void add_rms_norm(const py::array& x, const py::array& branch, const py::array& weight, float eps, py::array& out_sum,
@@ -361,8 +463,8 @@ void add_rms_norm(const py::array& x, const py::array& branch, const py::array& 
                                                rows,
                                                dim,
                                                eps};
-  py::gil_scoped_release release;
-  selfreward::rms_norm(arguments, threads, run);
+  make({{"x", &x}, {"branch", &branch}, {"out_sum", &out_sum}, {"out_norm", &out_norm}}, {&weight}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::rms_norm(a, count, run); });
 }
 
 void swiglu(const py::array& gate_up, py::array& out, int threads, const std::string& level) {
@@ -375,8 +477,8 @@ void swiglu(const py::array& gate_up, py::array& out, int threads, const std::st
   const selfreward::SwigluRows run = find_level(selfreward::swiglu_level, level).run;
   const selfreward::SwigluArguments arguments{static_cast<const float*>(gate_up.data()),
                                               static_cast<float*>(out.mutable_data()), rows, ffn};
-  py::gil_scoped_release release;
-  selfreward::swiglu(arguments, threads, run);
+  make({{"gate_up", &gate_up}, {"out", &out}}, {}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::swiglu(a, count, run); });
 }
 
 void check_heads(py::ssize_t heads, py::ssize_t groups) {
@@ -450,9 +552,12 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
                                                       dim,
                                                       size,
                                                       items.shape(0)};
-  check_items(arguments, blocks);
-  py::gil_scoped_release release;
-  selfreward::chunk_attention(arguments, threads, run);
+  if (Recording::current)
+    Recording::current->add_pages(blocks, size);
+  else
+    check_items(arguments, blocks);
+  make({{"q", &q}, {"out", &out}}, {}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::chunk_attention(a, count, run); });
 }
 
 void check_places(const selfreward::RopeWriteArguments& a, int64_t blocks) {
@@ -528,16 +633,13 @@ void rope_write(const py::array& q, const py::array& k, const py::array& v, cons
                                                  dim,
                                                  size,
                                                  copies.shape(0)};
-  check_places(arguments, blocks);
-  py::gil_scoped_release release;
-  selfreward::rope_write(arguments, threads, run);
+  if (Recording::current)
+    Recording::current->add_pages(blocks, size);
+  else
+    check_places(arguments, blocks);
+  make({{"q", &q}, {"k", &k}, {"v", &v}, {"cos", &cos}, {"sin", &sin}, {"out", &out}}, {}, arguments, threads,
+       [=](const auto& a, int count) { selfreward::rope_write(a, count, run); });
 }
-
-[[noreturn]] void refuse(const std::string& name, const std::string& found, const std::string& expected) {
-  throw py::value_error(name + " is " + found + "; expected " + expected);
-}
-
-std::string at(const char* name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
 
 std::string number_text(double value) { return std::string(py::str(py::float_(value))); }
 
@@ -558,6 +660,13 @@ void check_ragged(const char* offsets_name, const int64_t* offsets, int64_t rows
              "0 or more and below " + std::to_string(width) + ", the columns of logits");
 }
 
+void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= limit)
+      refuse(at(name, i), std::to_string(ids[i]),
+             "0 or more and below " + std::to_string(limit) + ", the rows of table");
+}
+
 void embed(const py::array& tokens, const py::array& table, py::array& out, int threads, const std::string& level) {
   check<int64_t>("tokens", tokens, {-1});
   const bool bf16 = check_wide("table", table, {-1, -1});
@@ -568,15 +677,48 @@ void embed(const py::array& tokens, const py::array& table, py::array& out, int 
   check_apart("table", table, "out", out);
   check_threads(threads);
   const auto* ids = static_cast<const int64_t*>(tokens.data());
-  for (py::ssize_t row = 0; row < rows; ++row)
-    if (ids[row] < 0 || ids[row] >= vocab)
-      refuse(at("tokens", row), std::to_string(ids[row]),
-             "0 or more and below " + std::to_string(vocab) + ", the rows of table");
   const selfreward::EmbedRows run = find_level(selfreward::embed_level, level).run;
   const selfreward::EmbedArguments arguments{ids,  table.data(), bf16, static_cast<float*>(out.mutable_data()),
                                              rows, dim};
+  if (Recording::current) return Recording::current->add_embed(tokens, table, out, arguments, run);
+  check_ids("tokens", ids, rows, vocab);
   py::gil_scoped_release release;
   selfreward::embed(arguments, threads, run);
+}
+
+void Recording::replay(const py::array& tokens, const py::array& positions, const py::array& slots,
+                       const py::array& copies, const py::array& items, int threads) const {
+  check<int64_t>("tokens", tokens, {-1});
+  const py::ssize_t count = tokens.shape(0);
+  if (count > rows())
+    refuse("tokens", shape_text({count}), "at most " + std::to_string(rows()) + ", the rows of the recording");
+  check<int64_t>("positions", positions, {count});
+  check<int64_t>("slots", slots, {count});
+  check<int64_t>("copies", copies, {-1, 3});
+  check<int64_t>("items", items, {-1, 4});
+  check_threads(threads);
+  selfreward::Step step{};
+  step.rows = count;
+  step.tokens = static_cast<const int64_t*>(tokens.data());
+  step.positions = static_cast<const int64_t*>(positions.data());
+  step.slots = static_cast<const int64_t*>(slots.data());
+  step.items = static_cast<const int64_t*>(items.data()), step.item_count = items.shape(0);
+  step.copies = static_cast<const int64_t*>(copies.data()), step.copy_count = copies.shape(0);
+  step.threads = threads;
+  check_ids("tokens", step.tokens, count, vocab_);
+  check_ids("positions", step.positions, count, longest_);
+  if (blocks_ >= 0) {
+    selfreward::RopeWriteArguments written{};
+    written.size = size_;
+    selfreward::set_step(written, step);
+    check_places(written, blocks_);
+    selfreward::ChunkAttentionArguments read{};
+    read.size = size_;
+    selfreward::set_step(read, step);
+    check_items(read, blocks_);
+  }
+  py::gil_scoped_release release;
+  for (const selfreward::Call& call : calls_) call(step);
 }
 
 double probe_fma(int64_t rounds, int threads, const std::string& level) {
@@ -764,6 +906,15 @@ PYBIND11_MODULE(_C, m) {
       "key_pages and value_pages with k, turned, and v [rows, groups, dim]; then copy the first tokens of blocks:\n"
       "copies int64 [copies, 3] of source, target, tokens. Rows of q, k and v may lie apart. level, threads as in\n"
       "rms_norm.");
+  py::class_<Recording>(m, "Recording",
+                        "The calls of the sampler's kernels for one forward of [rows] tokens, kept to be made again "
+                        "for\nany number of rows up to those. own(memory): rows of the recorded calls lie there.")
+      .def(py::init<const py::array&, const py::array&>(), py::arg("tokens"), py::arg("positions"))
+      .def("own", &Recording::own, py::arg("memory"))
+      .def("__enter__", [](Recording& self) { self.enter(); })
+      .def("__exit__", [](Recording& self, const py::args&) { self.exit(); })
+      .def("replay", &Recording::replay, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("copies"),
+           py::arg("items"), py::arg("threads"));
   m.def("share_little", &selfreward::set_share_little, py::arg("share"),
         "Share work out to threads however little it is, or (as at first) only where it pays. For tests: no bits "
         "change.");

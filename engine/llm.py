@@ -86,7 +86,7 @@ class LLM:
         self._runner = (
             GpuRunner(self.model, block_size, vocab, self.max_model_len)
             if self._on_gpu
-            else CpuRunner(self.model, self._packed, block_size, vocab)
+            else CpuRunner(self.model, self._packed, block_size, vocab, self.max_batch_tokens)
         )
         self._stats: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
         blocks = self._block_count(kv_cache_gb)

@@ -31,7 +31,7 @@ Dropout = Callable[[int, torch.Tensor], torch.Tensor]
 class Kernels(NamedTuple):
     """The operations of a forward that the sampler has versions of its own of."""
 
-    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens [N], weight [vocab, dim]
+    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids [N], table [ids, dim] -> its rows [N, dim]
     linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # x, weight, eps
     add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # x, branch, weight, eps -> their sum, its norm
@@ -160,7 +160,7 @@ class Llama(nn.Module):
                 "this model's matrices were packed for sampling and given up: load_checkpoint gives one to train or score"
             )
         x = dropout(0, kernels.embed(tokens, self.embed))  # [N, dim]
-        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [N, D/2]
+        cos, sin = kernels.embed(positions, self.rope_cos), kernels.embed(positions, self.rope_sin)  # [N, D/2]
         branch = None
         for layer, block in enumerate(self.blocks):
             x, branch = block(x, branch, cos, sin, layer, attend, kernels, dropout)

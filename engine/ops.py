@@ -14,7 +14,9 @@ the extension's compiler, do not promise that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import accumulate
@@ -50,6 +52,7 @@ from engine.kernels.work_attention import Work
 from engine.tree import Edges
 
 sums_in_fp32 = _logprob.sums_in_fp32  # a context: products of 16 bits are summed in fp32 only
+Recording = _C.Recording  # of the native kernels' calls: engine/replay.py
 tiles = _work.tiles  # the wide and the narrow items of a work list
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
 
@@ -69,6 +72,25 @@ class Backend(NamedTuple):
     name: str
     why_not: Callable[[Case], str | None]
     fn: Callable[..., Any]
+
+
+class _Rows(threading.local):
+    """Where the native kernels of the sampler's forward write their rows."""
+
+    empty: Callable[[Sequence[int]], torch.Tensor] = staticmethod(partial(torch.empty, dtype=torch.float32))
+
+
+_rows = _Rows()
+
+
+@contextmanager
+def rows_from(empty: Callable[[Sequence[int]], torch.Tensor]) -> Iterator[None]:
+    """In this thread, the memory of those rows is what `empty(shape)` returns, fp32 and contiguous."""
+    _rows.empty = empty
+    try:
+        yield
+    finally:
+        del _rows.empty
 
 
 def _always(case: Case) -> str | None:
@@ -124,7 +146,7 @@ def _native_dropout_mask(
 
 
 def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = _rows.empty(x.shape)
     _C.rms_norm(_array(x), _array(weight), eps, out.numpy(), threads)
     return out
 
@@ -132,20 +154,20 @@ def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads:
 def _native_add_rms_norm(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, threads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    total, out = torch.empty(x.shape, dtype=torch.float32), torch.empty(x.shape, dtype=torch.float32)
+    total, out = _rows.empty(x.shape), _rows.empty(x.shape)
     _C.add_rms_norm(_array(x), _array(branch), _array(weight), eps, total.numpy(), out.numpy(), threads)
     return total, out
 
 
 def _native_embed(tokens: torch.Tensor, table: torch.Tensor, threads: int) -> torch.Tensor:
-    out = torch.empty(len(tokens), table.shape[1], dtype=torch.float32)
+    out = _rows.empty((len(tokens), table.shape[1]))
     _C.embed(_array(tokens), _array(table), out.numpy(), threads)
     return out
 
 
 def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
     rows, width = gate_up.shape
-    out = torch.empty(rows, width // 2, dtype=torch.float32)
+    out = _rows.empty((rows, width // 2))
     _C.swiglu(_array(gate_up), out.numpy(), threads)
     return out
 
@@ -158,7 +180,7 @@ def _native_chunk_attention(
     positions: torch.Tensor,
     threads: int,
 ) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=torch.float32)
+    out = _rows.empty(q.shape)
     pages = _view(key_pages), _view(value_pages)  # not contiguous is an error
     _C.chunk_attention(_array(q), *pages, _array(items), _array(positions), out.numpy(), threads)
     return out
@@ -176,7 +198,7 @@ def _native_rope_write(
     copies: torch.Tensor,
     threads: int,
 ) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=torch.float32)
+    out = _rows.empty(q.shape)
     rows = _view(q), _view(k), _view(v)  # views of one tensor: only rows are contiguous
     pages = _view(key_pages), _view(value_pages)
     _C.rope_write(*rows, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
@@ -247,21 +269,21 @@ class PackedWeight(NamedTuple):
 
 def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None
-    out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
+    out = _rows.empty((len(x), packed.outputs))
     _C.linear(_array(x), packed.panels, out.numpy(), threads)
     return out
 
 
 def _native_linear_bf16(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None
-    out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
+    out = _rows.empty((len(x), packed.outputs))
     _C.linear_bf16(_array(x), packed.panels, out.numpy(), threads)
     return out
 
 
 def _native_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None and packed.scales is not None
-    out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
+    out = _rows.empty((len(x), packed.outputs))
     _C.linear_int8(_array(x), packed.panels, packed.scales, out.numpy(), threads)
     return out
 
@@ -401,6 +423,15 @@ def asked(op: str) -> str | None:
         if name not in names:
             raise InputError(f"SELFREWARD_BACKEND asks for {name!r}; expected some of {', '.join(sorted(names))}")
     return next((name for name in wanted if any(name == backend.name for backend in OPS[op])), None)
+
+
+FORWARD = ("embed_rows", "linear", "linear_bf16", "linear_int8", "rms_norm_rows", "add_rms_norm_rows", "swiglu_rows",
+           "rope_write", "chunk_attention")  # fmt: skip
+
+
+def forward_is_native() -> bool:
+    """Whether all that a step on a CPU does to rows before they are drawn from is native kernels."""
+    return all(choose(op, "cpu").name == "native" for op in FORWARD)
 
 
 def _for_rows(op: str, *tensors: torch.Tensor) -> Backend:

@@ -16,6 +16,7 @@ from engine import ops
 from engine.batch import Batch, known_tokens
 from engine.model import Attend, Llama
 from engine.packed import PackedWeights
+from engine.replay import Replay
 from engine.sampling import Query, draw_rules
 
 HEAD_ROWS = 256  # rows of logits at a time: at 32,000 tokens 33 MB
@@ -32,10 +33,13 @@ class Done:
 
 
 class CpuRunner:
-    """The steps of one `LLM`. vocab: ids from here on are no tokens; seconds: of all operations of the model so far."""
+    """The steps of one `LLM`. vocab: ids from here on are no tokens; max_rows: of a step; seconds: of all operations of
+    the model so far; replays: off only to measure what replaying gives."""
 
-    def __init__(self, model: Llama, packed: PackedWeights, block_size: int, vocab: int) -> None:
+    def __init__(self, model: Llama, packed: PackedWeights, block_size: int, vocab: int, max_rows: int) -> None:
         self.model, self.packed, self.block_size, self.vocab = model, packed, block_size, vocab
+        self.max_rows, self.replays = max_rows, ops.forward_is_native()
+        self._replay: Replay | None = None
         self.keys = self.values = torch.empty(0)
         self.drawn = torch.zeros(1, dtype=torch.int64)  # ids of the last step, by query
         self.seconds = 0.0
@@ -48,15 +52,18 @@ class CpuRunner:
         dtype = self.model.embed.dtype
         self.keys = torch.empty(*pages, config.head_dim, size, dtype=dtype)  # [layers, blocks, G, D, B]
         self.values = torch.empty(*pages, size, config.head_dim, dtype=dtype)  # [layers, blocks, G, B, D]
+        self._replay = None
 
     def release(self) -> None:
         """Give back the pages and copies of weights that are held elsewhere too."""
         self.packed.clear()
+        self._replay = None
         self.keys = self.values = torch.empty(0)
 
     def follow_weights(self) -> None:
         """Pack anew what was updated."""
-        self.packed.follow(self.model.weight_epoch)
+        if self.packed.follow(self.model.weight_epoch):
+            self._replay = None
 
     def packed_bytes(self) -> int:
         """Memory of the packed weights."""
@@ -65,9 +72,7 @@ class CpuRunner:
     def launch(self, batch: Batch, queries: Sequence[Query]) -> Done:
         with torch.no_grad(), one_thread() as threads:
             began = time.perf_counter()
-            kernels = self.packed.kernels(threads)
-            tokens = known_tokens(batch.tokens, batch.from_draws, self.drawn)
-            hidden = self.model(tokens, batch.positions, self._attend(batch, threads), kernels)  # [R, dim]
+            hidden = self._forward(batch, threads)
             self.seconds += time.perf_counter() - began
             parts = [
                 self._draw(hidden, queries[start : start + HEAD_ROWS], threads)
@@ -76,6 +81,19 @@ class CpuRunner:
         draws = ops.Draws(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else _NOTHING
         self.drawn = draws.ids if len(draws.ids) else self.drawn
         return Done(draws)
+
+    def _forward(self, batch: Batch, threads: int) -> torch.Tensor:
+        """Hidden states of all rows [R, dim]."""
+        tokens = known_tokens(batch.tokens, batch.from_draws, self.drawn)
+        if not self.replays:
+            return self.model(tokens, batch.positions, self._attend(batch, threads), self.packed.kernels(threads))
+        if self._replay is None:
+            self._replay = Replay(self._record, self.max_rows)
+        return self._replay(tokens, batch, threads)
+
+    def _record(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        nothing = Batch.empty()._replace(tokens=tokens, positions=positions, slots=positions)
+        return self.model(tokens, positions, self._attend(nothing, 1), self.packed.kernels(1))
 
     def _attend(self, batch: Batch, threads: int) -> Attend:
         def attend(

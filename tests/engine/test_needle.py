@@ -187,6 +187,8 @@ def companions(n=2, attention=None, linear=None):
     prompts = [[*head, *(rng.randrange(3, 111) for _ in range(5))] for _ in range(3)]
     params = SamplingParams(n=n, max_tokens=12, ignore_eos=True, seed=3, logprobs=1)
     with pytest.MonkeyPatch.context() as patch:
+        if attention or linear:
+            patch.setattr(ops, "forward_is_native", lambda: False)
         if attention:
             patch.setattr(ops, "chunk_attention", attention)
         if linear:
