@@ -151,7 +151,8 @@ struct Named {
 };
 
 // The calls of a forward of `rows` rows; while it is entered, this thread's calls of the sampler's kernels are kept in
-// it instead of being made. It holds what they read from the model; the caller holds the rows' memory and the pages.
+// it instead of being made. It holds the arrays that they read from the model, which must stay where they are; the
+// caller holds the rows' memory and the pages.
 class Recording {
  public:
   Recording(const py::array& tokens, const py::array& positions) : tokens_(tokens), positions_(positions) {
@@ -162,7 +163,7 @@ class Recording {
 
   int64_t rows() const { return tokens_.shape(0); }
 
-  // Memory that the calls write and read, for `rows` rows.
+  // Memory in which the calls' rows lie.
   void own(const py::array& memory) {
     const char* begin = static_cast<const char*>(memory.data());
     owned_.push_back({begin, begin + span(memory)});
@@ -172,7 +173,10 @@ class Recording {
     if (current) throw py::value_error("this thread records already; expected one recording at a time");
     current = this;
   }
-  void exit() { current = nullptr; }
+  void exit() {
+    if (current == this) current = nullptr;
+  }
+  ~Recording() { exit(); }
 
   // all: rows that a call reads and writes; model: what it reads beside them.
   void add(std::initializer_list<Named> all, std::initializer_list<const py::array*> model, int64_t found,
@@ -184,7 +188,7 @@ class Recording {
         return range.first <= begin && begin + span(*one.array) <= range.second;
       };
       if (std::none_of(owned_.begin(), owned_.end(), holds))
-        refuse(one.name, "in other memory", "what a recorded call has written: something in between was not recorded");
+        refuse(one.name, "in other memory", "memory of the recording's rows: something in between was not recorded");
     }
     for (const py::array* array : model) model_.push_back(*array);
     calls_.push_back(std::move(call));
@@ -205,12 +209,17 @@ class Recording {
     });
   }
 
-  // All pages have the same number of blocks, and of slots in a block.
-  void add_pages(int64_t blocks, int64_t size) {
+  // All pages have the same number of blocks, and of slots in a block. lists: what a replay has its own of, so empty.
+  void add_pages(int64_t blocks, int64_t size, const py::array& lists) {
+    if (lists.size()) refuse("a recorded call's items or copies", shape_text({lists.shape(0)}), "none");
     if (blocks_ >= 0 && (blocks != blocks_ || size != size_))
       refuse("key_pages", std::to_string(blocks) + " blocks of " + std::to_string(size),
              std::to_string(blocks_) + " of " + std::to_string(size_) + ", as in the calls before");
     blocks_ = blocks, size_ = size;
+  }
+
+  void check_positions(const py::array& positions) const {
+    if (positions.data() != positions_.data()) refuse("positions", "another array", "the recording's positions");
   }
 
   void replay(const py::array& tokens, const py::array& positions, const py::array& slots, const py::array& copies,
@@ -552,10 +561,12 @@ void chunk_attention(const py::array& q, const py::array& key_pages, const py::a
                                                       dim,
                                                       size,
                                                       items.shape(0)};
-  if (Recording::current)
-    Recording::current->add_pages(blocks, size);
-  else
+  if (Recording::current) {
+    Recording::current->check_positions(positions);
+    Recording::current->add_pages(blocks, size, items);
+  } else {
     check_items(arguments, blocks);
+  }
   make({{"q", &q}, {"out", &out}}, {}, arguments, threads,
        [=](const auto& a, int count) { selfreward::chunk_attention(a, count, run); });
 }
@@ -634,7 +645,7 @@ void rope_write(const py::array& q, const py::array& k, const py::array& v, cons
                                                  size,
                                                  copies.shape(0)};
   if (Recording::current)
-    Recording::current->add_pages(blocks, size);
+    Recording::current->add_pages(blocks, size, copies);
   else
     check_places(arguments, blocks);
   make({{"q", &q}, {"k", &k}, {"v", &v}, {"cos", &cos}, {"sin", &sin}, {"out", &out}}, {}, arguments, threads,

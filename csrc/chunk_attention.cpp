@@ -55,13 +55,13 @@
 #include <vector>
 
 #include "runs.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace selfreward {
 namespace {
 
 constexpr int64_t kChain = 16;          // products in one FMA chain: part of the numbers
-constexpr int64_t kLine = 16;           // floats in a cache line
 constexpr int64_t kBlock = 32;          // queries of a group whose scores are held at a time
 constexpr int64_t kMany = 32;           // rows of an item from which on it is folded group by group
 constexpr int64_t kStates = 1 << 16;    // floats of a job's queries and states at most: 256 KB, a part of the
@@ -112,20 +112,7 @@ using Item = ChunkAttentionItem;
 
 inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory that begins at a cache line; kept by the thread for its next calls, as fresh memory costs a fault a page.
-class Floats {
- public:
-  float* get(int64_t count) {
-    if (count > count_) memory_.reset(new float[size_t((count_ = count) + kLine)]);
-    const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.get()) / sizeof(float);
-    return memory_.get() + (kLine - at % kLine) % kLine;
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  int64_t count_ = 0;
-};
-thread_local Floats job_memory, partial_memory, state_memory;
+thread_local Scratch job_memory, partial_memory, state_memory;
 
 // What the partials or states of some queries take, and where they lie in memory that has them.
 int64_t state_floats(const ChunkAttentionArguments& a, int64_t queries) {
@@ -156,7 +143,7 @@ struct Work {
   }
 };
 
-// The rows [first, last) of some items, group by group.
+// The items of many rows, group by group.
 void fold_many(const ChunkAttentionArguments& a, const Work& work, const ChunkAttentionState& states, int64_t workers,
                int threads, const ChunkAttentionKernels& kernels) {
   int64_t first = a.rows, last = 0;
@@ -165,7 +152,7 @@ void fold_many(const ChunkAttentionArguments& a, const Work& work, const ChunkAt
   const int64_t wanted = workers > 1 ? 4 * workers : 1;
   const int64_t rows = std::clamp<int64_t>(kStates / row, 1, divided_up(last - first, divided_up(wanted, a.groups)));
   const int64_t ranges = divided_up(last - first, rows), floats = GroupScratch(a, rows * heads, nullptr).floats;
-  float* const memory = job_memory.get(workers * floats);
+  float* const memory = job_memory.floats(workers * floats);
   std::atomic<int64_t> next{0};
   parallel_for(workers, threads, [&](int64_t worker) {
     for (int64_t i = next++; i < ranges * a.groups; i = next++) {
@@ -187,7 +174,7 @@ void fold_few(const ChunkAttentionArguments& a, const Work& work, const ChunkAtt
   for (const Item& item : work.few) largest = std::max(largest, item.last_row - item.first_row);
   const int64_t room = std::max(workers > 1 ? kPartials * workers : 0, state_floats(a, largest * a.heads));
   const int64_t scratch = largest * (a.heads / a.groups) * (whole(a.dim) + whole(a.size));
-  float* const partials = partial_memory.get(room + workers * scratch);
+  float* const partials = partial_memory.floats(room + workers * scratch);
   std::vector<float*> place(size_t(count), nullptr);
   for (int64_t first = 0, last = 0; first < count; first = last) {
     int64_t used = 0;
@@ -221,20 +208,28 @@ void fold_few(const ChunkAttentionArguments& a, const Work& work, const ChunkAtt
     if (work.unfinished[size_t(row)]) kernels.finish(a, states, row);
 }
 
+// What one thread takes, about: 150 FLOPs or 40 bytes of pages in a nanosecond, whichever is longer.
+double microseconds(const ChunkAttentionArguments& a) {
+  int64_t keys = 0, slots = 0;
+  for (int64_t row = 0; row < a.rows; ++row) keys += a.positions[row] + 1;
+  for (const int64_t* item = a.items; item < a.items + 4 * a.item_count; item += 4)
+    slots += std::min(a.size, a.positions[item[3] - 1] + 1 - item[1] * a.size);
+  const double flops = 4.0 * double(keys) * double(a.dim * a.heads);
+  const double bytes = 2.0 * double(slots) * double(a.dim * a.groups) * (a.bf16 ? 2 : 4);
+  return std::max(flops / 150e3, bytes / 40e3);
+}
+
 }  // namespace
 
 void chunk_attention(const ChunkAttentionArguments& a, int threads, ChunkAttentionRun run) {
   if (a.rows == 0) return;
-  int64_t keys = 0;
-  for (int64_t row = 0; row < a.rows; ++row) keys += a.positions[row] + 1;
-  // A thread is worth waking for 2^20 multiply-adds, some 40 microseconds.
-  const int64_t paying = share_little() ? threads : 2 * keys * a.dim * a.heads >> 20;
+  const int64_t paying = share_little() ? threads : int64_t(microseconds(a) / kWorthSharing);
   const int64_t workers = std::clamp<int64_t>(paying, 1, threads);
   const Work work(a);
   const ChunkAttentionKernels kernels = run(a.bf16);
   if (work.few.empty()) return fold_many(a, work, {}, workers, threads, kernels);
   const int64_t queries = a.rows * a.heads;
-  const ChunkAttentionState states = state_at(queries, state_memory.get(state_floats(a, queries)));
+  const ChunkAttentionState states = state_at(queries, state_memory.floats(state_floats(a, queries)));
   std::fill(states.max, states.max + queries, -INFINITY);
   std::fill(states.sum, states.sum + queries, 0.0f);
   std::fill(states.values, states.values + queries * whole(a.dim), 0.0f);

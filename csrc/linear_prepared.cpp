@@ -3,9 +3,9 @@
 #include "linear_prepared.h"
 
 #include <algorithm>
-#include <memory>
 
 #include "linear_sizes.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace selfreward {
@@ -13,18 +13,7 @@ namespace {
 
 constexpr int64_t kSection = 4 * kRows;  // 88 MB at most for a depth of 11,008 in bf16 without dot instructions
 
-// Memory of this thread, `bytes` or more, aligned to a cache line, valid until the next call.
-char* scratch(int64_t bytes) {
-  thread_local std::unique_ptr<char[]> memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    memory.reset(new char[size_t(bytes + kLine)]);
-    size = bytes;
-  }
-  const auto address = reinterpret_cast<uintptr_t>(memory.get());
-  return memory.get() + (uintptr_t(kLine) - address % uintptr_t(kLine)) % uintptr_t(kLine);
-}
+thread_local Scratch scratch;
 
 int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -38,7 +27,7 @@ void linear_prepared(const float* x, int64_t depth, int64_t groups, const Linear
     section.out = a.out + start * a.outputs;
     const int64_t values = whole_lines(section.rows * a.units * kernel.parts * kPiece);
     const int64_t scales = whole_lines(section.rows * groups * 4);
-    char* memory = scratch(values + 2 * scales);
+    char* memory = scratch.get(values + 2 * scales);
     const LinearPrepare prepare{x + start * depth,
                                 depth,
                                 a.units,
@@ -49,8 +38,8 @@ void linear_prepared(const float* x, int64_t depth, int64_t groups, const Linear
     section.x = prepare.to;
     section.x_scales = prepare.scales;
     section.starts = prepare.starts;
-    // About 5 values a nanosecond; as in linear(), another thread pays above 40 microseconds.
-    const bool share = section.rows * depth > 200000 || share_little();
+    // About 5 values a nanosecond.
+    const bool share = double(section.rows * depth) / 5e3 > kWorthSharing || share_little();
     const int64_t pieces = share ? std::min<int64_t>(section.rows, 4 * threads) : 1;
     parallel_for(pieces, threads, [&](int64_t i) {
       kernel.prepare(prepare, section.rows * i / pieces, section.rows * (i + 1) / pieces);

@@ -10,7 +10,7 @@
 namespace selfreward {
 
 // [0, rows) in `count` runs of `length`. `cost`: what a row takes, in multiply-adds; a run is worth at least 2^22 of
-// them (some 100 microseconds: waking a thread takes 10 to 20, and longer on a busy machine), and a thread gets up to
+// them (some 100 microseconds; what only moves memory gains less by a thread than it costs), and a thread gets up to
 // four runs.
 struct Runs {
   int64_t rows, length, count;

@@ -22,7 +22,7 @@ namespace {
 struct Job {
   const std::function<void(int64_t)>& work;
   const int64_t count;
-  int seats;                   // threads that may still join
+  const int seats;             // threads that may join the caller
   std::atomic<int> active{0};  // threads that joined and have not left
   std::atomic<int64_t> next{0};
 
@@ -31,8 +31,8 @@ struct Job {
   }
 };
 
-// Returns when `ready` or after a while. Steps of a model call one kernel after another, and a thread that sleeps takes
-// 50 to 100 microseconds to join (virtual machine, idle core), so it looks for the next call a little before it sleeps.
+// Returns when `ready` or after a while. Steps of a model call one kernel after another, so a thread that has worked
+// looks for the next call a little before it sleeps.
 template <typename Ready>
 void spin(const Ready& ready) {
   using clock = std::chrono::steady_clock;
@@ -50,12 +50,15 @@ class Pool {
     while (threads_ < job.seats && start()) {
     }
     job_ = &job;
-    ++calls_;
-    wake_.notify_all();
+    free_ = job.seats;
     lock.unlock();
+    for (int64_t i = job.seats; i > 0; --i) wake_.notify_one();  // those that have a seat, not a server's 64
     job.run();
     lock.lock();
-    if (job_ == &job) job_ = nullptr;
+    if (job_ == &job) {
+      job_ = nullptr;
+      free_ = 0;
+    }
     lock.unlock();
     spin([&] { return job.active == 0; });
     lock.lock();
@@ -76,28 +79,24 @@ class Pool {
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      const auto open = [&] { return job_ && job_->seats > 0; };
-      if (!open()) {
-        const int64_t calls = calls_;
-        lock.unlock();
-        spin([&] { return calls_ != calls; });
-        lock.lock();
-      }
-      wake_.wait(lock, open);
+      wake_.wait(lock, [&] { return free_ > 0; });
       Job& job = *job_;
-      --job.seats;
+      --free_;
       ++job.active;
       lock.unlock();
       job.run();
       lock.lock();
       if (--job.active == 0) left_.notify_all();
+      lock.unlock();
+      spin([&] { return free_ > 0; });
+      lock.lock();
     }
   }
 
-  std::atomic<int64_t> calls_{0};  // of run
-  std::mutex mutex_;               // guards all below, and a job's seats and active
+  std::mutex mutex_;  // guards all below, and a job's `active`; who spins reads both without it
   std::condition_variable wake_, left_;
   Job* job_ = nullptr;  // the latest call's: of calls at the same time the others go on with the threads that they have
+  std::atomic<int> free_{0};  // its seats that nobody has taken
   int threads_ = 0;
 };
 

@@ -86,7 +86,7 @@ class LLM:
         self._runner = (
             GpuRunner(self.model, block_size, vocab, self.max_model_len)
             if self._on_gpu
-            else CpuRunner(self.model, self._packed, block_size, vocab, self.max_batch_tokens)
+            else CpuRunner(self.model, self._packed, block_size, vocab)
         )
         self._stats: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
         blocks = self._block_count(kv_cache_gb)
@@ -156,12 +156,14 @@ class LLM:
         candidate had computed for the others. seconds: time spent in steps; host_seconds: of it outside the model's
         operations, among them scheduler_seconds, for planning, laying out and committing. tokens_per_second: new tokens;
         scoring has none. kv_bytes_read: keys and values of the items of attention, each once; kv_bytes_ungrouped: what
-        they would be if every sequence read its own.
+        they would be if every sequence read its own. replayed_steps: whose kernels were launched all at once, on a GPU as
+        a graph.
         """
         scheduler, stats = self._scheduler, self._stats
         return {
             **stats,
             "head_rows": self._runner.head_rows,
+            "replayed_steps": self._runner.replayed_steps,
             "prefix_tokens_saved": scheduler.prefix_tokens_saved,
             "fork_tokens_saved": scheduler.fork_tokens_saved,
             "preemptions": scheduler.preemptions,

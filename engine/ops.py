@@ -86,11 +86,11 @@ _rows = _Rows()
 @contextmanager
 def rows_from(empty: Callable[[Sequence[int]], torch.Tensor]) -> Iterator[None]:
     """In this thread, the memory of those rows is what `empty(shape)` returns, fp32 and contiguous."""
-    _rows.empty = empty
+    before, _rows.empty = _rows.empty, empty
     try:
         yield
     finally:
-        del _rows.empty
+        _rows.empty = before
 
 
 def _always(case: Case) -> str | None:
@@ -207,9 +207,8 @@ def _native_rope_write(
 
 def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draws:
     rows = len(logits)
-    draws = Draws(
-        torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows), torch.empty(len(rules.label_ids))
-    )
+    raw, sampled, labels = (torch.empty(n, dtype=torch.float32) for n in (rows, rows, len(rules.label_ids)))
+    draws = Draws(torch.empty(rows, dtype=torch.int64), raw, sampled, labels)
     columns: Any = {name: value if name == "vocab" else _array(value) for name, value in rules._asdict().items()}
     columns.update((name, value.numpy()) for name, value in draws._asdict().items())
     _C.sample(_array(logits), threads=threads, **columns)

@@ -53,13 +53,11 @@ class PackedWeights:
         else:
             parameter[rows].copy_(tensor)
 
-    def follow(self, epoch: int) -> bool:
-        """Forget copies of weights from before this epoch; whether there was another one."""
-        if epoch == self._epoch:
-            return False
-        self.clear()
-        self._epoch = epoch
-        return True
+    def follow(self, epoch: int) -> None:
+        """Forget copies of weights from before this epoch."""
+        if epoch != self._epoch:
+            self.clear()
+            self._epoch = epoch
 
     def clear(self) -> None:
         """Drop all copies; they are made again when they are used. What was given up for them stays."""

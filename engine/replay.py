@@ -9,29 +9,43 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine import ops
 from engine.batch import Batch
 
 
 class Replay:
-    """`replay(batch, threads) -> hidden [R, dim]`, valid until the next call, for steps of up to `rows` rows.
+    """`replay(tokens, batch, threads) -> hidden [R, dim]` for steps of up to `rows` rows, valid until the next call; one
+    call at a time.
 
-    forward(tokens [rows], positions [rows]) -> hidden: all of its work on rows is done by native kernels (anything else
-    in between is a ValueError), in the same order whatever the step. What it reads from the model is held, the pages that
-    it writes are not.
+    forward(tokens [rows], positions [rows]) -> hidden: native kernels, and views, are all that touches rows, in the same
+    order whatever the step; anything else is a ValueError, because a replay would leave it out. What the kernels read
+    from the model must stay where it is, and the pages that they write must stay too. inputs: rows that are not made by
+    kernels, fp32, which the caller keeps where they are.
     """
 
-    def __init__(self, forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: int) -> None:
-        tokens, positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+    def __init__(
+        self,
+        forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        rows: int,
+        inputs: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self.rows = rows
+        tokens, positions = (torch.empty(rows, dtype=torch.int64) for _ in range(2))
         self._recording = ops.Recording(tokens.numpy(), positions.numpy())
         self._memory = _RowMemory(self._recording.own)
-        with ops.rows_from(self._memory.empty), self._recording:
+        for given in inputs:
+            self._recording.own(given.numpy())
+        with self._recording, ops.rows_from(self._memory.empty), _ViewsOnly(self._memory):
             self._hidden = forward(tokens, positions)
+        if not self._memory.holds(self._hidden) or not self._hidden.is_contiguous():
+            raise ValueError("what the forward returns is not what its last kernel writes: it cannot be replayed")
 
     def __call__(self, tokens: torch.Tensor, batch: Batch, threads: int) -> torch.Tensor:
         b = batch
@@ -41,21 +55,38 @@ class Replay:
 
 
 class _RowMemory:
-    """Memory for the rows between kernels, in few pieces: one is used again as soon as no tensor over it is left, which
-    happens in a replay at the same place as in the recording. It stays the recording's for good."""
+    """Memory for the rows between kernels, in few pieces: one is used again when no tensor over it is left, which happens
+    in a replay at the same place as in the recording. All of it stays the recording's."""
 
     def __init__(self, own: Callable[..., None]) -> None:
         self._own = own
-        self._pieces: list[torch.Tensor] = []
-        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by number of floats
+        self.pieces: list[tuple[torch.Tensor, Callable[[], Any]]] = []  # and who uses it: None if nobody does
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
-        free = self._free[math.prod(shape)]
-        if not free:
-            self._pieces.append(torch.empty(math.prod(shape), dtype=torch.float32))
-            self._own(self._pieces[-1].numpy())
-            free.append(self._pieces[-1])
-        piece = free.pop()
+        size = math.prod(shape)
+        found = next((i for i, (piece, user) in enumerate(self.pieces) if len(piece) == size and user() is None), None)
+        if found is None:
+            found = len(self.pieces)
+            self.pieces.append((torch.empty(size, dtype=torch.float32), lambda: None))
+            self._own(self.pieces[found][0].numpy())
+        piece = self.pieces[found][0]
         array = piece.numpy()  # a new object, which every tensor over it holds
-        weakref.finalize(array, free.append, piece).atexit = False
+        self.pieces[found] = piece, weakref.ref(array)
         return torch.from_numpy(array).view(*shape)
+
+    def holds(self, x: torch.Tensor) -> bool:
+        return any(p.data_ptr() <= x.data_ptr() < p.data_ptr() + p.nbytes for p, _ in self.pieces)
+
+
+class _ViewsOnly(TorchDispatchMode):
+    """Torch's operations on row memory are errors, but for views."""
+
+    def __init__(self, memory: _RowMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        if not func.is_view and any(map(self._memory.holds, tensors)):
+            raise ValueError(f"{func} on rows is no native kernel: it cannot be replayed")
+        return func(*args, **(kwargs or {}))

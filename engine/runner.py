@@ -14,7 +14,7 @@ import torch
 
 from engine import ops
 from engine.batch import Batch, known_tokens
-from engine.model import Attend, Llama
+from engine.model import Attend, Llama, given_up
 from engine.packed import PackedWeights
 from engine.replay import Replay
 from engine.sampling import Query, draw_rules
@@ -33,37 +33,45 @@ class Done:
 
 
 class CpuRunner:
-    """The steps of one `LLM`. vocab: ids from here on are no tokens; max_rows: of a step; seconds: of all operations of
-    the model so far; replays: off only to measure what replaying gives."""
+    """The steps of one `LLM`. vocab: ids from here on are no tokens; seconds: of all operations of the model so far.
+    replays: whether a step makes recorded calls; where it cannot (other backends, hooks in the model), and to measure
+    what it gives, kernels are called from Python one by one."""
 
-    def __init__(self, model: Llama, packed: PackedWeights, block_size: int, vocab: int, max_rows: int) -> None:
+    def __init__(self, model: Llama, packed: PackedWeights, block_size: int, vocab: int) -> None:
         self.model, self.packed, self.block_size, self.vocab = model, packed, block_size, vocab
-        self.max_rows, self.replays = max_rows, ops.forward_is_native()
+        self.replays = ops.forward_is_native()
         self._replay: Replay | None = None
+        self._recorded_for: list[int] = []
+        self.replayed_steps = 0
         self.keys = self.values = torch.empty(0)
         self.drawn = torch.zeros(1, dtype=torch.int64)  # ids of the last step, by query
         self.seconds = 0.0
         self.head_rows = 0
 
     def allocate(self, blocks: int) -> None:
+        self._replay = None
         config, size = self.model.config, self.block_size
         pages = (config.n_layers, blocks, config.n_kv_heads)
         # Not cleared, so that memory is taken as it is used: no slot is read before it is written.
         dtype = self.model.embed.dtype
         self.keys = torch.empty(*pages, config.head_dim, size, dtype=dtype)  # [layers, blocks, G, D, B]
         self.values = torch.empty(*pages, size, config.head_dim, dtype=dtype)  # [layers, blocks, G, B, D]
-        self._replay = None
 
     def release(self) -> None:
         """Give back the pages and copies of weights that are held elsewhere too."""
-        self.packed.clear()
         self._replay = None
+        self.packed.clear()
         self.keys = self.values = torch.empty(0)
 
     def follow_weights(self) -> None:
-        """Pack anew what was updated."""
-        if self.packed.follow(self.model.weight_epoch):
+        """Pack anew what was updated; record anew where the model's memory moved, as by `share_memory()`, or has hooks."""
+        model = self.model
+        self.packed.follow(model.weight_epoch)
+        memory = [x.data_ptr() for x in (*model.parameters(), model.rope_cos, model.rope_sin) if not given_up(x)]
+        found = [model.weight_epoch, self._hooked(), *memory]
+        if found != self._recorded_for:
             self._replay = None
+            self._recorded_for = found
 
     def packed_bytes(self) -> int:
         """Memory of the packed weights."""
@@ -85,11 +93,25 @@ class CpuRunner:
     def _forward(self, batch: Batch, threads: int) -> torch.Tensor:
         """Hidden states of all rows [R, dim]."""
         tokens = known_tokens(batch.tokens, batch.from_draws, self.drawn)
-        if not self.replays:
+        replay = self._replay_of(len(tokens)) if self.replays else None
+        if replay is None:
             return self.model(tokens, batch.positions, self._attend(batch, threads), self.packed.kernels(threads))
-        if self._replay is None:
-            self._replay = Replay(self._record, self.max_rows)
-        return self._replay(tokens, batch, threads)
+        self.replayed_steps += 1
+        return replay(tokens, batch, threads)
+
+    def _replay_of(self, rows: int) -> Replay | None:
+        if self._replay and self._replay.rows >= rows:
+            return self._replay
+        self._replay = None
+        if not self._hooked():
+            try:
+                self._replay = Replay(self._record, 1 << (rows - 1).bit_length())
+            except ValueError:  # something in this model does more than a replay would do again
+                self.replays = False
+        return self._replay
+
+    def _hooked(self) -> bool:
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def _record(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         nothing = Batch.empty()._replace(tokens=tokens, positions=positions, slots=positions)
@@ -119,7 +141,7 @@ class CpuRunner:
         return draws
 
 
-_NOTHING = ops.Draws(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0), torch.empty(0))
+_NOTHING = ops.Draws(torch.empty(0, dtype=torch.int64), *torch.empty(3, 0, dtype=torch.float32))
 
 
 @contextmanager

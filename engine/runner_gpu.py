@@ -83,6 +83,7 @@ class GpuRunner:
         self.device = model.embed.device
         self.seconds = 0.0  # of operations that the host waits for: none
         self.head_rows = 0
+        self.replayed_steps = 0
         self.graphs = True  # off only to measure what they give
         self.keys = self.values = torch.empty(0)
         self._drawn = torch.zeros(BUCKETS[-1], dtype=torch.int64, device=self.device)  # by the last step, by query
@@ -149,6 +150,7 @@ class GpuRunner:
             graph = self._captured[rows, items] = Graph(self._decode, nothing, self.device, self._capture)
             self._drawn.copy_(drawn)
         self.head_rows += rows
+        self.replayed_steps += 1
         return Pending([graph.launch(decoding)], len(queries), labels)
 
     # ---- kernel by kernel -------------------------------------------------------------------------------------------
