@@ -16,19 +16,20 @@ from benchmarks import kernels, quantization
 from benchmarks.compare import children, compare
 from benchmarks.limits import Limits, machine
 from benchmarks.models import MODELS, peaked, random_model
+from benchmarks.options import bad_target, bad_threads
 from benchmarks.peers import CLASSES, OURS, PEERS
 from benchmarks.throughput import measure
 from benchmarks.workloads import ABLATED, COMPARED
 from engine import InputError
 
+OTHERS = {"kernels": kernels.main, "quantization": quantization.main}
+
 
 def main() -> int:
-    if sys.argv[1:2] == ["kernels"]:
-        return kernels.main(sys.argv[2:])
-    if sys.argv[1:2] == ["quantization"]:
-        return quantization.main(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in OTHERS:
+        return OTHERS[sys.argv[1]](sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("workload", choices=sorted(COMPARED))
+    parser.add_argument("workload", choices=[*sorted(COMPARED), *OTHERS])
     parser.add_argument("--model", default="110M", help=f"a random Llama: {', '.join(MODELS)} (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of everything, in turns (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of prompts (default: %(default)s)")
@@ -42,22 +43,24 @@ def main() -> int:
         default=os.environ.get("SELFREWARD_PEERS"),
         help="holds PEER/bin/python (default: SELFREWARD_PEERS)",
     )
-    parser.add_argument("--formats", default=",".join(CLASSES), help="of weights, beside peers (default: %(default)s)")
+    parser.add_argument("--formats", help=f"of weights, beside peers (default: {','.join(CLASSES)})")
     parser.add_argument("--json", type=Path, help="write machine, limits and rows to this file")
     arguments = parser.parse_args()
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if arguments.rounds < 1 or not 0 < arguments.scale <= 100 or not 1 <= (arguments.threads or 1) <= available:
-        parser.error(f"--rounds is at least 1, --threads 1 to {available}, --scale above 0 and at most 100")
-    if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
-        parser.error(f"--json {arguments.json}: expected a file in a directory that exists")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: expected at least 1")
+    if not 0 < arguments.scale <= 100:
+        parser.error(f"--scale {arguments.scale}: expected a number above 0 and at most 100")
+    if problem := bad_threads(arguments.threads) or bad_target(arguments.json):
+        parser.error(problem)
+    ablated = arguments.peers is None and arguments.workload in ABLATED
+    if ablated and arguments.formats:
+        parser.error("--formats is for engines beside each other: add --peers, '' for ours alone")
+    arguments.formats = arguments.formats or ",".join(CLASSES)
     if unknown := set(arguments.formats.split(",")) - set(CLASSES):
         parser.error(f"--formats {arguments.formats}: {', '.join(sorted(unknown))} is none of {', '.join(CLASSES)}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     try:
-        measured = (
-            _ablation(arguments) if arguments.peers is None and arguments.workload in ABLATED else _peers(arguments)
-        )
+        measured = _ablation(arguments) if ablated else _peers(arguments)
     except InputError as error:
         parser.error(str(error))
     result = {
@@ -144,4 +147,7 @@ def _peer_rows(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.limits import Limits
 from benchmarks.models import product_flops
-from benchmarks.peers import DRIVERS, OURS, PEERS, Answer, Child, ChildEnded, interpreter
+from benchmarks.peers import DRIVERS, OURS, PEERS, Answer, Child, ChildEnded, how, interpreter
 from benchmarks.workloads import COMPARED, Workload
-from engine import LLM, Llama, save_checkpoint
+from engine import LLM, InputError, Llama, save_checkpoint
 
 QUIET = 0.05  # of a core: what other processes may use during a run, and a child that should sleep
 TRIES = 3
@@ -38,7 +38,7 @@ class Turn(NamedTuple):
 def children(
     model: Llama, names: Sequence[str], formats: Sequence[str], threads: int, directory: Path | None
 ) -> Iterator[list[Child]]:
-    """All engines that were asked for, loaded; one of ours that is not built is said and left out."""
+    """All engines that were asked for, loaded."""
     pythons = {name: interpreter(name, directory) for name in names}
     settings = {"threads": threads, "cores": cores(threads)}
     running: list[Child] = []
@@ -53,9 +53,12 @@ def children(
                         Child(engine, form, command, {**settings, "model": f"{scratch}/model"}, Path(scratch))
                     )
                 except ChildEnded as error:
-                    if engine != OURS or "NotBuiltError" not in str(error):
-                        raise
-                    print(f"{engine} {form} left out: {str(error).splitlines()[-1]}", flush=True)
+                    if engine != OURS and "ModuleNotFoundError" in str(error):
+                        missing = str(error).splitlines()[-1]
+                        raise InputError(
+                            f"the peer {engine} lacks a package ({missing}): {how(engine, directory)}"
+                        ) from None
+                    raise
             yield running
         finally:
             for child in running:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import engine._C as _C
 from benchmarks.limits import machine
+from benchmarks.options import bad_target, bad_threads
 from engine import ops
 from engine.batch import Batch
 from engine.kernels import linear as _linear
@@ -338,8 +339,12 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_args(words)
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    problem = bad_threads(given.threads) or bad_target(given.json)
+    if problem:
+        parser.error(problem)
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    found = machine()
+    print(f"{found['cpu']}, {found['instructions']}, {found['threads']} threads\n")
     with torch.no_grad():
         rows = []
         print(HEADER)
@@ -348,5 +353,5 @@ def main(words: Sequence[str]) -> int:
             print(line(row), flush=True)
     if given.json:
         command = " ".join(["python -m benchmarks kernels", *given.parts, f"--threads {torch.get_num_threads()}"])
-        given.json.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"command": command, "machine": found, "rows": rows}, indent=1) + "\n")
     return 0

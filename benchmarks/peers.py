@@ -36,7 +36,9 @@ TCMALLOC = "libtcmalloc_minimal.so.4"  # glibc gives large tensors back: every s
 PEERS = {
     OURS: Peer({"float32": "float32", "bfloat16": "16bit", "int8": "int8"}, ()),
     "transformers": Peer(
-        {"float32": "float32", "bfloat16": "16bit"}, ("install torch==2.13.0+cpu transformers==5.23.0",), (TCMALLOC,)
+        {"float32": "float32", "bfloat16": "16bit"},
+        ("install --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu transformers==5.23.0",),
+        (TCMALLOC,),
     ),
     "llamacpp": Peer(
         {"float32": "float32", "bfloat16": "16bit", "q8_0": "int8"},
@@ -65,18 +67,21 @@ def interpreter(name: str, directory: Path | None) -> Path:
         raise InputError(f"peer is {name!r}; expected one of {', '.join(peer for peer in PEERS if peer != OURS)}")
     if directory is None:
         raise InputError(
-            "peers live in environments of their own: name their directory, SELFREWARD_PEERS or --peers-dir"
+            "peers live in environments of their own: name their directory, SELFREWARD_PEERS or --peers-dir "
+            '("Installing and driving them" in docs/performance.md)'
         )
     python = directory / name / "bin" / "python"
     if not python.is_file():
-        pip = [f"{directory / name}/bin/pip {told}" for told in PEERS[name].install]
-        raise InputError(
-            f"the peer {name} is not installed, there is no {python}: "
-            + " && ".join([f"python -m venv {directory / name}", *pip])
-        )
+        raise InputError(f"the peer {name} is not installed, there is no {python}: {how(name, directory)}")
     if TCMALLOC in PEERS[name].preload and not find_library("tcmalloc_minimal"):  # the loader would only warn
         raise InputError(f"the peer {name} is driven with {TCMALLOC}: apt-get install libtcmalloc-minimal4")
     return python.absolute()  # not resolved: the link is what makes it the environment's
+
+
+def how(name: str, directory: Path | None) -> str:
+    """The commands that install a peer."""
+    where = f"{directory}/{name}"
+    return " && ".join([f"python -m venv {where}", *(f"{where}/bin/pip {told}" for told in PEERS[name].install)])
 
 
 class Answer(NamedTuple):

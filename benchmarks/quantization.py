@@ -12,14 +12,15 @@ from engine.quantize import quantization_error
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks quantization", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", default="selfreward/tiny/m0", help="a directory with a tokenizer; default: %(default)s"
-    )
+    parser.add_argument("--checkpoint", default="selfreward/tiny/m0", help="a directory; default: %(default)s")
     parser.add_argument(
         "--texts", type=int, default=64, help="written by the model at temperature 1 (default: %(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=256, help="of each text at most (default: %(default)s)")
     given = parser.parse_args(words)
+    for name, value in (("texts", given.texts), ("tokens", given.tokens)):
+        if value < 1:
+            parser.error(f"--{name} {value}: expected at least 1")
     try:
         model = load_checkpoint(Path(given.checkpoint))
         writer = LLM(model)

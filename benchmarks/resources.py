@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+except ModuleNotFoundError:
+    sys.exit("benchmarks.resources compiles with Triton, which is not installed: pip install triton")
 
 from benchmarks.launches import LAUNCHES, WIDE
 

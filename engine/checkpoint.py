@@ -218,6 +218,7 @@ def update_tensors(
                 raise InputError(f"{name} has shape {list(tensor.shape)}; the model's is {list(parameter[rows].shape)}")
         if not tensor.is_floating_point():
             raise InputError(f"{name} is {tensor.dtype}; expected a floating-point tensor")
+    model.half_updated = True
     with torch.no_grad():
         for name, tensor in named_tensors.items():
             if name in places:

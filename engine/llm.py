@@ -64,7 +64,7 @@ class LLM:
         _check_options(quantization, block_size)
         self._packed = PackedWeights(quantization)
         self.model = _find_model(model, str(device), str(dtype).removeprefix("torch."), self._packed)
-        self.device = self.model.embed.device
+        self.device, self._dtype = self.model.embed.device, self.model.embed.dtype
         if quantization and self._on_gpu:
             raise NotBuiltError(f"quantization is {quantization!r}; on a GPU only None is built so far")
         _check_deterministic(deterministic, self.device.type)
@@ -171,6 +171,8 @@ class LLM:
             "tokens_per_second": stats["new_tokens"] / stats["seconds"] if stats["seconds"] else 0.0,
             "blocks": self._pool.num_blocks - 1,
             "packed_bytes": self._runner.packed_bytes(),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "quantization": self._packed.quantization,
             "backends": ops.backends(self.device.type),
         }
 
@@ -198,8 +200,8 @@ class LLM:
             raise InputError("a stream is running on the old weights; finish or close it before the update")
         try:
             tensors = dict(named_tensors)
-        except (TypeError, ValueError):
-            raise InputError(f"named_tensors is {named_tensors!r:.60}; expected tensors by name") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"named_tensors is {named_tensors!r:.60}; expected tensors by name ({error})") from error
         update_tensors(self.model, tensors, self._packed.write)
 
     def sleep(self, weights: bool = False) -> None:
@@ -308,6 +310,10 @@ class LLM:
         if self._asleep:
             raise InputError("this LLM is asleep; call wake() first")
         self.model.check_weights()
+        if self.model.embed.dtype != self._dtype:
+            raise InputError(
+                f"the model was converted from {self._dtype} to {self.model.embed.dtype} since this LLM was made: make a new one"
+            )
         if self._running:
             raise InputError("this LLM is still running an earlier stream; exhaust or close it first")
         if self._scheduler.epoch != self.model.weight_epoch:
@@ -486,7 +492,8 @@ def _find_model(model: str | Path | Llama, device: str, dtype: str, packed: Pack
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device is {device!r}, and torch finds no GPU here: leave device out for the CPU")
     if dtype not in ("auto", *DTYPES):
-        raise InputError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}")
+        hint = "; 8 bits are quantization='int8'" if dtype == "int8" else ""
+        raise InputError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}{hint}")
     if not isinstance(model, Llama):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -502,7 +509,10 @@ def _find_model(model: str | Path | Llama, device: str, dtype: str, packed: Pack
         raise InputError(f"device is {device!r} and the model is on {place}: move one of them")
     _check_cpu_dtype(place.type, found)
     if dtype not in ("auto", found):
-        raise InputError(f"dtype is {dtype!r} and the model is {found}: a model that is given live is used as it is")
+        raise InputError(
+            f"dtype is {dtype!r} and the model is {found}: a model that is given live is used as it is "
+            "(load_checkpoint(directory, dtype=...) gives another)"
+        )
     return model
 
 

@@ -143,6 +143,7 @@ class Llama(nn.Module):
         self.to(device=device, dtype=dtype)
         self.rope_cos, self.rope_sin = cos.to(device), sin.to(device)  # angles stay fp32
         self.weight_epoch = 0
+        self.half_updated = False  # an update that was interrupted has written some of its tensors
         self._announced = self._versions()
 
     def forward(
@@ -181,11 +182,16 @@ class Llama(nn.Module):
     def weights_changed(self) -> int:
         """Raise and return the weight epoch: everything cached from the old weights (KV blocks, packed copies) is stale."""
         self.weight_epoch += 1
+        self.half_updated = False
         self._announced = self._versions()
         return self.weight_epoch
 
     def check_weights(self) -> None:
         """Raise InputError if a parameter was written in place since the last announced change (`.data` escapes this)."""
+        if self.half_updated:
+            raise InputError(
+                "an update of the weights was interrupted, they are partly old and partly new: give all of its tensors again"
+            )
         for (name, _), found, announced in zip(self.named_parameters(), self._versions(), self._announced, strict=True):
             if found != announced:
                 raise InputError(

@@ -89,6 +89,21 @@ def test_a_child_that_does_not_sleep_is_found(fake, monkeypatch):
         take_turn(idle, [idle, restless], slow)
 
 
+def test_a_peer_without_its_packages_says_how_to_install_it(tmp_path, monkeypatch):
+    for name in ("protocol.py", "drive_fake.py"):
+        (tmp_path / name).write_text(
+            (DRIVERS / name).read_text() if name == "protocol.py" else "import no_such_package"
+        )
+    monkeypatch.setitem(PEERS, "fake", Peer({"float32": "float32"}, ("install fake",)))
+    monkeypatch.setattr(comparison, "DRIVERS", tmp_path)
+    python = tmp_path / "fake" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    message = r"lacks a package \(ModuleNotFoundError: No module named 'no_such_package'\): .*pip install fake"
+    with pytest.raises(InputError, match=message), comparison.children(MODEL, ["fake"], ["float32"], 1, tmp_path):
+        pass
+
+
 def test_a_missing_peer_says_how_to_install_it(tmp_path):
     with pytest.raises(InputError, match=r"-m venv .*ctranslate2 && .*pip install ctranslate2=="):
         interpreter("ctranslate2", tmp_path)

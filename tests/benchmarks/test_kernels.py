@@ -28,7 +28,7 @@ def test_every_kernel_has_rows_with_its_limit_and_its_competitor(toy, tmp_path, 
     linears = {"linear fp32", "linear bf16", "linear widened", "linear int8"}
     assert found >= linears | {"attention fp32", "rms_norm", "add_rms_norm", "swiglu", "rope_write", "sample"}
     assert all(row["microseconds"] > 0 and row["share"] > 0 and row["times_as_fast_as"] for row in rows)
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)  # printed as they come
+    assert len(capsys.readouterr().out.splitlines()) == 4 + len(rows)  # printed as they come
 
 
 def test_a_bar_that_is_missed_is_named():
@@ -51,3 +51,18 @@ def test_an_unknown_part_is_refused(capsys):
 def test_quantization_prints_what_int8_costs(capsys):
     assert quantization.main(["--texts", "2", "--tokens", "8"]) == 0
     assert "int8 beside fp32, selfreward/tiny/m0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads", "0"], "--threads 0: expected 1 to"),
+        (["--threads", "-1"], "--threads -1: expected 1 to"),
+        (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: expected a file in a directory that exists"),
+    ],
+)
+def test_options_are_checked_before_anything_is_measured(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "measure", lambda *given: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        kernels.main(words)
+    assert message in capsys.readouterr().err

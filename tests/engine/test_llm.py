@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceTrainer
 
-from engine.checkpoint import hf_tensors, save_checkpoint
+from engine.checkpoint import hf_tensors, save_checkpoint, update_tensors
 from engine.errors import InputError, NotBuiltError
 from engine.llm import LLM
 from engine.model import Llama, tree_attend
@@ -431,6 +431,50 @@ def test_an_update_that_does_not_fit_changes_nothing(tensors, message):
     with pytest.raises(InputError, match=message):
         llm.update_weights({"model.embed_tokens.weight": torch.zeros(111, 64)} | tensors)
     assert llm.weight_epoch == 1 and greedy_bits(llm) == before
+
+
+@pytest.mark.parametrize("source", ["directory", "live"])
+def test_an_interrupted_update_is_told_until_it_is_made_again(tmp_path, source, monkeypatch):
+    model, other = random_llama(small_config(), seed=0), random_llama(small_config(), seed=5)
+    save_checkpoint(model, tmp_path / "m")
+    llm = LLM(model if source == "live" else tmp_path / "m")
+    tensors = dict(other.named_parameters())
+
+    class Interrupted(dict):
+        def items(self):
+            yield from list(super().items())[:3]
+            if self.asked:  # the first time names and shapes are checked
+                raise KeyboardInterrupt
+            self.asked = True
+            yield from list(super().items())[3:]
+
+    stopped = Interrupted(tensors)
+    stopped.asked = False
+    with pytest.raises(KeyboardInterrupt):
+        update_tensors(llm.model, stopped, llm._packed.write)
+    for _ in range(2):
+        with pytest.raises(InputError, match="partly old and partly new: give all of its tensors again"):
+            llm.generate([[1, 2]])
+    llm.update_weights(tensors)
+    assert greedy_bits(llm) == greedy_bits(LLM(other))
+
+
+def test_a_model_that_is_converted_behind_the_llms_back_is_named():
+    model = random_llama(small_config())
+    llm = LLM(model)
+    model.bfloat16()
+    model.weights_changed()
+    with pytest.raises(InputError, match=r"converted from torch\.float32 to torch\.bfloat16 since this LLM was made"):
+        llm.generate([[1, 2]])
+
+
+def test_what_a_generator_of_tensors_raises_is_told():
+    def tensors():
+        raise ValueError("no broadcast")
+        yield
+
+    with pytest.raises(InputError, match="no broadcast"):
+        LLM(random_llama(small_config())).update_weights(tensors())
 
 
 def test_sleep_frees_the_cache_and_wake_gives_the_same_bits():
