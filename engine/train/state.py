@@ -28,7 +28,7 @@ from engine.errors import InputError
 from engine.model import Llama
 from engine.train.batches import DPORow, SFTRow
 
-FORMAT = 1
+FORMAT = 2
 STATE, METRICS, TIMING = "state.json", "metrics.jsonl", "timing.jsonl"
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

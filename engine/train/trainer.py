@@ -20,19 +20,20 @@ from engine.errors import InputError
 from engine.model import Dropout, Llama, keep, tree_attend
 from engine.train.batches import (
     DPORow,
+    Keys,
     SFTRow,
     batch_order,
+    build_trees,
     check_kinds,
     check_rows,
-    dpo_tree,
+    pack_trees,
     replay_batch,
-    row_key,
-    sft_tree,
+    row_keys,
 )
 from engine.train.dropout import pack_dropout
-from engine.train.losses import dpo_loss, replay_loss, sequence_logps, sft_loss
+from engine.train.losses import PREFERENCE, chosen_nll, replay_loss, sequence_logps, sft_loss
 from engine.train.state import METRICS, StateDir, identity
-from engine.tree import Pack, TokenTree
+from engine.tree import Edges, Pack
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -85,6 +86,10 @@ class SFTConfig:
 class DPOConfig(SFTConfig):
     """Direct preference optimisation; every row carries its reference log-probs.
 
+    `loss`: "sigmoid" (DPO) or "ipo", of which `beta` is the strength. `label_smoothing` is the probability that a label
+    is wrong (cDPO). `nll_weight` times the NLL of the chosen answers, per token of them, is added. Each of them composes
+    with the others, and with replay (engine/train/losses.py has the formulas and their sources).
+
     Replay: every step adds `replay_weight` times the mean NLL per target token of the next `replay_batch_size` of the
     SFT rows given to `train` as `replay`, to hold what SFT taught (such as judging) while DPO moves on.
     """
@@ -93,14 +98,22 @@ class DPOConfig(SFTConfig):
     min_lr: float = 1e-7
     schedule: str = "linear"
     beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    nll_weight: float = 0.0
     replay_weight: float = 0.0
     replay_batch_size: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_number("beta", self.beta, lambda x: 0 < x < math.inf, "a finite number above 0")
-        expected = "a finite number of at least 0 (0: off)"
-        _check_number("replay_weight", self.replay_weight, lambda x: 0 <= x < math.inf, expected)
+        if self.loss not in PREFERENCE:
+            raise InputError(f"loss is {self.loss!r}; expected one of {', '.join(PREFERENCE)}")
+        expected = "a probability of at least 0 and below 0.5"
+        _check_number("label_smoothing", self.label_smoothing, lambda x: 0 <= x < 0.5, expected)
+        for name in ("nll_weight", "replay_weight"):
+            expected = "a finite number of at least 0 (0: off)"
+            _check_number(name, getattr(self, name), lambda x: 0 <= x < math.inf, expected)
         _check_integer("replay_batch_size", self.replay_batch_size)
 
 
@@ -163,6 +176,7 @@ def train(
     """
     replay = replay or ()
     _check_data(model, rows, replay, config)
+    keys = row_keys(rows), row_keys(replay, replay=True)
     batches = batch_order(len(rows), config.batch_size, config.epochs, config.seed, config.max_steps)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -178,7 +192,8 @@ def train(
         rate = learning_rate(config, step, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        metrics, tokens = _step(model, Batch.take(rows, replay, config, step, batches[step]), config, optimizer)
+        batch = Batch.take(rows, replay, config, step, batches[step], keys)
+        metrics, tokens = _step(model, batch, config, optimizer)
         metrics = {"step": step + 1, **metrics, "learning_rate": rate}
         if state:
             state.log(metrics, {"step": step + 1, "tokens": tokens, "seconds": time.perf_counter() - started})
@@ -209,18 +224,25 @@ def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: in
     _check_model(model)
     check_kinds(rows, DPORow, "expected a DPORow")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, max_pack_tokens)
-    sums: list[float] = []
+    trees, sequences = build_trees(list(zip(row_keys(rows), rows, strict=True)), max_pack_tokens)
+    sums: dict[int, float] = {}
     with torch.no_grad(), ops.sums_in_fp32():
-        for pack in TokenTree.pack((dpo_tree(row, number) for number, row in enumerate(rows)), max_pack_tokens):
+        for pack in pack_trees(trees, max_pack_tokens):
             pack = pack.to(model.embed.device)
-            sums.extend(sequence_logps(pack_logprobs(model, pack), pack.edges, pack.edges.sequence.unique()).tolist())
-    return list(zip(sums[::2], sums[1::2], strict=True))
+            present = pack.edges.sequence.unique()
+            found = sequence_logps(pack_logprobs(model, pack), pack.edges, present)
+            sums.update(zip(present.tolist(), found.tolist(), strict=True))
+    return [(sums[chosen], sums[rejected]) for chosen, rejected in sequences]
 
 
 def pack_logprobs(model: Llama, pack: Pack, dropout: Dropout = keep) -> torch.Tensor:
     """Log-prob of every edge of a pack [E] fp32, differentiable."""
-    hidden = model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains), dropout=dropout)  # [N, dim]
-    return ops.token_logprobs(hidden[pack.edges.row], model.head, pack.edges.target)[0]
+    return ops.token_logprobs(_hidden(model, pack, dropout)[pack.edges.row], model.head, pack.edges.target)[0]
+
+
+def _hidden(model: Llama, pack: Pack, dropout: Dropout) -> torch.Tensor:
+    """[N, dim]"""
+    return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains), dropout=dropout)
 
 
 def _check_model(model: Any) -> None:
@@ -261,20 +283,35 @@ def _check_reference(number: int, reference: Any) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on: rows and replay rows, each with its number in the data."""
+    """What one step trains on: rows and replay rows, each with its number in the data, and with its keys."""
 
     step: int
     rows: list[tuple[int, SFTRow | DPORow]]
     replay: list[tuple[int, SFTRow]]
+    keys: list[Keys]
+    replay_keys: list[Keys]
 
     @staticmethod
-    def take(rows: Rows, replay: Sequence[SFTRow], config: SFTConfig, step: int, numbers: list[int]) -> Batch:
-        """Step `step` (from 0): the rows of these numbers, and the replay rows whose turn it is."""
+    def take(
+        rows: Rows,
+        replay: Sequence[SFTRow],
+        config: SFTConfig,
+        step: int,
+        numbers: Sequence[int],
+        keys: tuple[list[Keys], list[Keys]] | None = None,
+    ) -> Batch:
+        """Step `step` (from 0): the rows of these numbers, and the replay rows whose turn it is. keys: `row_keys` of all
+        rows and of all replay rows, which are made where they are not given."""
+        of_rows, of_replay = keys or (row_keys(rows), row_keys(replay, replay=True))
         turn: list[int] = []
         if isinstance(config, DPOConfig) and replay:
             turn = replay_batch(len(replay), config.replay_batch_size, config.seed, step)
         return Batch(
-            step, [(number, rows[number]) for number in numbers], [(number, replay[number]) for number in turn]
+            step,
+            [(number, rows[number]) for number in numbers],
+            [(number, replay[number]) for number in turn],
+            [of_rows[number] for number in numbers],
+            [of_replay[number] for number in turn],
         )
 
 
@@ -299,10 +336,11 @@ def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, i
     """Add the gradient of the batch's mean loss to the parameters, pack by pack: as many packs as the tokens need."""
     metrics: Metrics = {}
     tokens = 0
-    for pack, loss_of in _packs(batch, config, model.embed.device):
+    for pack, loss_of, linear in _packs(batch, config, model.embed.device):
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
         with ops.sums_in_fp32():
-            loss, part = loss_of(pack_logprobs(model, pack, dropout))
+            hidden = _hidden(model, pack, dropout)
+            loss, part, _ = ops.logprob_loss(hidden, model.head, pack.edges, loss_of, linear)
             loss.backward()
         tokens += len(pack)
         for name, value in part.items():
@@ -311,32 +349,76 @@ def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, i
 
 
 LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, Metrics]]
+PackLoss = tuple[Pack, LossOf, bool]  # the loss as a function of the per-edge log-probs; whether it is linear in them
 
 
-def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[tuple[Pack, LossOf]]:
-    """The packs of one batch, each with its loss as a function of the per-edge log-probs."""
-    if not isinstance(config, DPOConfig):
-        examples = [(row_key(number), row) for number, row in batch.rows if isinstance(row, SFTRow)]
-        yield from _sft_packs(examples, sft_loss, config.max_pack_tokens, device)
-        return
-    pairs = [(row_key(number), row) for number, row in batch.rows if isinstance(row, DPORow)]
-    reference = torch.tensor([row.reference for _, row in pairs], dtype=torch.float32, device=device)  # [pairs, 2]
-    trees = [dpo_tree(row, place, key) for place, (key, row) in enumerate(pairs)]
-    for pack in TokenTree.pack(trees, config.max_pack_tokens):
-        pack = pack.to(device)
-        yield pack, partial(dpo_loss, edges=pack.edges, reference=reference, beta=config.beta, total_pairs=len(pairs))
-    replayed = [(row_key(-1 - number), row) for number, row in batch.replay]
-    yield from _sft_packs(replayed, partial(replay_loss, weight=config.replay_weight), config.max_pack_tokens, device)
+def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[PackLoss]:
+    """The packs of one batch, each with its loss."""
+    rows = list(zip(batch.keys, (row for _, row in batch.rows), strict=True))
+    if isinstance(config, DPOConfig):
+        yield from _dpo_packs([(keys, row) for keys, row in rows if isinstance(row, DPORow)], config, device)
+        loss: Callable[..., tuple[torch.Tensor, Metrics]] = partial(replay_loss, weight=config.replay_weight)
+        rows = list(zip(batch.replay_keys, (row for _, row in batch.replay), strict=True))
+    else:
+        loss = sft_loss
+    yield from _sft_packs(
+        [(keys, row) for keys, row in rows if isinstance(row, SFTRow)], loss, config.max_pack_tokens, device
+    )
 
 
 def _sft_packs(
-    rows: list[tuple[int, SFTRow]],
+    rows: list[tuple[Keys, SFTRow]],
     loss: Callable[..., tuple[torch.Tensor, Metrics]],
     budget: int,
     device: torch.device,
-) -> Iterator[tuple[Pack, LossOf]]:
-    """Rows with their dropout keys; `loss` is divided by the number of all their target tokens."""
-    total = float(sum(len(row.completion) for _, row in rows))
-    for pack in TokenTree.pack([sft_tree(row, place, key) for place, (key, row) in enumerate(rows)], budget):
+) -> Iterator[PackLoss]:
+    """`loss` is divided by the number of all target tokens of the rows (at least 1: without targets it is 0)."""
+    total = float(max(1, sum(row.targets for _, row in rows)))
+    for pack in pack_trees(build_trees(rows, budget)[0], budget):
         pack = pack.to(device)
-        yield pack, partial(loss, edges=pack.edges, total_weight=total)
+        yield pack, partial(loss, edges=pack.edges, total_weight=total), True
+
+
+def _dpo_packs(rows: list[tuple[Keys, DPORow]], config: DPOConfig, device: torch.device) -> Iterator[PackLoss]:
+    trees, sequences = build_trees(rows, config.max_pack_tokens)
+    reference = torch.tensor([row.reference for _, row in rows], dtype=torch.float32, device=device)  # [pairs, 2]
+    pairs = torch.tensor(sequences, device=device)  # [pairs, 2]
+    chosen_tokens = sum(len(row.chosen) for _, row in rows)
+    for pack in pack_trees(trees, config.max_pack_tokens):
+        pack = pack.to(device)
+        here = torch.isin(pairs[:, 0], pack.edges.sequence)
+        yield (
+            pack,
+            partial(
+                preference_loss,
+                edges=pack.edges,
+                sequences=pairs[here],
+                reference=reference[here],
+                totals=(len(rows), chosen_tokens),
+                config=config,
+            ),
+            False,
+        )
+
+
+def preference_loss(
+    logp: torch.Tensor,
+    edges: Edges,
+    sequences: torch.Tensor,
+    reference: torch.Tensor,
+    totals: tuple[int, int],
+    config: DPOConfig,
+) -> tuple[torch.Tensor, Metrics]:
+    """The loss of a pack's pairs (`sequences` and `reference` [P, 2], as in `dpo_loss`) by the options of `config`.
+
+    totals: pairs, and target tokens of their chosen answers, of the whole batch.
+    """
+    pairs, tokens = totals
+    loss, metrics = PREFERENCE[config.loss](
+        logp, edges, reference, config.beta, pairs, config.label_smoothing, sequences
+    )
+    if config.nll_weight:
+        nll, found = chosen_nll(logp, edges, tokens, sequences)
+        loss = loss + config.nll_weight * nll
+        metrics |= found | {"loss": metrics["loss"] + config.nll_weight * found["nll_loss"]}
+    return loss, metrics
