@@ -98,7 +98,7 @@ def chosen_nll(
     of Pang et al. 2024 (iterative reasoning preference optimisation), with TRL's mean (its losses "sigmoid" and "sft").
     A chosen answer that several pairs share counts in each. sequences as in `dpo_loss`."""
     present = edges.sequence.unique()
-    chosen = present[::2] if sequences is None else sequences[:, 0]
+    chosen = (present[::2] if sequences is None else sequences[:, 0]).contiguous()
     loss = -sequence_logps(logp, edges, present)[torch.searchsorted(present, chosen)].sum() / total_tokens
     return loss, {"nll_loss": loss.item()}
 
