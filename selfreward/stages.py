@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engine import (
@@ -18,8 +19,11 @@ from engine import (
     SFTRow,
     TrainingInterrupted,
     clear_state,
+    load_reference,
+    reference_gap,
     reference_logprobs,
     save_checkpoint,
+    save_reference,
     train,
 )
 from selfreward import tiny
@@ -353,24 +357,18 @@ def _train_sft(run: Run, rows: list[SFTRow], folder: str) -> Row:
 
 def _with_reference(run: Run, k: int, model: Llama, rows: list[DPORow], config: DPOConfig) -> list[DPORow]:
     """The rows with M_k's log-probs, which are computed once per round and stored beside the pairs."""
-    name = f"iter_{k}/reference.jsonl"
-    if not run.dir.file(name).is_file():
-        reference = reference_logprobs(model, rows, config.max_pack_tokens)
-        _check_step_zero(run, k, model, rows, reference)
-        run.dir.write_jsonl(name, [{"ref_chosen_logps": one, "ref_rejected_logps": two} for one, two in reference])
-    stored = [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in run.rows(name)]
-    return [DPORow(row.prompt, row.chosen, row.rejected, ref) for row, ref in zip(rows, stored, strict=True)]
+    path, template = run.dir.file(f"iter_{k}/reference.jsonl"), run.tokenizer.template_hash
+    if not path.is_file():
+        values = reference_logprobs(model, rows, config.max_pack_tokens)
+        referenced = [replace(row, reference=value) for row, value in zip(rows, values, strict=True)]
+        _check_step_zero(run, k, model, referenced)
+        save_reference(path, model, referenced, template)
+    return load_reference(path, model, rows, template)
 
 
-def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow], reference: list[tuple[float, float]]) -> None:
+def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow]) -> None:
     """The policy is the reference before step 0: its log-probs in another packing must be the cached ones."""
-    again = reference_logprobs(
-        model, rows[:STEP0_PAIRS], max(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in rows)
-    )
-    differences = [
-        abs(a - b) for one, two in zip(again, reference, strict=False) for a, b in zip(one, two, strict=True)
-    ]
-    worst = next((x for x in differences if x != x), max(differences))  # max() alone would pass over NaN
+    worst = reference_gap(model, rows, STEP0_PAIRS)
     if not worst <= run.recipe.gates.step0_tolerance:
         raise GateError(
             f"round {k}: before step 0 the policy's log-probs differ from the cached reference by {worst:.2e} nats a "

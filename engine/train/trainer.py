@@ -257,9 +257,7 @@ def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTC
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow
     check_kinds(rows, kind, f"{type(config).__name__} trains on {kind.__name__}")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens)
-    for number, row in enumerate(rows):
-        if isinstance(row, DPORow):
-            _check_reference(number, row.reference)
+    check_references([row for row in rows if isinstance(row, DPORow)])
     weight = config.replay_weight if isinstance(config, DPOConfig) else 0.0
     if bool(replay) != (weight > 0):
         raise InputError(
@@ -268,6 +266,12 @@ def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTC
     if replay:
         check_kinds(replay, SFTRow, "replay trains on SFTRow", "replay row")
         check_rows(replay, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "replay row")
+
+
+def check_references(rows: Sequence[DPORow]) -> None:
+    """Raise InputError naming the first row whose `reference` is not two finite numbers."""
+    for number, row in enumerate(rows):
+        _check_reference(number, row.reference)
 
 
 def _check_reference(number: int, reference: Any) -> None:
