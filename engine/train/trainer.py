@@ -31,8 +31,10 @@ from engine.train.batches import (
     row_keys,
 )
 from engine.train.dropout import pack_dropout
+from engine.train.heldout import Heldout
 from engine.train.losses import PREFERENCE, chosen_nll, replay_loss, sequence_logps, sft_loss
-from engine.train.state import METRICS, StateDir, identity
+from engine.train.state import METRICS, Progress, StateDir, identity
+from engine.train.timing import Work, peak_flops, timing_row
 from engine.tree import Edges, Pack
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -136,6 +138,7 @@ class TrainResult:
     steps: int
     metrics_path: Path | None
     weight_epoch: int
+    best_step: int | None = None  # after which the held-out rows measured best
 
 
 class TrainingInterrupted(Exception):
@@ -161,51 +164,94 @@ def train(
     resume: bool = True,
     should_stop: Callable[[], bool] | None = None,
     replay: Sequence[SFTRow] | None = None,
+    heldout: Heldout | None = None,
 ) -> TrainResult:
     """Train `model` in place on SFTRows (SFTConfig) or DPORows with `reference` set (DPOConfig; `replay`: its rows).
 
-    Writes `metrics.jsonl` (one row a step, TRL's names) and `timing.jsonl` (tokens and seconds a step) into `out_dir`;
-    calls `on_step(step, steps, metrics)`. A step whose loss or gradient is not finite raises FloatingPointError before
-    it touches the weights. Raises the model's weight epoch once a step.
+    Writes `metrics.jsonl` (one row a step, TRL's names) and `timing.jsonl` (tokens and seconds a step, and what follows
+    from them: engine/train/timing.py) into `out_dir`; calls `on_step(step, steps, metrics)`. A step whose loss or gradient
+    is not finite raises FloatingPointError before it touches the weights. Raises the model's weight epoch once a step.
 
-    The state in `out_dir/state`, saved every `config.save_every` steps, after the last one, and when `should_stop()`,
-    asked after every step, is true (then TrainingInterrupted), lets the same call go on where it was: weights, AdamW,
-    rows and metrics.jsonl end as the same bits as without the interruption. Call it with the model as first loaded (or
-    as the state has it); `weight_epoch` is then the unbroken run's too. InputError names what differs (rows, config,
-    weights, torch, threads) or is damaged. The state stays until `clear_state(out_dir)`; resume=False drops it.
+    The state in `out_dir/state`, saved every `config.save_every` steps, after every measurement of `heldout` and the last
+    step, and when `should_stop()`, asked after every step, is true (then TrainingInterrupted), lets the same call go on
+    where it was: weights, AdamW, rows and metrics.jsonl end as the same bits as without the interruption. Call it with the
+    model as first loaded (or as the state has it); `weight_epoch` is then the unbroken run's too. InputError names what
+    differs (rows, config, weights, torch, threads) or is damaged. The state stays until `clear_state(out_dir)`;
+    resume=False drops it.
     """
     replay = replay or ()
     _check_data(model, rows, replay, config)
+    if heldout is not None:
+        _check_heldout(model, heldout, config, out_dir)
     keys = row_keys(rows), row_keys(replay, replay=True)
     batches = batch_order(len(rows), config.batch_size, config.epochs, config.seed, config.max_steps)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+    about = identity(model, rows, replay, config) | ({"heldout": heldout.identity()} if heldout else {})
     state = (
-        StateDir(Path(out_dir), model, optimizer, identity(model, rows, replay, config))
+        StateDir(Path(out_dir), model, optimizer, about, heldout is not None and heldout.keep_best)
         if out_dir is not None
         else None
     )
     done = state.begin(resume) if state else 0
-    for step in range(done, len(batches)):
+    progress = state.progress if state else Progress()
+    measured = Batch.take(heldout.rows, (), config, 0, range(len(heldout.rows))) if heldout else None
+    peak = peak_flops(model.embed.device) if state else None
+    per_epoch = math.ceil(len(rows) / config.batch_size)
+    while done < len(batches) and not (heldout and heldout.gives_up(progress)):
         started = time.perf_counter()
-        rate = learning_rate(config, step, len(batches))
+        rate = learning_rate(config, done, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = Batch.take(rows, replay, config, step, batches[step], keys)
-        metrics, tokens = _step(model, batch, config, optimizer)
-        metrics = {"step": step + 1, **metrics, "learning_rate": rate}
+        batch = Batch.take(rows, replay, config, done, batches[done], keys)
+        metrics, work = _step(model, batch, config, optimizer)
+        done += 1
+        progress.num_tokens += work.tokens
+        metrics = {"step": done, **metrics, "learning_rate": rate}
+        metrics |= {"epoch": done / per_epoch, "num_tokens": progress.num_tokens}
+        seconds = time.perf_counter() - started
+        timing = timing_row(done, work, seconds, peak, model.embed.device)
+        if heldout and measured and heldout.due(done, len(batches)):
+            found = evaluate(model, measured, config)
+            heldout.note(progress, done, found)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+            timing["eval_seconds"] = time.perf_counter() - started - seconds
         if state:
-            state.log(metrics, {"step": step + 1, "tokens": tokens, "seconds": time.perf_counter() - started})
+            state.log(metrics, timing)
         if on_step:
-            on_step(step + 1, len(batches), metrics)
+            on_step(done, len(batches), metrics)
         stop = should_stop is not None and should_stop()
-        if state and (stop or step + 1 == len(batches) or (config.save_every and (step + 1) % config.save_every == 0)):
-            state.save(step + 1)
+        if state and (
+            stop or done == len(batches) or (heldout and heldout.due(done, len(batches))) or _save(config, done)
+        ):
+            state.save(done)
         if stop:
-            raise TrainingInterrupted(step + 1, len(batches), state.out_dir if state else None)
+            raise TrainingInterrupted(done, len(batches), state.out_dir if state else None)
     optimizer.zero_grad(set_to_none=True)
-    return TrainResult(len(batches), state.out_dir / METRICS if state else None, model.weight_epoch)
+    if state and state.keep_best and progress.best_step not in (None, done):
+        state.load_best()
+    return TrainResult(done, state.out_dir / METRICS if state else None, model.weight_epoch, progress.best_step)
+
+
+def _save(config: SFTConfig, done: int) -> bool:
+    return config.save_every is not None and done % config.save_every == 0
+
+
+@torch.no_grad()
+def evaluate(model: Llama, batch: Batch, config: SFTConfig) -> Metrics:
+    """The metrics of a batch as one step has them, without dropout; its replay rows are left out."""
+    metrics: Metrics = {}
+    for pack, loss_of, linear in _packs(batch, config, model.embed.device):
+        with ops.sums_in_fp32():
+            _, part, _ = ops.logprob_loss(_hidden(model, pack, keep), model.head, pack.edges, loss_of, linear)
+        _add(metrics, part)
+    return metrics
+
+
+def _add(metrics: Metrics, part: Metrics) -> None:
+    for name, value in part.items():
+        metrics[name] = metrics.get(name, 0.0) + value
 
 
 def learning_rate(config: SFTConfig, step: int, steps: int) -> float:
@@ -268,21 +314,34 @@ def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTC
         check_rows(replay, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "replay row")
 
 
-def check_references(rows: Sequence[DPORow]) -> None:
+def _check_heldout(model: Llama, heldout: Any, config: SFTConfig, out_dir: str | Path | None) -> None:
+    if not isinstance(heldout, Heldout):
+        raise InputError(f"heldout is a {type(heldout).__name__}; expected a Heldout(rows, every)")
+    kind = DPORow if isinstance(config, DPOConfig) else SFTRow
+    check_kinds(heldout.rows, kind, f"{type(config).__name__} trains on {kind.__name__}", "held-out row")
+    check_rows(heldout.rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "held-out row")
+    check_references([row for row in heldout.rows if isinstance(row, DPORow)], "held-out row")
+    if heldout.by != "loss" and not isinstance(config, DPOConfig):
+        raise InputError(f"the held-out measure is {heldout.by!r}, which SFT does not have; use 'loss'")
+    if heldout.keep_best and out_dir is None:
+        raise InputError("keep_best needs an out_dir, where the best weights are kept")
+
+
+def check_references(rows: Sequence[DPORow], kind: str = "row") -> None:
     """Raise InputError naming the first row whose `reference` is not two finite numbers."""
     for number, row in enumerate(rows):
-        _check_reference(number, row.reference)
+        _check_reference(f"{kind} {number}", row.reference)
 
 
-def _check_reference(number: int, reference: Any) -> None:
+def _check_reference(row: str, reference: Any) -> None:
     if reference is None:
-        raise InputError(f"row {number} has no reference log-probs; compute them with reference_logprobs(model, rows)")
+        raise InputError(f"{row} has no reference log-probs; compute them with reference_logprobs(model, rows)")
     try:
         fits = len(reference) == 2 and all(math.isfinite(value) for value in reference)
     except TypeError:
         fits = False
     if not fits:
-        raise InputError(f"row {number}: reference is {reference!r}; expected two finite numbers (chosen, rejected)")
+        raise InputError(f"{row}: reference is {reference!r}; expected two finite numbers (chosen, rejected)")
 
 
 @dataclass(frozen=True)
@@ -319,10 +378,10 @@ class Batch:
         )
 
 
-def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer) -> tuple[Metrics, int]:
-    """One update: its metrics and how many tokens it ran through."""
+def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer) -> tuple[Metrics, Work]:
+    """One update: its metrics and what it took."""
     optimizer.zero_grad(set_to_none=True)
-    metrics, tokens = _backward(model, batch, config)
+    metrics, work = _backward(model, batch, config)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
     if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
         replayed = f" and replay rows {[number for number, _ in batch.replay]}" if batch.replay else ""
@@ -333,23 +392,22 @@ def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.
         )
     optimizer.step()
     model.weights_changed()
-    return {**metrics, "grad_norm": norm}, tokens
+    return {**metrics, "grad_norm": norm}, work
 
 
-def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, int]:
+def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, Work]:
     """Add the gradient of the batch's mean loss to the parameters, pack by pack: as many packs as the tokens need."""
     metrics: Metrics = {}
-    tokens = 0
+    work = Work()
     for pack, loss_of, linear in _packs(batch, config, model.embed.device):
+        work = work.and_of(pack, model.config)
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
         with ops.sums_in_fp32():
             hidden = _hidden(model, pack, dropout)
             loss, part, _ = ops.logprob_loss(hidden, model.head, pack.edges, loss_of, linear)
             loss.backward()
-        tokens += len(pack)
-        for name, value in part.items():
-            metrics[name] = metrics.get(name, 0.0) + value
-    return metrics, tokens
+        _add(metrics, part)
+    return metrics, work
 
 
 LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, Metrics]]

@@ -58,8 +58,8 @@ def plain_loss(llama, rows, loss="sigmoid", label_smoothing=0.0, nll_weight=0.0)
 
 
 def backward(llama, rows, config, replay=()):
-    metrics, tokens = _backward(llama, Batch.take(rows, replay, config, 0, range(len(rows))), config)
-    return metrics, [p.grad for p in llama.parameters()], tokens
+    metrics, work = _backward(llama, Batch.take(rows, replay, config, 0, range(len(rows))), config)
+    return metrics, [p.grad for p in llama.parameters()], work.tokens
 
 
 def assert_close(found, expected):
