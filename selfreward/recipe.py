@@ -202,6 +202,7 @@ class Gates(Group):
     min_readable: Share = 0.5  # of all judgements
     min_pairs: Count = 1
     step0_tolerance: Positive = 1e-3  # nats per sequence
+    parity_tolerance: Positive = 1e-3  # nats per token between the sampler's log-probs and the trainer's
 
 
 class Evaluation(Group):

@@ -246,9 +246,10 @@ def train_dpo(run: Run, k: int) -> Row:
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
     rows = _with_reference(run, k, model, rows, config)
+    parity = _parity(run, k, pairs, rows)
     replay = _eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
     steps = _train(run, model, rows, config, f"iter_{k}", replay)
-    return {"pairs": len(pairs), "steps": steps} | ({"replay": len(replay)} if replay else {})
+    return {"pairs": len(pairs), "steps": steps} | parity | ({"replay": len(replay)} if replay else {})
 
 
 def train_positives(run: Run, k: int) -> Row:
@@ -375,6 +376,27 @@ def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow]) -> None
             f"sequence, allowed are {run.recipe.gates.step0_tolerance:.0e}: the model or its numbers changed; start the "
             "round again in a new directory"
         )
+
+
+def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow]) -> Row:
+    """How far the sampler's log-probs of the pairs' answers are from the trainer's, in nats a token: mean and most.
+
+    M_k drew the answers and M_k is the reference, so nothing but rounding may lie between them.
+    """
+    sampled = {row["id"]: row["logprob"] for row in run.rows(f"iter_{k}/candidates.jsonl")}
+    gaps = [
+        abs(sampled[f"{pair['id']}-{pair[f'{kind}_index']}"] - trained) / len(pair[f"{kind}_token_ids"])
+        for pair, row in zip(pairs, rows, strict=True)
+        for kind, trained in zip(("chosen", "rejected"), row.reference or (), strict=True)
+    ]
+    worst = max(gaps)  # of finite numbers: neither file can hold others
+    if worst > run.recipe.gates.parity_tolerance:
+        raise GateError(
+            f"round {k}: the sampler's log-probs of an answer are {worst:.1e} nats a token from the trainer's, allowed are "
+            f"{run.recipe.gates.parity_tolerance:.0e} (gates.parity_tolerance): the pairs in {run.dir.file(f'iter_{k}')} "
+            f"are not by the model in {run.model(k)}; start the round again in a new directory"
+        )
+    return {"parity_mean": float(f"{sum(gaps) / len(gaps):.1e}"), "parity_max": float(f"{worst:.1e}")}
 
 
 def _scored_candidates(run: Run, k: int) -> dict[str, list[Row]]:
