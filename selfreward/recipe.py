@@ -108,6 +108,9 @@ class DPO(SFT):
     min_lr: Rate = 1e-7
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     beta: Positive = 0.1
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # how probable it is that a label is wrong
+    nll_weight: Rate = 0.0  # of the chosen answers' loss beside the preference loss
     replay_weight: Rate = 0.0  # of the judge data's loss beside DPO's, which otherwise wears the judge down
     replay_batch_size: Count = 16
 
@@ -199,6 +202,7 @@ class Gates(Group):
     min_readable: Share = 0.5  # of all judgements
     min_pairs: Count = 1
     step0_tolerance: Positive = 1e-3  # nats per sequence
+    parity_tolerance: Positive = 1e-3  # nats per token between the sampler's log-probs and the trainer's
 
 
 class Evaluation(Group):

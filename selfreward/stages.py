@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engine import (
@@ -18,8 +19,11 @@ from engine import (
     SFTRow,
     TrainingInterrupted,
     clear_state,
+    load_reference,
+    reference_gap,
     reference_logprobs,
     save_checkpoint,
+    save_reference,
     train,
 )
 from selfreward import tiny
@@ -242,9 +246,10 @@ def train_dpo(run: Run, k: int) -> Row:
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
     rows = _with_reference(run, k, model, rows, config)
+    parity = _parity(run, k, pairs, rows)
     replay = _eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
     steps = _train(run, model, rows, config, f"iter_{k}", replay)
-    return {"pairs": len(pairs), "steps": steps} | ({"replay": len(replay)} if replay else {})
+    return {"pairs": len(pairs), "steps": steps} | parity | ({"replay": len(replay)} if replay else {})
 
 
 def train_positives(run: Run, k: int) -> Row:
@@ -353,30 +358,45 @@ def _train_sft(run: Run, rows: list[SFTRow], folder: str) -> Row:
 
 def _with_reference(run: Run, k: int, model: Llama, rows: list[DPORow], config: DPOConfig) -> list[DPORow]:
     """The rows with M_k's log-probs, which are computed once per round and stored beside the pairs."""
-    name = f"iter_{k}/reference.jsonl"
-    if not run.dir.file(name).is_file():
-        reference = reference_logprobs(model, rows, config.max_pack_tokens)
-        _check_step_zero(run, k, model, rows, reference)
-        run.dir.write_jsonl(name, [{"ref_chosen_logps": one, "ref_rejected_logps": two} for one, two in reference])
-    stored = [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in run.rows(name)]
-    return [DPORow(row.prompt, row.chosen, row.rejected, ref) for row, ref in zip(rows, stored, strict=True)]
+    path, template = run.dir.file(f"iter_{k}/reference.jsonl"), run.tokenizer.template_hash
+    if not path.is_file():
+        values = reference_logprobs(model, rows, config.max_pack_tokens)
+        referenced = [replace(row, reference=value) for row, value in zip(rows, values, strict=True)]
+        _check_step_zero(run, k, model, referenced)
+        save_reference(path, model, referenced, template)
+    return load_reference(path, model, rows, template)
 
 
-def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow], reference: list[tuple[float, float]]) -> None:
+def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow]) -> None:
     """The policy is the reference before step 0: its log-probs in another packing must be the cached ones."""
-    again = reference_logprobs(
-        model, rows[:STEP0_PAIRS], max(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in rows)
-    )
-    differences = [
-        abs(a - b) for one, two in zip(again, reference, strict=False) for a, b in zip(one, two, strict=True)
-    ]
-    worst = next((x for x in differences if x != x), max(differences))  # max() alone would pass over NaN
+    worst = reference_gap(model, rows, STEP0_PAIRS)
     if not worst <= run.recipe.gates.step0_tolerance:
         raise GateError(
             f"round {k}: before step 0 the policy's log-probs differ from the cached reference by {worst:.2e} nats a "
             f"sequence, allowed are {run.recipe.gates.step0_tolerance:.0e}: the model or its numbers changed; start the "
             "round again in a new directory"
         )
+
+
+def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow]) -> Row:
+    """How far the sampler's log-probs of the pairs' answers are from the trainer's, in nats a token: mean and most.
+
+    M_k drew the answers and M_k is the reference, so nothing but rounding may lie between them.
+    """
+    sampled = {row["id"]: row["logprob"] for row in run.rows(f"iter_{k}/candidates.jsonl")}
+    gaps = [
+        abs(sampled[f"{pair['id']}-{pair[f'{kind}_index']}"] - trained) / len(pair[f"{kind}_token_ids"])
+        for pair, row in zip(pairs, rows, strict=True)
+        for kind, trained in zip(("chosen", "rejected"), row.reference or (), strict=True)
+    ]
+    worst = max(gaps)  # of finite numbers: neither file can hold others
+    if worst > run.recipe.gates.parity_tolerance:
+        raise GateError(
+            f"round {k}: the sampler's log-probs of an answer are {worst:.1e} nats a token from the trainer's, allowed are "
+            f"{run.recipe.gates.parity_tolerance:.0e} (gates.parity_tolerance): the pairs in {run.dir.file(f'iter_{k}')} "
+            f"are not by the model in {run.model(k)}; start the round again in a new directory"
+        )
+    return {"parity_mean": float(f"{sum(gaps) / len(gaps):.1e}"), "parity_max": float(f"{worst:.1e}")}
 
 
 def _scored_candidates(run: Run, k: int) -> dict[str, list[Row]]:

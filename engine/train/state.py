@@ -1,7 +1,9 @@
 """What a training writes down to go on after an interruption as if there had been none: `out_dir/state`.
 
-    state.json            which step it was written after, what was being trained, the checksum of the tensors
-    step-<n>.safetensors  parameters under their names, AdamW's tensors as `adam.exp_avg.<name>` and so on
+    state.json            which step it was written after, what was being trained, the checksum of the tensors, and how far
+                          training has come besides: tokens, the best held-out measure and where it was
+    step-<n>.safetensors  parameters under their names, AdamW's tensors as `adam.exp_avg.<name>` and so on; of the best step
+                          too, where the best is kept
 
 Nothing else is state: the order of the rows and dropout are functions of (seed, step). The tensors are on the disk under
 a name of their own before state.json, which names their step, is renamed into place, so a kill at any moment leaves the
@@ -15,7 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,22 @@ from engine.errors import InputError
 from engine.model import Llama
 from engine.train.batches import DPORow, SFTRow
 
-FORMAT = 1
+FORMAT = 2
 STATE, METRICS, TIMING = "state.json", "metrics.jsonl", "timing.jsonl"
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN_DIFFERENCES = 10
+
+
+@dataclass
+class Progress:
+    """What a training has come to beside weights and step: tokens that it ran through, its best held-out measure, after
+    which step that was, and how many measurements in a row were no better."""
+
+    num_tokens: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
 
 
 def clear_state(out_dir: str | Path) -> None:
@@ -82,11 +95,23 @@ def weights_hash(model: Llama) -> str:
 
 
 class StateDir:
-    """The directory of one training: `begin` once, then `log` every step and `save` now and then."""
+    """The directory of one training: `begin` once, then `log` every step and `save` now and then.
 
-    def __init__(self, out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> None:
+    keep_best: the tensors of `progress.best_step`, which was saved, stay until there is a better one; `load_best`.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        model: Llama,
+        optimizer: torch.optim.Optimizer,
+        about: dict[str, Any],
+        keep_best: bool = False,
+    ) -> None:
         self.out_dir, self.directory = out_dir, out_dir / "state"
         self.model, self.optimizer, self.about = model, optimizer, about
+        self.keep_best, self.best = keep_best, {"checksum": "", "weights": ""}  # of the best step
+        self.progress = Progress()
         self.start = weights_hash(model)
 
     def begin(self, resume: bool) -> int:
@@ -111,7 +136,7 @@ class StateDir:
 
     def save(self, step: int) -> None:
         """Write the state after `step` steps. The logs are synced before it: it vouches for their first `step` lines."""
-        tensors, path = self.directory / f"step-{step}.safetensors", self.directory / STATE
+        tensors, path = self._file(step), self.directory / STATE
         with _writing(tensors):
             self.directory.mkdir(exist_ok=True)
             for name in (METRICS, TIMING):
@@ -119,12 +144,17 @@ class StateDir:
             save_file(self._tensors(), str(tensors))
             _sync(tensors)
             checksum = _checksum(tensors)
+        now = weights_hash(self.model)
+        if step == self.progress.best_step:
+            self.best = {"checksum": checksum, "weights": now}
         state = {
             "format": FORMAT,
             "step": step,
             "weight_epoch": self.model.weight_epoch,
-            "weights": {"start": self.start, "now": weights_hash(self.model)},
+            "weights": {"start": self.start, "now": now, "best": self.best["weights"]},
             "checksum": checksum,
+            "best_checksum": self.best["checksum"],
+            "progress": asdict(self.progress),
             "training": self.about,
         }
         with _writing(path):
@@ -133,7 +163,17 @@ class StateDir:
             _sync(temporary)
             temporary.replace(path)
             _sync(self.directory)
-        _remove_tensors(self.directory, keep=tensors)
+        best = [self._file(self.progress.best_step)] if self.keep_best and self.progress.best_step else []
+        _remove_tensors(self.directory, keep=[tensors, *best])
+
+    def load_best(self) -> None:
+        """Give the model the weights of `progress.best_step`, whose tensors are kept."""
+        assert self.keep_best and self.progress.best_step is not None
+        self._checked_load(self._file(self.progress.best_step), self.best["checksum"], optimizer=False)
+        self.model.weights_changed()
+
+    def _file(self, step: int) -> Path:
+        return self.directory / f"step-{step}.safetensors"
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -145,13 +185,9 @@ class StateDir:
         state = _read(self.directory / STATE)
         self._check_same(state)
         step: int = state["step"]
-        path = self.directory / f"step-{step}.safetensors"
-        try:
-            if _checksum(path) != state["checksum"]:
-                raise _damaged(path, "its checksum is another")
-            self._load(path)
-        except (OSError, SafetensorError) as error:
-            raise _damaged(path, str(error)) from None
+        self._checked_load(self._file(step), state["checksum"])
+        self.progress = Progress(**state["progress"])
+        self.best = {"checksum": state["best_checksum"], "weights": state["weights"]["best"]}
         self.start = state["weights"]["start"]
         # The epoch of the unbroken run, but above the present one: what was cached of the present weights is stale.
         self.model.weight_epoch = max(state["weight_epoch"] - 1, self.model.weight_epoch)
@@ -170,16 +206,25 @@ class StateDir:
                 + ". Undo that to go on, or begin anew: remove the directory, or pass resume=False"
             )
 
+    def _checked_load(self, path: Path, checksum: str, optimizer: bool = True) -> None:
+        try:
+            if _checksum(path) != checksum:
+                raise _damaged(path, "its checksum is another")
+            self._load(path, optimizer)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, str(error)) from None
+
     @torch.no_grad()
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, optimizer: bool) -> None:
         """Copy tensor by tensor out of the file, mapped anew for each parameter so that what was read leaves memory:
         nothing but AdamW's own state is allocated."""
         for name, parameter in self.model.named_parameters():
             with safe_open(str(path), framework="pt") as file:
                 parameter.copy_(file.get_tensor(name))
-                self.optimizer.state[parameter] = {
-                    kind: file.get_tensor(f"adam.{kind}.{name}").to(parameter.device, copy=True) for kind in ADAM
-                }
+                if optimizer:
+                    self.optimizer.state[parameter] = {
+                        kind: file.get_tensor(f"adam.{kind}.{name}").to(parameter.device, copy=True) for kind in ADAM
+                    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -187,7 +232,7 @@ def _read(path: Path) -> dict[str, Any]:
         state = json.loads(path.read_text())
         if state["format"] != FORMAT:
             raise _damaged(path, f"its format is {state['format']!r}, this version reads {FORMAT}")
-        whole = {"step": int, "weight_epoch": int, "weights": dict, "checksum": str, "training": dict}
+        whole = {"step": int, "weight_epoch": int, "weights": dict, "checksum": str, "progress": dict, "training": dict}
         wrong = [name for name, kind in whole.items() if not isinstance(state[name], kind)]
     except InputError:
         raise
@@ -207,18 +252,18 @@ def _differences(there: Any, here: Any, key: str) -> Iterator[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         for name in dict.fromkeys([*there, *here]):
             yield from _differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
-    elif there != here and key in ("rows", "replay"):
-        yield "the rows are others" if key == "rows" else "the replay rows are others"
+    elif there != here and key in ("rows", "replay", "heldout.rows"):
+        yield "the rows are others" if key == "rows" else f"the {key.removesuffix('.rows')} rows are others"
     elif there != here:
         why = " (the last bits of torch's sums depend on it: torch.set_num_threads)" if key == "threads" else ""
         yield f"{key} was {there!r}, is {here!r}{why}"
 
 
-def _remove_tensors(directory: Path, keep: Path | None = None) -> None:
-    """Every tensor file but one, and what a killed write left (safetensors writes to `.tmp*` beside the file)."""
+def _remove_tensors(directory: Path, keep: Sequence[Path] = ()) -> None:
+    """Every tensor file but those, and what a killed write left (safetensors writes to `.tmp*` beside the file)."""
     for pattern in ("step-*.safetensors", ".tmp*", f".{STATE}.tmp"):
         for path in directory.glob(pattern):
-            if path != keep:
+            if path not in keep:
                 path.unlink(missing_ok=True)
 
 

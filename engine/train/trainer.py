@@ -20,19 +20,22 @@ from engine.errors import InputError
 from engine.model import Dropout, Llama, keep, tree_attend
 from engine.train.batches import (
     DPORow,
+    Keys,
     SFTRow,
     batch_order,
+    build_trees,
     check_kinds,
     check_rows,
-    dpo_tree,
+    pack_trees,
     replay_batch,
-    row_key,
-    sft_tree,
+    row_keys,
 )
 from engine.train.dropout import pack_dropout
-from engine.train.losses import dpo_loss, replay_loss, sequence_logps, sft_loss
-from engine.train.state import METRICS, StateDir, identity
-from engine.tree import Pack, TokenTree
+from engine.train.heldout import Heldout
+from engine.train.losses import PREFERENCE, chosen_nll, replay_loss, sequence_logps, sft_loss
+from engine.train.state import METRICS, Progress, StateDir, identity
+from engine.train.timing import Work, peak_flops, timing_row
+from engine.tree import Edges, Pack
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -85,6 +88,10 @@ class SFTConfig:
 class DPOConfig(SFTConfig):
     """Direct preference optimisation; every row carries its reference log-probs.
 
+    `loss`: "sigmoid" (DPO) or "ipo", of which `beta` is the strength. `label_smoothing` is the probability that a label
+    is wrong (cDPO). `nll_weight` times the NLL of the chosen answers, per token of them, is added. Each of them composes
+    with the others, and with replay (engine/train/losses.py has the formulas and their sources).
+
     Replay: every step adds `replay_weight` times the mean NLL per target token of the next `replay_batch_size` of the
     SFT rows given to `train` as `replay`, to hold what SFT taught (such as judging) while DPO moves on.
     """
@@ -93,14 +100,22 @@ class DPOConfig(SFTConfig):
     min_lr: float = 1e-7
     schedule: str = "linear"
     beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    nll_weight: float = 0.0
     replay_weight: float = 0.0
     replay_batch_size: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_number("beta", self.beta, lambda x: 0 < x < math.inf, "a finite number above 0")
-        expected = "a finite number of at least 0 (0: off)"
-        _check_number("replay_weight", self.replay_weight, lambda x: 0 <= x < math.inf, expected)
+        if self.loss not in PREFERENCE:
+            raise InputError(f"loss is {self.loss!r}; expected one of {', '.join(PREFERENCE)}")
+        expected = "a probability of at least 0 and below 0.5"
+        _check_number("label_smoothing", self.label_smoothing, lambda x: 0 <= x < 0.5, expected)
+        for name in ("nll_weight", "replay_weight"):
+            expected = "a finite number of at least 0 (0: off)"
+            _check_number(name, getattr(self, name), lambda x: 0 <= x < math.inf, expected)
         _check_integer("replay_batch_size", self.replay_batch_size)
 
 
@@ -123,6 +138,7 @@ class TrainResult:
     steps: int
     metrics_path: Path | None
     weight_epoch: int
+    best_step: int | None = None  # after which the held-out rows measured best
 
 
 class TrainingInterrupted(Exception):
@@ -148,49 +164,94 @@ def train(
     resume: bool = True,
     should_stop: Callable[[], bool] | None = None,
     replay: Sequence[SFTRow] | None = None,
+    heldout: Heldout | None = None,
 ) -> TrainResult:
     """Train `model` in place on SFTRows (SFTConfig) or DPORows with `reference` set (DPOConfig; `replay`: its rows).
 
-    Writes `metrics.jsonl` (one row a step, TRL's names) and `timing.jsonl` (tokens and seconds a step) into `out_dir`;
-    calls `on_step(step, steps, metrics)`. A step whose loss or gradient is not finite raises FloatingPointError before
-    it touches the weights. Raises the model's weight epoch once a step.
+    Writes `metrics.jsonl` (one row a step, TRL's names) and `timing.jsonl` (tokens and seconds a step, and what follows
+    from them: engine/train/timing.py) into `out_dir`; calls `on_step(step, steps, metrics)`. A step whose loss or gradient
+    is not finite raises FloatingPointError before it touches the weights. Raises the model's weight epoch once a step.
 
-    The state in `out_dir/state`, saved every `config.save_every` steps, after the last one, and when `should_stop()`,
-    asked after every step, is true (then TrainingInterrupted), lets the same call go on where it was: weights, AdamW,
-    rows and metrics.jsonl end as the same bits as without the interruption. Call it with the model as first loaded (or
-    as the state has it); `weight_epoch` is then the unbroken run's too. InputError names what differs (rows, config,
-    weights, torch, threads) or is damaged. The state stays until `clear_state(out_dir)`; resume=False drops it.
+    The state in `out_dir/state`, saved every `config.save_every` steps, after every measurement of `heldout` and the last
+    step, and when `should_stop()`, asked after every step, is true (then TrainingInterrupted), lets the same call go on
+    where it was: weights, AdamW, rows and metrics.jsonl end as the same bits as without the interruption. Call it with the
+    model as first loaded (or as the state has it); `weight_epoch` is then the unbroken run's too. InputError names what
+    differs (rows, config, weights, torch, threads) or is damaged. The state stays until `clear_state(out_dir)`;
+    resume=False drops it.
     """
     replay = replay or ()
     _check_data(model, rows, replay, config)
+    if heldout is not None:
+        _check_heldout(model, heldout, config, out_dir)
+    keys = row_keys(rows), row_keys(replay, replay=True)
     batches = batch_order(len(rows), config.batch_size, config.epochs, config.seed, config.max_steps)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
+    about = identity(model, rows, replay, config) | ({"heldout": heldout.identity()} if heldout else {})
     state = (
-        StateDir(Path(out_dir), model, optimizer, identity(model, rows, replay, config))
+        StateDir(Path(out_dir), model, optimizer, about, heldout is not None and heldout.keep_best)
         if out_dir is not None
         else None
     )
     done = state.begin(resume) if state else 0
-    for step in range(done, len(batches)):
+    progress = state.progress if state else Progress()
+    measured = Batch.take(heldout.rows, (), config, 0, range(len(heldout.rows))) if heldout else None
+    peak = peak_flops(model.embed.device) if state else None
+    per_epoch = math.ceil(len(rows) / config.batch_size)
+    while done < len(batches) and not (heldout and heldout.gives_up(progress)):
         started = time.perf_counter()
-        rate = learning_rate(config, step, len(batches))
+        rate = learning_rate(config, done, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        metrics, tokens = _step(model, Batch.take(rows, replay, config, step, batches[step]), config, optimizer)
-        metrics = {"step": step + 1, **metrics, "learning_rate": rate}
+        batch = Batch.take(rows, replay, config, done, batches[done], keys)
+        metrics, work = _step(model, batch, config, optimizer)
+        done += 1
+        progress.num_tokens += work.tokens
+        metrics = {"step": done, **metrics, "learning_rate": rate}
+        metrics |= {"epoch": done / per_epoch, "num_tokens": progress.num_tokens}
+        seconds = time.perf_counter() - started
+        timing = timing_row(done, work, seconds, peak, model.embed.device)
+        if heldout and measured and heldout.due(done, len(batches)):
+            found = evaluate(model, measured, config)
+            heldout.note(progress, done, found)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+            timing["eval_seconds"] = time.perf_counter() - started - seconds
         if state:
-            state.log(metrics, {"step": step + 1, "tokens": tokens, "seconds": time.perf_counter() - started})
+            state.log(metrics, timing)
         if on_step:
-            on_step(step + 1, len(batches), metrics)
+            on_step(done, len(batches), metrics)
         stop = should_stop is not None and should_stop()
-        if state and (stop or step + 1 == len(batches) or (config.save_every and (step + 1) % config.save_every == 0)):
-            state.save(step + 1)
+        if state and (
+            stop or done == len(batches) or (heldout and heldout.due(done, len(batches))) or _save(config, done)
+        ):
+            state.save(done)
         if stop:
-            raise TrainingInterrupted(step + 1, len(batches), state.out_dir if state else None)
+            raise TrainingInterrupted(done, len(batches), state.out_dir if state else None)
     optimizer.zero_grad(set_to_none=True)
-    return TrainResult(len(batches), state.out_dir / METRICS if state else None, model.weight_epoch)
+    if state and state.keep_best and progress.best_step not in (None, done):
+        state.load_best()
+    return TrainResult(done, state.out_dir / METRICS if state else None, model.weight_epoch, progress.best_step)
+
+
+def _save(config: SFTConfig, done: int) -> bool:
+    return config.save_every is not None and done % config.save_every == 0
+
+
+@torch.no_grad()
+def evaluate(model: Llama, batch: Batch, config: SFTConfig) -> Metrics:
+    """The metrics of a batch as one step has them, without dropout; its replay rows are left out."""
+    metrics: Metrics = {}
+    for pack, loss_of, linear in _packs(batch, config, model.embed.device):
+        with ops.sums_in_fp32():
+            _, part, _ = ops.logprob_loss(_hidden(model, pack, keep), model.head, pack.edges, loss_of, linear)
+        _add(metrics, part)
+    return metrics
+
+
+def _add(metrics: Metrics, part: Metrics) -> None:
+    for name, value in part.items():
+        metrics[name] = metrics.get(name, 0.0) + value
 
 
 def learning_rate(config: SFTConfig, step: int, steps: int) -> float:
@@ -209,18 +270,25 @@ def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: in
     _check_model(model)
     check_kinds(rows, DPORow, "expected a DPORow")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, max_pack_tokens)
-    sums: list[float] = []
+    trees, sequences = build_trees(list(zip(row_keys(rows), rows, strict=True)), max_pack_tokens)
+    sums: dict[int, float] = {}
     with torch.no_grad(), ops.sums_in_fp32():
-        for pack in TokenTree.pack((dpo_tree(row, number) for number, row in enumerate(rows)), max_pack_tokens):
+        for pack in pack_trees(trees, max_pack_tokens):
             pack = pack.to(model.embed.device)
-            sums.extend(sequence_logps(pack_logprobs(model, pack), pack.edges, pack.edges.sequence.unique()).tolist())
-    return list(zip(sums[::2], sums[1::2], strict=True))
+            present = pack.edges.sequence.unique()
+            found = sequence_logps(pack_logprobs(model, pack), pack.edges, present)
+            sums.update(zip(present.tolist(), found.tolist(), strict=True))
+    return [(sums[chosen], sums[rejected]) for chosen, rejected in sequences]
 
 
 def pack_logprobs(model: Llama, pack: Pack, dropout: Dropout = keep) -> torch.Tensor:
     """Log-prob of every edge of a pack [E] fp32, differentiable."""
-    hidden = model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains), dropout=dropout)  # [N, dim]
-    return ops.token_logprobs(hidden[pack.edges.row], model.head, pack.edges.target)[0]
+    return ops.token_logprobs(_hidden(model, pack, dropout)[pack.edges.row], model.head, pack.edges.target)[0]
+
+
+def _hidden(model: Llama, pack: Pack, dropout: Dropout) -> torch.Tensor:
+    """[N, dim]"""
+    return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains), dropout=dropout)
 
 
 def _check_model(model: Any) -> None:
@@ -235,9 +303,7 @@ def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTC
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow
     check_kinds(rows, kind, f"{type(config).__name__} trains on {kind.__name__}")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens)
-    for number, row in enumerate(rows):
-        if isinstance(row, DPORow):
-            _check_reference(number, row.reference)
+    check_references([row for row in rows if isinstance(row, DPORow)])
     weight = config.replay_weight if isinstance(config, DPOConfig) else 0.0
     if bool(replay) != (weight > 0):
         raise InputError(
@@ -248,40 +314,74 @@ def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTC
         check_rows(replay, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "replay row")
 
 
-def _check_reference(number: int, reference: Any) -> None:
+def _check_heldout(model: Llama, heldout: Any, config: SFTConfig, out_dir: str | Path | None) -> None:
+    if not isinstance(heldout, Heldout):
+        raise InputError(f"heldout is a {type(heldout).__name__}; expected a Heldout(rows, every)")
+    kind = DPORow if isinstance(config, DPOConfig) else SFTRow
+    check_kinds(heldout.rows, kind, f"{type(config).__name__} trains on {kind.__name__}", "held-out row")
+    check_rows(heldout.rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "held-out row")
+    check_references([row for row in heldout.rows if isinstance(row, DPORow)], "held-out row")
+    if heldout.by != "loss" and not isinstance(config, DPOConfig):
+        raise InputError(f"the held-out measure is {heldout.by!r}, which SFT does not have; use 'loss'")
+    if heldout.keep_best and out_dir is None:
+        raise InputError("keep_best needs an out_dir, where the best weights are kept")
+
+
+def check_references(rows: Sequence[DPORow], kind: str = "row") -> None:
+    """Raise InputError naming the first row whose `reference` is not two finite numbers."""
+    for number, row in enumerate(rows):
+        _check_reference(f"{kind} {number}", row.reference)
+
+
+def _check_reference(row: str, reference: Any) -> None:
     if reference is None:
-        raise InputError(f"row {number} has no reference log-probs; compute them with reference_logprobs(model, rows)")
+        raise InputError(f"{row} has no reference log-probs; compute them with reference_logprobs(model, rows)")
     try:
         fits = len(reference) == 2 and all(math.isfinite(value) for value in reference)
     except TypeError:
         fits = False
     if not fits:
-        raise InputError(f"row {number}: reference is {reference!r}; expected two finite numbers (chosen, rejected)")
+        raise InputError(f"{row}: reference is {reference!r}; expected two finite numbers (chosen, rejected)")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on: rows and replay rows, each with its number in the data."""
+    """What one step trains on: rows and replay rows, each with its number in the data, and with its keys."""
 
     step: int
     rows: list[tuple[int, SFTRow | DPORow]]
     replay: list[tuple[int, SFTRow]]
+    keys: list[Keys]
+    replay_keys: list[Keys]
 
     @staticmethod
-    def take(rows: Rows, replay: Sequence[SFTRow], config: SFTConfig, step: int, numbers: list[int]) -> Batch:
-        """Step `step` (from 0): the rows of these numbers, and the replay rows whose turn it is."""
+    def take(
+        rows: Rows,
+        replay: Sequence[SFTRow],
+        config: SFTConfig,
+        step: int,
+        numbers: Sequence[int],
+        keys: tuple[list[Keys], list[Keys]] | None = None,
+    ) -> Batch:
+        """Step `step` (from 0): the rows of these numbers, and the replay rows whose turn it is. keys: `row_keys` of all
+        rows and of all replay rows, which are made where they are not given."""
+        of_rows, of_replay = keys or (row_keys(rows), row_keys(replay, replay=True))
         turn: list[int] = []
         if isinstance(config, DPOConfig) and replay:
             turn = replay_batch(len(replay), config.replay_batch_size, config.seed, step)
         return Batch(
-            step, [(number, rows[number]) for number in numbers], [(number, replay[number]) for number in turn]
+            step,
+            [(number, rows[number]) for number in numbers],
+            [(number, replay[number]) for number in turn],
+            [of_rows[number] for number in numbers],
+            [of_replay[number] for number in turn],
         )
 
 
-def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer) -> tuple[Metrics, int]:
-    """One update: its metrics and how many tokens it ran through."""
+def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer) -> tuple[Metrics, Work]:
+    """One update: its metrics and what it took."""
     optimizer.zero_grad(set_to_none=True)
-    metrics, tokens = _backward(model, batch, config)
+    metrics, work = _backward(model, batch, config)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
     if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
         replayed = f" and replay rows {[number for number, _ in batch.replay]}" if batch.replay else ""
@@ -292,51 +392,95 @@ def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.
         )
     optimizer.step()
     model.weights_changed()
-    return {**metrics, "grad_norm": norm}, tokens
+    return {**metrics, "grad_norm": norm}, work
 
 
-def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, int]:
+def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, Work]:
     """Add the gradient of the batch's mean loss to the parameters, pack by pack: as many packs as the tokens need."""
     metrics: Metrics = {}
-    tokens = 0
-    for pack, loss_of in _packs(batch, config, model.embed.device):
+    work = Work()
+    for pack, loss_of, linear in _packs(batch, config, model.embed.device):
+        work = work.and_of(pack, model.config)
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
         with ops.sums_in_fp32():
-            loss, part = loss_of(pack_logprobs(model, pack, dropout))
+            hidden = _hidden(model, pack, dropout)
+            loss, part, _ = ops.logprob_loss(hidden, model.head, pack.edges, loss_of, linear)
             loss.backward()
-        tokens += len(pack)
-        for name, value in part.items():
-            metrics[name] = metrics.get(name, 0.0) + value
-    return metrics, tokens
+        _add(metrics, part)
+    return metrics, work
 
 
 LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, Metrics]]
+PackLoss = tuple[Pack, LossOf, bool]  # the loss as a function of the per-edge log-probs; whether it is linear in them
 
 
-def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[tuple[Pack, LossOf]]:
-    """The packs of one batch, each with its loss as a function of the per-edge log-probs."""
-    if not isinstance(config, DPOConfig):
-        examples = [(row_key(number), row) for number, row in batch.rows if isinstance(row, SFTRow)]
-        yield from _sft_packs(examples, sft_loss, config.max_pack_tokens, device)
-        return
-    pairs = [(row_key(number), row) for number, row in batch.rows if isinstance(row, DPORow)]
-    reference = torch.tensor([row.reference for _, row in pairs], dtype=torch.float32, device=device)  # [pairs, 2]
-    trees = [dpo_tree(row, place, key) for place, (key, row) in enumerate(pairs)]
-    for pack in TokenTree.pack(trees, config.max_pack_tokens):
-        pack = pack.to(device)
-        yield pack, partial(dpo_loss, edges=pack.edges, reference=reference, beta=config.beta, total_pairs=len(pairs))
-    replayed = [(row_key(-1 - number), row) for number, row in batch.replay]
-    yield from _sft_packs(replayed, partial(replay_loss, weight=config.replay_weight), config.max_pack_tokens, device)
+def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[PackLoss]:
+    """The packs of one batch, each with its loss."""
+    rows = list(zip(batch.keys, (row for _, row in batch.rows), strict=True))
+    if isinstance(config, DPOConfig):
+        yield from _dpo_packs([(keys, row) for keys, row in rows if isinstance(row, DPORow)], config, device)
+        loss: Callable[..., tuple[torch.Tensor, Metrics]] = partial(replay_loss, weight=config.replay_weight)
+        rows = list(zip(batch.replay_keys, (row for _, row in batch.replay), strict=True))
+    else:
+        loss = sft_loss
+    yield from _sft_packs(
+        [(keys, row) for keys, row in rows if isinstance(row, SFTRow)], loss, config.max_pack_tokens, device
+    )
 
 
 def _sft_packs(
-    rows: list[tuple[int, SFTRow]],
+    rows: list[tuple[Keys, SFTRow]],
     loss: Callable[..., tuple[torch.Tensor, Metrics]],
     budget: int,
     device: torch.device,
-) -> Iterator[tuple[Pack, LossOf]]:
-    """Rows with their dropout keys; `loss` is divided by the number of all their target tokens."""
-    total = float(sum(len(row.completion) for _, row in rows))
-    for pack in TokenTree.pack([sft_tree(row, place, key) for place, (key, row) in enumerate(rows)], budget):
+) -> Iterator[PackLoss]:
+    """`loss` is divided by the number of all target tokens of the rows (at least 1: without targets it is 0)."""
+    total = float(max(1, sum(row.targets for _, row in rows)))
+    for pack in pack_trees(build_trees(rows, budget)[0], budget):
         pack = pack.to(device)
-        yield pack, partial(loss, edges=pack.edges, total_weight=total)
+        yield pack, partial(loss, edges=pack.edges, total_weight=total), True
+
+
+def _dpo_packs(rows: list[tuple[Keys, DPORow]], config: DPOConfig, device: torch.device) -> Iterator[PackLoss]:
+    trees, sequences = build_trees(rows, config.max_pack_tokens)
+    reference = torch.tensor([row.reference for _, row in rows], dtype=torch.float32, device=device)  # [pairs, 2]
+    pairs = torch.tensor(sequences, device=device)  # [pairs, 2]
+    chosen_tokens = sum(len(row.chosen) for _, row in rows)
+    for pack in pack_trees(trees, config.max_pack_tokens):
+        pack = pack.to(device)
+        here = torch.isin(pairs[:, 0], pack.edges.sequence)
+        yield (
+            pack,
+            partial(
+                preference_loss,
+                edges=pack.edges,
+                sequences=pairs[here],
+                reference=reference[here],
+                totals=(len(rows), chosen_tokens),
+                config=config,
+            ),
+            False,
+        )
+
+
+def preference_loss(
+    logp: torch.Tensor,
+    edges: Edges,
+    sequences: torch.Tensor,
+    reference: torch.Tensor,
+    totals: tuple[int, int],
+    config: DPOConfig,
+) -> tuple[torch.Tensor, Metrics]:
+    """The loss of a pack's pairs (`sequences` and `reference` [P, 2], as in `dpo_loss`) by the options of `config`.
+
+    totals: pairs, and target tokens of their chosen answers, of the whole batch.
+    """
+    pairs, tokens = totals
+    loss, metrics = PREFERENCE[config.loss](
+        logp, edges, reference, config.beta, pairs, config.label_smoothing, sequences
+    )
+    if config.nll_weight:
+        nll, found = chosen_nll(logp, edges, tokens, sequences)
+        loss = loss + config.nll_weight * nll
+        metrics |= found | {"loss": metrics["loss"] + config.nll_weight * found["nll_loss"]}
+    return loss, metrics

@@ -6,12 +6,13 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import DPOConfig, InputError, SFTConfig, SFTRow, TrainingInterrupted, clear_state, train
+from engine import DPOConfig, Heldout, InputError, SFTConfig, SFTRow, TrainingInterrupted, clear_state, train
 from engine.train import state as state_module
 from tests.engine.test_train import model, pairs, with_reference
 
@@ -35,8 +36,22 @@ def dpo_with_dropout_and_replay():
     return rows, DPOConfig(**{**vars(config), "dropout": 0.2, "replay_weight": 0.5, "replay_batch_size": 2})
 
 
+def ipo_with_common_prompts_and_heldout_rows():
+    """Three pairs of one prompt, which share answers too; the best of the measured weights are the model's at the end."""
+    rows, config = dpo()
+    rows[2] = replace(rows[2], prompt=rows[0].prompt, chosen=rows[0].chosen)
+    rows[5] = replace(rows[5], prompt=rows[0].prompt, chosen=rows[0].rejected)
+    options = {"dropout": 0.2, "loss": "ipo", "label_smoothing": 0.1, "nll_weight": 0.2, "max_pack_tokens": 48}
+    return rows, DPOConfig(**{**vars(config), **options})
+
+
 REPLAY = [SFTRow(row.prompt, row.rejected) for row in pairs(5)]
-KINDS = {"sft": sft, "dpo": dpo, "dpo+dropout+replay": dpo_with_dropout_and_replay}
+KINDS = {
+    "sft": sft,
+    "dpo": dpo,
+    "dpo+dropout+replay": dpo_with_dropout_and_replay,
+    "ipo+common prompts+heldout": ipo_with_common_prompts_and_heldout_rows,
+}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -54,7 +69,12 @@ def unbroken(kind, out_dir):
 def given(kind):
     """The arguments of `train` that say what is trained."""
     rows, config = KINDS[kind]()
-    return {"rows": rows, "config": config, "replay": REPLAY if getattr(config, "replay_weight", 0) else None}
+    given = {"rows": rows, "config": config}
+    if getattr(config, "replay_weight", 0):
+        given["replay"] = REPLAY
+    if "heldout" in kind:
+        given["heldout"] = Heldout(with_reference(pairs(11)[8:], [(-9.0, -8.0)] * 3), every=2, keep_best=True)
+    return given
 
 
 def assert_same(found, expected):
@@ -140,6 +160,39 @@ def test_a_killed_process_is_continued_by_another(tmp_path):
     result = train(llama, **given("dpo+dropout+replay"), out_dir=tmp_path / "killed")
     expected = unbroken("dpo+dropout+replay", tmp_path / "whole")
     assert_same(outcome(llama, tmp_path / "killed", result), expected)
+
+
+KILLED_IN_TURN = """
+import os, signal, sys
+from pathlib import Path
+from engine import train
+from tests.engine.test_train import model
+from tests.engine.test_train_resume import long
+last = int(sys.argv[2])
+kill = lambda step, steps, metrics: os.kill(os.getpid(), signal.SIGKILL) if step == last else None
+train(model(), **long(), out_dir=Path(sys.argv[1]), on_step=kill)
+"""
+
+
+def long():
+    """33 steps, of which every third is saved."""
+    given_ = given("ipo+common prompts+heldout")
+    config = DPOConfig(**{**vars(given_["config"]), "epochs": 11, "save_every": 3})
+    return given_ | {"config": config, "heldout": replace(given_["heldout"], every=7)}
+
+
+@pytest.mark.full
+def test_killed_at_ten_random_steps_the_weights_end_as_the_unbroken_runs(tmp_path):
+    expected = model()
+    expected = outcome(expected, tmp_path / "whole", train(expected, **long(), out_dir=tmp_path / "whole"))
+    root, threads = Path(__file__).parents[2], str(torch.get_num_threads())
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(root)}
+    for step in sorted(random.Random(8).sample(range(1, 33), 10)):
+        command = [sys.executable, "-c", KILLED_IN_TURN, str(tmp_path / "killed"), str(step)]
+        assert subprocess.run(command, cwd=root, env=environment).returncode == -signal.SIGKILL
+    llama = model()
+    found = outcome(llama, tmp_path / "killed", train(llama, **long(), out_dir=tmp_path / "killed"))
+    assert_same(found, expected)
 
 
 class Killed(BaseException):
@@ -334,7 +387,7 @@ def test_damaged_tensors_are_named_and_the_model_is_left_alone(damage, stopped):
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", "truncated", '{"format": 2}', "wrong kind", "not utf-8"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", "truncated", '{"format": 1}', "wrong kind", "not utf-8"])
 def test_a_damaged_state_json_is_named(content, stopped):
     path = stopped / "state/state.json"
     whole = path.read_text()

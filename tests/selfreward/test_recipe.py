@@ -53,8 +53,9 @@ candidates.temperature candidates.top_p candidates.n candidates.max_tokens
 judge.temperature judge.top_p judge.by judge.template judge.draws judge.max_tokens judge.min_valid_draws
 pairs.allow_truncated_chosen
 dpo.lr dpo.min_lr dpo.schedule dpo.warmup_steps dpo.epochs dpo.max_steps dpo.batch_size dpo.weight_decay dpo.betas
-dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.beta dpo.replay_weight dpo.replay_batch_size
-gates.min_readable gates.min_pairs gates.step0_tolerance
+dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.beta dpo.loss
+dpo.label_smoothing dpo.nll_weight dpo.replay_weight dpo.replay_batch_size
+gates.min_readable gates.min_pairs gates.step0_tolerance gates.parity_tolerance
 evaluation.oracle evaluation.prompts evaluation.temperature evaluation.greedy evaluation.max_tokens
 evaluation.judge_groups
 sampler.kv_cache_gb sampler.max_batch_tokens sampler.max_sequences sampler.block_size

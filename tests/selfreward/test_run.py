@@ -45,6 +45,12 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_sampler_and_trainer_agree_in_every_round(finished):
+    stages = json.loads((finished / "report.json").read_text())["stages"]
+    for k in (1, 2):
+        assert 0 < stages[f"iter_{k}/model"]["parity_mean"] <= stages[f"iter_{k}/model"]["parity_max"] <= 2e-5
+
+
 def test_the_loop_ends_with_a_report_of_every_model(finished):
     report = json.loads((finished / "report.json").read_text())
     assert [row["name"] for row in report["models"]] == ["M0", "SFT", "M1", "M2", "M3"]

@@ -1,11 +1,18 @@
 """What single stages do with odd rows; the loop as a whole is in test_run."""
 
 import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
-from engine import Tokenizer
+import pytest
+
+from engine import DPOConfig, DPORow, InputError, Tokenizer, load_checkpoint, reference_logprobs
+from selfreward import stages
+from selfreward.context import GateError
 from selfreward.recipe import Recipe
-from selfreward.stages import Run, _ift_rows
+from selfreward.stages import Run, _check_step_zero, _ift_rows, _parity, _with_reference
 
 NOTHING: Any = None  # the parts of a run that these stages do not touch
 
@@ -21,3 +28,57 @@ def test_instruction_rows_are_cut_and_prompts_that_leave_no_room_are_counted(tmp
     whole, cut = rows
     assert whole.completion == [*tokenizer.encode("a b c"), tokenizer.eos_id]
     assert len(cut.prompt) + len(cut.completion) == 11 and tokenizer.eos_id not in cut.completion
+
+
+@pytest.fixture
+def round_one(tmp_path):
+    """A run with M0 as M1, two pairs, and the candidates that they are of as M1 would have drawn them."""
+    recipe = Recipe.load("tiny", [])
+    directory = SimpleNamespace(file=lambda name: tmp_path / name, counts=lambda stage: {})
+    run = Run(recipe, directory, Tokenizer(recipe.model), NOTHING, NOTHING)
+    model, encode = load_checkpoint(recipe.model), run.tokenizer.encode
+    pairs, candidates, data = [], [], []
+    for number, prompt in enumerate(("copy a b c", "sort c b")):
+        answers = [[*encode(text), run.tokenizer.eos_id] for text in ("a b c", "a")]
+        pairs.append(
+            {"id": f"p{number}", "prompt": prompt, "chosen_index": 1, "rejected_index": 0,
+             "chosen_token_ids": answers[0], "rejected_token_ids": answers[1]}
+        )  # fmt: skip
+        data.append(DPORow(run.tokenizer.chat_prompt(prompt), *answers))
+    for pair, (chosen, rejected) in zip(pairs, reference_logprobs(model, data), strict=True):
+        candidates += [{"id": f"{pair['id']}-{i}", "logprob": value} for i, value in enumerate((rejected, chosen))]
+    (tmp_path / "iter_1").mkdir()
+    (tmp_path / "iter_1/candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in candidates))
+    return run, model, pairs, data
+
+
+def test_the_reference_is_stored_once_and_belongs_to_its_model_and_pairs(round_one, monkeypatch):
+    run, model, _, data = round_one
+    first = _with_reference(run, 1, model, data, DPOConfig())
+    monkeypatch.setattr(stages, "reference_logprobs", NOTHING)  # not asked for a second time
+    assert _with_reference(run, 1, model, data, DPOConfig()) == first
+    with pytest.raises(InputError, match=r"iter_1/reference.jsonl holds the reference of something else: .*pair 0"):
+        _with_reference(run, 1, model, data[::-1], DPOConfig())
+
+
+def test_the_step_zero_gate_stops_a_policy_that_is_not_the_reference(round_one):
+    run, model, _, data = round_one
+    rows = _with_reference(run, 1, model, data, DPOConfig())
+    _check_step_zero(run, 1, model, rows)
+    for moved in (rows[1].reference[0] + 2e-3, math.inf):
+        wrong = [rows[0], replace(rows[1], reference=(moved, rows[1].reference[1]))]
+        with pytest.raises((GateError, InputError), match=r"differ from the cached reference by 2.0\de-03|two finite"):
+            _check_step_zero(run, 1, model, wrong)
+
+
+def test_the_samplers_log_probs_are_the_trainers_or_the_round_stops(round_one, tmp_path):
+    run, model, pairs, data = round_one
+    rows = _with_reference(run, 1, model, data, DPOConfig())
+    found = _parity(run, 1, pairs, rows)
+    assert 0 <= found["parity_mean"] <= found["parity_max"] <= 1e-6
+    path = tmp_path / "iter_1/candidates.jsonl"
+    candidates = [json.loads(line) for line in path.read_text().splitlines()]
+    candidates[3]["logprob"] -= 0.1
+    path.write_text("".join(json.dumps(row) + "\n" for row in candidates))
+    with pytest.raises(GateError, match=r"log-probs of an answer are 2.5e-02 nats a token from the trainer's"):
+        _parity(run, 1, pairs, rows)

@@ -1,0 +1,44 @@
+"""The examples run as they stand, and do what they say; docs/embedding.md names each of them."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def example(name):
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]
+
+
+def test_token_logprobs_train_somebody_elses_model():
+    first, last = example("token_logprobs_loop")(steps=40)
+    assert last < 0.1 * first
+
+
+def test_our_sampler_follows_a_transformers_model_step_by_step():
+    pytest.importorskip("transformers")
+    rewards, gap = example("sampler_beside_transformers")(steps=12)
+    assert sum(rewards[-4:]) > sum(rewards[:4])  # 0.39 against 0.10
+    assert gap <= 1e-4  # weights that were a step old would be 1e-2 apart
+
+
+def test_pairs_train_the_same_in_trl_and_here(monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    theirs, ours, gap = example("pairs_in_trl")()
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert len(ours) == 3 and ours[0] == pytest.approx(0.693147, abs=1e-5) and ours[-1] < 0.6
+    assert gap <= 1e-4
+
+
+def test_the_embedding_page_names_every_example_and_its_code_runs():
+    text = (ROOT / "docs/embedding.md").read_text()
+    found = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert set(re.findall(r"examples/(\w+\.py)", text)) == found
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(code, names)
+    assert names["result"].best_step is not None
