@@ -20,6 +20,7 @@
 #include "linear_int8.h"
 #include "philox.h"
 #include "probe.h"
+#include "product.h"
 #include "rms_norm.h"
 #include "rope_write.h"
 #include "sample.h"
@@ -229,6 +230,38 @@ selfreward::LinearArguments check_linear(const py::array& x, const py::array& pa
   check_apart("packed", packed, "out", out);
   check_threads(threads);
   return {x.data(), packed.data(), static_cast<float*>(out.mutable_data()), rows, out.shape(1), depth};
+}
+
+// fp32 of two dimensions, one of them contiguous and the other's lines apart.
+selfreward::Matrix check_matrix(const char* name, const py::array& array) {
+  check_shape<float>(name, array, {-1, -1});
+  const auto* data = static_cast<const float*>(array.data());
+  for (const int lines : {0, 1}) {
+    const py::ssize_t length = array.shape(1 - lines), line = py::ssize_t(sizeof(float));
+    const py::ssize_t stride = array.shape(lines) <= 1 ? length * line : array.strides(lines);
+    if ((length <= 1 || array.strides(1 - lines) == line) && stride >= length * line && stride % line == 0)
+      return {data, stride / line, lines == 1};
+  }
+  throw py::value_error(std::string(name) + " has strides " +
+                        shape_text({array.strides(), array.strides() + array.ndim()}) +
+                        " bytes; expected contiguous rows or contiguous columns");
+}
+
+void product(const py::array& a, const py::array& b, py::array& out, bool add, int threads, const std::string& level) {
+  const selfreward::Matrix left = check_matrix("a", a), right = check_matrix("b", b);
+  const py::ssize_t rows = a.shape(0), depth = a.shape(1);
+  check_shape<float>("b", b, {depth, -1});
+  const int64_t stride = check_rows("out", out, {rows, b.shape(1)});
+  if (depth < 1) throw py::value_error("a has shape " + shape_text({rows, depth}) + "; expected at least one column");
+  check_written("out", out);
+  check_apart("a", a, "out", out);
+  check_apart("b", b, "out", out);
+  check_threads(threads);
+  const selfreward::ProductRun run = find_level(selfreward::product_level, level).run;
+  auto* to = static_cast<float*>(out.mutable_data());
+  const py::ssize_t columns = b.shape(1);
+  py::gil_scoped_release release;
+  selfreward::product(left, right, to, stride, rows, columns, depth, add, threads, run);
 }
 
 py::ssize_t panels_of(py::ssize_t outputs) { return (outputs + selfreward::kPanel - 1) / selfreward::kPanel; }
@@ -711,6 +744,10 @@ PYBIND11_MODULE(_C, m) {
       "linear", &linear, py::arg("x"), py::arg("packed"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
       "Fill out [rows, outputs] fp32 with x [rows, depth] times the packed weight; kernels/linear.py has the order of\n"
       "the sums. level as in gumbel_noise; neither it nor threads nor the other rows change a row's bits.");
+  m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("add"), py::arg("threads"),
+        py::arg("level") = "",
+        "Fill out [rows, columns] fp32 with a [rows, depth] times b [depth, columns], either of them a matrix or the\n"
+        "transpose of one, or add this to it; kernels/linear.py has the order of the sums. level, threads as in linear.");
   m.def("linear_bf16_levels", &linear_bf16_levels, "instruction_levels() of linear_bf16.");
   m.def("linear_pack_bf16", &linear_pack_bf16, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
         "As linear_pack, for weight uint16 [outputs, depth], bits of bf16, and packed uint16\n"

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 import engine._C as _C
+from engine import native
 from engine.errors import InputError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
@@ -47,6 +48,7 @@ from engine.kernels import tree_windows as _windows
 from engine.kernels import work_attention as _work
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
+from engine.native import array, view
 from engine.tree import Edges
 
 sums_in_fp32 = _logprob.sums_in_fp32  # a context: products of 16 bits are summed in fp32 only
@@ -94,6 +96,12 @@ def _native_fp32(case: Case) -> str | None:
     return _native(case)
 
 
+def _native_training(case: Case) -> str | None:
+    if case.dtype != torch.float32:
+        return f"the native kernel computes in torch.float32, the tensors are {case.dtype}"
+    return _native(case)
+
+
 def _native_gumbel_noise(
     seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
 ) -> torch.Tensor:
@@ -125,7 +133,7 @@ def _native_dropout_mask(
 
 def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=torch.float32)
-    _C.rms_norm(_array(x), _array(weight), eps, out.numpy(), threads)
+    _C.rms_norm(array(x), array(weight), eps, out.numpy(), threads)
     return out
 
 
@@ -133,20 +141,20 @@ def _native_add_rms_norm(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, threads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total, out = torch.empty(x.shape, dtype=torch.float32), torch.empty(x.shape, dtype=torch.float32)
-    _C.add_rms_norm(_array(x), _array(branch), _array(weight), eps, total.numpy(), out.numpy(), threads)
+    _C.add_rms_norm(array(x), array(branch), array(weight), eps, total.numpy(), out.numpy(), threads)
     return total, out
 
 
 def _native_embed(tokens: torch.Tensor, table: torch.Tensor, threads: int) -> torch.Tensor:
     out = torch.empty(len(tokens), table.shape[1], dtype=torch.float32)
-    _C.embed(_array(tokens), _array(table), out.numpy(), threads)
+    _C.embed(array(tokens), array(table), out.numpy(), threads)
     return out
 
 
 def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
     rows, width = gate_up.shape
     out = torch.empty(rows, width // 2, dtype=torch.float32)
-    _C.swiglu(_array(gate_up), out.numpy(), threads)
+    _C.swiglu(array(gate_up), out.numpy(), threads)
     return out
 
 
@@ -159,8 +167,8 @@ def _native_chunk_attention(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    pages = _view(key_pages), _view(value_pages)  # not contiguous is an error
-    _C.chunk_attention(_array(q), *pages, _array(items), _array(positions), out.numpy(), threads)
+    pages = view(key_pages), view(value_pages)  # not contiguous is an error
+    _C.chunk_attention(array(q), *pages, array(items), array(positions), out.numpy(), threads)
     return out
 
 
@@ -177,9 +185,9 @@ def _native_rope_write(
     threads: int,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=torch.float32)
-    rows = _view(q), _view(k), _view(v)  # views of one tensor: only rows are contiguous
-    pages = _view(key_pages), _view(value_pages)
-    _C.rope_write(*rows, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
+    rows = view(q), view(k), view(v)  # views of one tensor: only rows are contiguous
+    pages = view(key_pages), view(value_pages)
+    _C.rope_write(*rows, array(cos), array(sin), *pages, array(slots), array(copies), out.numpy(), threads)
     return out
 
 
@@ -188,23 +196,10 @@ def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draw
     draws = Draws(
         torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows), torch.empty(len(rules.label_ids))
     )
-    columns: Any = {name: value if name == "vocab" else _array(value) for name, value in rules._asdict().items()}
+    columns: Any = {name: value if name == "vocab" else array(value) for name, value in rules._asdict().items()}
     columns.update((name, value.numpy()) for name, value in draws._asdict().items())
-    _C.sample(_array(logits), threads=threads, **columns)
+    _C.sample(array(logits), threads=threads, **columns)
     return draws
-
-
-def _array(x: torch.Tensor) -> Any:
-    """As numpy has it, bf16 as its bits; copied if it is not contiguous. Called some 400 times a step of 12 layers, so
-    nothing without need: with detach() and contiguous() always, such a step of a tiny model took 1.67 ms instead of 1.47."""
-    return _view(x if x.is_contiguous() else x.contiguous())
-
-
-def _view(x: torch.Tensor) -> Any:
-    """As `_array`, but never a copy: for what is written, and rows that lie apart."""
-    if x.requires_grad:
-        x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -248,21 +243,21 @@ class PackedWeight(NamedTuple):
 def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None
     out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
-    _C.linear(_array(x), packed.panels, out.numpy(), threads)
+    _C.linear(array(x), packed.panels, out.numpy(), threads)
     return out
 
 
 def _native_linear_bf16(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None
     out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
-    _C.linear_bf16(_array(x), packed.panels, out.numpy(), threads)
+    _C.linear_bf16(array(x), packed.panels, out.numpy(), threads)
     return out
 
 
 def _native_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None and packed.scales is not None
     out = torch.empty(len(x), packed.outputs, dtype=torch.float32)
-    _C.linear_int8(_array(x), packed.panels, packed.scales, out.numpy(), threads)
+    _C.linear_int8(array(x), packed.panels, packed.scales, out.numpy(), threads)
     return out
 
 
@@ -282,6 +277,10 @@ def _torch_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> t
 
 
 OPS: dict[str, tuple[Backend, ...]] = {
+    "dense": (
+        Backend("native", _native_training, native.dense),
+        Backend("torch", _always, F.linear),
+    ),
     "rms_norm": (
         Backend("triton", _triton, _rms_norm.rms_norm),
         Backend("torch", _always, _rms_norm.rms_norm_reference),
@@ -421,6 +420,11 @@ def _name(op: str, device: str, dtype: torch.dtype) -> str:
         return choose(op, device, dtype, causal=True).name
     except InputError as error:
         return f"none: {error}"
+
+
+def dense(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [N, in], weight [out, in] -> x @ weight.T [N, out]: the trainer's linear. Differentiable."""
+    return choose("dense", x.device.type, x.dtype).fn(x, weight)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -598,12 +602,12 @@ def repack_linear(packed: PackedWeight, weight: torch.Tensor, first: int = 0) ->
     assert packed.panels is not None
     panels = packed.panels
     if packed.op == "linear_bf16":
-        _C.linear_pack_bf16(_array(weight.to(torch.bfloat16)), panels, first)
+        _C.linear_pack_bf16(array(weight.to(torch.bfloat16)), panels, first)
     elif packed.op == "linear":
-        _C.linear_pack(_array(weight.float()), panels, first)
+        _C.linear_pack(array(weight.float()), panels, first)
     else:
         assert packed.scales is not None
-        _C.linear_pack_int8(_array(weight.float()), panels, packed.scales, first)
+        _C.linear_pack_int8(array(weight.float()), panels, packed.scales, first)
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Tensor:
