@@ -4,9 +4,11 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cmath>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,14 +20,19 @@
 #include "linear.h"
 #include "linear_bf16.h"
 #include "linear_int8.h"
+#include "logprob.h"
 #include "philox.h"
 #include "probe.h"
 #include "product.h"
 #include "rms_norm.h"
+#include "rms_norm_gradient.h"
+#include "rope.h"
 #include "rope_write.h"
 #include "sample.h"
 #include "swiglu.h"
+#include "swiglu_gradient.h"
 #include "threads.h"
+#include "tree_attention.h"
 
 namespace py = pybind11;
 
@@ -112,6 +119,19 @@ void check_apart(const char* in_name, const py::array& in, const char* out_name,
   if (a < b + span(out) && b < a + span(in))
     throw py::value_error(std::string(out_name) + " shares memory with " + in_name + "; expected memory of its own");
 }
+
+// Every output is writeable and shares no memory with an input or another output.
+using Named = std::vector<std::pair<const char*, const py::array*>>;
+void check_outputs(const Named& inputs, const Named& outputs) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    check_written(outputs[i].first, *outputs[i].second);
+    for (const auto& input : inputs) check_apart(input.first, *input.second, outputs[i].first, *outputs[i].second);
+    for (size_t j = 0; j < i; ++j)
+      check_apart(outputs[j].first, *outputs[j].second, outputs[i].first, *outputs[i].second);
+  }
+}
+
+const float* floats(const py::array& array) { return static_cast<const float*>(array.data()); }
 
 // The level called `name`, or the fastest for an empty one; `at(i)` is the i-th that this CPU runs, the last is
 // portable.
@@ -612,6 +632,190 @@ void embed(const py::array& tokens, const py::array& table, py::array& out, int 
   selfreward::embed(arguments, threads, run);
 }
 
+void rms_norm_gradient(const py::array& x, const py::array& weight, float eps, const py::array& dy,
+                       const std::optional<py::array>& dsum, py::array& dx, py::array& dweight, int threads,
+                       const std::string& level) {
+  check<float>("x", x, {-1, -1});
+  const py::ssize_t rows = x.shape(0), dim = x.shape(1);
+  if (dim < 1) refuse("x", shape_text({rows, dim}), "at least one column");
+  check<float>("weight", weight, {dim});
+  check<float>("dy", dy, {rows, dim});
+  check<float>("dx", dx, {rows, dim});
+  check<float>("dweight", dweight, {dim});
+  if (dsum) check<float>("dsum", *dsum, {rows, dim});
+  std::vector<std::pair<const char*, const py::array*>> inputs{{"x", &x}, {"weight", &weight}, {"dy", &dy}};
+  if (dsum) inputs.emplace_back("dsum", &*dsum);
+  check_outputs(inputs, {{"dx", &dx}, {"dweight", &dweight}});
+  check_threads(threads);
+  const selfreward::RmsNormGradientBlocks run = find_level(selfreward::rms_norm_gradient_level, level).run;
+  std::vector<float> parts(size_t((rows + selfreward::kNormBlock - 1) / selfreward::kNormBlock * dim));
+  const selfreward::RmsNormGradientArguments arguments{floats(x),
+                                                       floats(weight),
+                                                       floats(dy),
+                                                       dsum ? floats(*dsum) : nullptr,
+                                                       static_cast<float*>(dx.mutable_data()),
+                                                       parts.data(),
+                                                       rows,
+                                                       dim,
+                                                       eps};
+  auto* to = static_cast<float*>(dweight.mutable_data());
+  py::gil_scoped_release release;
+  selfreward::rms_norm_gradient(arguments, to, threads, run);
+}
+
+void swiglu_gradient(const py::array& gate_up, const py::array& dout, py::array& dgate_up, int threads,
+                     const std::string& level) {
+  check<float>("dout", dout, {-1, -1});
+  const py::ssize_t rows = dout.shape(0), ffn = dout.shape(1);
+  check<float>("gate_up", gate_up, {rows, 2 * ffn});
+  check<float>("dgate_up", dgate_up, {rows, 2 * ffn});
+  check_outputs({{"gate_up", &gate_up}, {"dout", &dout}}, {{"dgate_up", &dgate_up}});
+  check_threads(threads);
+  const selfreward::SwigluGradientRows run = find_level(selfreward::swiglu_gradient_level, level).run;
+  const selfreward::SwigluGradientArguments arguments{floats(gate_up), floats(dout),
+                                                      static_cast<float*>(dgate_up.mutable_data()), rows, ffn};
+  py::gil_scoped_release release;
+  selfreward::swiglu_gradient(arguments, threads, run);
+}
+
+void rope(const py::array& x, const py::array& cos, const py::array& sin, py::array& out, bool back, int threads,
+          const std::string& level) {
+  check<float>("out", out, {-1, -1, -1});
+  const py::ssize_t rows = out.shape(0), heads = out.shape(1), dim = out.shape(2);
+  if (dim % 2) refuse("out", shape_text({rows, heads, dim}), "an even last dimension");
+  const int64_t stride = check_rows("x", x, {rows, heads, dim});
+  check<float>("cos", cos, {rows, dim / 2});
+  check<float>("sin", sin, {rows, dim / 2});
+  check_outputs({{"x", &x}, {"cos", &cos}, {"sin", &sin}}, {{"out", &out}});
+  check_threads(threads);
+  const selfreward::RopeRows run = find_level(selfreward::rope_level, level).run;
+  const selfreward::RopeArguments arguments{
+      floats(x), stride, floats(cos), floats(sin), static_cast<float*>(out.mutable_data()), rows, heads, dim, back};
+  py::gil_scoped_release release;
+  selfreward::rope(arguments, threads, run);
+}
+
+// logits whose rows may lie apart, and what is common to log-probs and their gradient.
+selfreward::LogprobArguments check_logits(py::array& logits, const py::array& targets, int threads) {
+  const int64_t stride = check_rows("logits", logits, {-1, -1});
+  const py::ssize_t rows = logits.shape(0), vocab = logits.shape(1);
+  check<int64_t>("targets", targets, {rows});
+  check_threads(threads);
+  const auto* ids = static_cast<const int64_t*>(targets.data());
+  for (py::ssize_t row = 0; row < rows; ++row)
+    if (ids[row] < 0 || ids[row] >= vocab)
+      refuse(at("targets", row), std::to_string(ids[row]),
+             "0 or more and below " + std::to_string(vocab) + ", the columns of logits");
+  return {nullptr, stride, ids, nullptr, nullptr, nullptr, nullptr, rows, vocab};
+}
+
+void logprob(py::array& logits, const py::array& targets, py::array& logp, py::array& lse, int threads,
+             const std::string& level) {
+  selfreward::LogprobArguments arguments = check_logits(logits, targets, threads);
+  check<float>("logp", logp, {arguments.rows});
+  check<float>("lse", lse, {arguments.rows});
+  check_outputs({{"logits", &logits}, {"targets", &targets}}, {{"logp", &logp}, {"lse", &lse}});
+  arguments.logits = const_cast<float*>(floats(logits));  // read only
+  arguments.logp = static_cast<float*>(logp.mutable_data());
+  arguments.lse = static_cast<float*>(lse.mutable_data());
+  const selfreward::LogprobRows run = find_level(selfreward::logprob_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::logprob(arguments, threads, run);
+}
+
+void logprob_gradient(py::array& logits, const py::array& targets, const py::array& lse, const py::array& grad_logp,
+                      const py::array& grad_lse, int threads, const std::string& level) {
+  selfreward::LogprobArguments arguments = check_logits(logits, targets, threads);
+  check<float>("lse", lse, {arguments.rows});
+  check<float>("grad_logp", grad_logp, {arguments.rows});
+  check<float>("grad_lse", grad_lse, {arguments.rows});
+  check_outputs({{"targets", &targets}, {"lse", &lse}, {"grad_logp", &grad_logp}, {"grad_lse", &grad_lse}},
+                {{"logits", &logits}});
+  arguments.logits = static_cast<float*>(logits.mutable_data());
+  arguments.lse = const_cast<float*>(floats(lse));  // read only
+  arguments.grad_logp = floats(grad_logp);
+  arguments.grad_lse = floats(grad_lse);
+  const selfreward::LogprobRows run = find_level(selfreward::logprob_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::logprob(arguments, threads, run);
+}
+
+// All of tree_attention's sizes, from q, k and v, and the windows.
+selfreward::TreeAttentionArguments check_trees(const py::array& q, const py::array& k, const py::array& v,
+                                               const py::array& end, const py::array& bounds, int threads) {
+  selfreward::TreeAttentionArguments a{};
+  a.q_stride = check_rows("q", q, {-1, -1, -1});
+  a.tokens = q.shape(0), a.heads = q.shape(1), a.dim = q.shape(2);
+  a.k_stride = check_rows("k", k, {a.tokens, -1, a.dim});
+  a.groups = k.shape(1);
+  a.v_stride = check_rows("v", v, {a.tokens, a.groups, a.dim});
+  if (a.dim < 1 || a.groups < 1 || a.heads % a.groups)
+    refuse("q", shape_text({q.shape(0), q.shape(1), q.shape(2)}),
+           "heads a multiple of the " + std::to_string(a.groups) + " of k, and at least one feature");
+  check<int64_t>("end", end, {a.tokens});
+  check<int64_t>("bounds", bounds, {-1});
+  check_threads(threads);
+  a.q = floats(q), a.k = floats(k), a.v = floats(v);
+  a.end = static_cast<const int64_t*>(end.data());
+  a.bounds = static_cast<const int64_t*>(bounds.data());
+  a.windows = bounds.shape(0) - 1;
+  if (a.windows < 0 || a.bounds[0] != 0 || a.bounds[a.windows] != a.tokens)
+    refuse("bounds", shape_text({bounds.shape(0)}), "from 0 to " + std::to_string(a.tokens) + ", the tokens");
+  for (int64_t window = 0; window < a.windows; ++window) {
+    if (a.bounds[window] >= a.bounds[window + 1])
+      refuse(at("bounds", window + 1), std::to_string(a.bounds[window + 1]),
+             "more than " + std::to_string(a.bounds[window]) + ", the one before");
+    for (int64_t token = a.bounds[window]; token < a.bounds[window + 1]; ++token)
+      if (a.end[token] <= token || a.end[token] > a.bounds[window + 1])
+        refuse(at("end", token), std::to_string(a.end[token]),
+               "behind the token and at most " + std::to_string(a.bounds[window + 1]) + ", the end of its window");
+  }
+  return a;
+}
+
+void tree_attention(const py::array& q, const py::array& k, const py::array& v, const py::array& end,
+                    const py::array& bounds, py::array& out, py::array& lse, int threads, const std::string& level) {
+  selfreward::TreeAttentionArguments a = check_trees(q, k, v, end, bounds, threads);
+  check<float>("out", out, {a.tokens, a.heads, a.dim});
+  check<float>("lse", lse, {a.heads, a.tokens});
+  check_outputs({{"q", &q}, {"k", &k}, {"v", &v}, {"end", &end}, {"bounds", &bounds}}, {{"out", &out}, {"lse", &lse}});
+  a.out = static_cast<float*>(out.mutable_data());
+  a.lse = static_cast<float*>(lse.mutable_data());
+  const selfreward::TreeAttentionTask task = find_level(selfreward::tree_attention_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::tree_attention(a, threads, task);
+}
+
+void tree_attention_gradient(const py::array& q, const py::array& k, const py::array& v, const py::array& end,
+                             const py::array& bounds, const py::array& out, const py::array& lse, const py::array& dout,
+                             py::array& dq, py::array& dk, py::array& dv, int threads, const std::string& level) {
+  selfreward::TreeAttentionArguments a = check_trees(q, k, v, end, bounds, threads);
+  check<float>("out", out, {a.tokens, a.heads, a.dim});
+  check<float>("lse", lse, {a.heads, a.tokens});
+  check<float>("dout", dout, {a.tokens, a.heads, a.dim});
+  check<float>("dq", dq, {a.tokens, a.heads, a.dim});
+  check<float>("dk", dk, {a.tokens, a.groups, a.dim});
+  check<float>("dv", dv, {a.tokens, a.groups, a.dim});
+  check_outputs({{"q", &q},
+                 {"k", &k},
+                 {"v", &v},
+                 {"end", &end},
+                 {"bounds", &bounds},
+                 {"out", &out},
+                 {"lse", &lse},
+                 {"dout", &dout}},
+                {{"dq", &dq}, {"dk", &dk}, {"dv", &dv}});
+  a.out = const_cast<float*>(floats(out));  // read only
+  a.lse = const_cast<float*>(floats(lse));
+  a.dout = floats(dout);
+  a.dq = static_cast<float*>(dq.mutable_data());
+  a.dk = static_cast<float*>(dk.mutable_data());
+  a.dv = static_cast<float*>(dv.mutable_data());
+  const selfreward::TreeAttentionTask task = find_level(selfreward::tree_attention_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::tree_attention(a, threads, task);
+}
+
 double probe_fma(int64_t rounds, int threads, const std::string& level) {
   check_threads(threads);
   if (rounds < 1) refuse("rounds", std::to_string(rounds), "at least 1");
@@ -801,6 +1005,36 @@ PYBIND11_MODULE(_C, m) {
       "key_pages and value_pages with k, turned, and v [rows, groups, dim]; then copy the first tokens of blocks:\n"
       "copies int64 [copies, 3] of source, target, tokens. Rows of q, k and v may lie apart. level, threads as in\n"
       "rms_norm.");
+  m.def("rms_norm_gradient", &rms_norm_gradient, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("dy"),
+        py::arg("dsum"), py::arg("dx"), py::arg("dweight"), py::arg("threads"), py::arg("level") = "",
+        "Fill dx [rows, dim] and dweight [dim] fp32 with the gradients of rms_norm at x [rows, dim] under dy\n"
+        "[rows, dim]; dsum [rows, dim], or None, is added to dx. level, threads as in rms_norm.");
+  m.def("swiglu_gradient", &swiglu_gradient, py::arg("gate_up"), py::arg("dout"), py::arg("dgate_up"),
+        py::arg("threads"), py::arg("level") = "",
+        "Fill dgate_up [rows, 2 * ffn] fp32 with the gradient of swiglu at gate_up under dout [rows, ffn]. level,\n"
+        "threads as in rms_norm.");
+  m.def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("out"), py::arg("back"),
+        py::arg("threads"), py::arg("level") = "",
+        "Fill out [rows, heads, dim] fp32 with x, turned by cos and sin [rows, dim / 2], or turned back. Rows of x may\n"
+        "lie apart. level, threads as in rms_norm.");
+  m.def("logprob", &logprob, py::arg("logits"), py::arg("targets"), py::arg("logp"), py::arg("lse"),
+        py::arg("threads"), py::arg("level") = "",
+        "Fill logp and lse [rows] fp32 from logits [rows, vocab], rows apart or not, and targets int64 [rows]. level,\n"
+        "threads as in rms_norm.");
+  m.def("logprob_gradient", &logprob_gradient, py::arg("logits"), py::arg("targets"), py::arg("lse"),
+        py::arg("grad_logp"), py::arg("grad_lse"), py::arg("threads"), py::arg("level") = "",
+        "Turn logits into their gradient, from lse and the gradients of logp and lse, all [rows] fp32. level, threads\n"
+        "as in rms_norm.");
+  m.def(
+      "tree_attention", &tree_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"), py::arg("bounds"),
+      py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("level") = "",
+      "Fill out [tokens, heads, dim] and lse [heads, tokens] fp32 from q [tokens, heads, dim], k and v [tokens, groups,\n"
+      "dim], end int64 [tokens] and bounds int64 [windows + 1], between which nobody sees across. Rows of q, k and v may\n"
+      "lie apart. level, threads as in rms_norm; neither do other windows change a bit.");
+  m.def("tree_attention_gradient", &tree_attention_gradient, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"),
+        py::arg("bounds"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("threads"), py::arg("level") = "",
+        "Fill dq, dk and dv with the gradients of q, k and v under dout, from what tree_attention was given and gave.");
   m.def("share_little", &selfreward::set_share_little, py::arg("share"),
         "Share work out to threads however little it is, or (as at first) only where it pays. For tests: no bits "
         "change.");

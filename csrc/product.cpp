@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "linear_pack.h"
+#include "scratch.h"
 #include "threads.h"
 
 #define SELFREWARD_BODY "product_run.h"
@@ -41,22 +41,6 @@ void pack_rows(const Matrix& a, int64_t first, int64_t rows, int64_t depth, floa
     for (int64_t row = 0; row < rows; ++row) to[k * kProductGroup + row] = a.data[k * a.stride + first + row];
 }
 
-// Memory of the calling thread, kept between calls, so that none waits for pages from the system.
-struct Scratch {
-  std::unique_ptr<float[]> memory;
-  int64_t size = 0;
-  float* of(int64_t floats) {
-    constexpr int64_t kLine = 16;
-    if (floats > size) {
-      memory.reset();
-      memory.reset(new float[size_t(floats + kLine)]);
-      size = floats;
-    }
-    const auto address = reinterpret_cast<uintptr_t>(memory.get());
-    return memory.get() + (64 - address % 64) % 64 / sizeof(float);
-  }
-};
-
 int64_t whole(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Panels and sections of one block, shared out: the panels of a section one behind the other, so that its rows stay in
@@ -82,7 +66,7 @@ void product(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, i
       a.transposed ? std::max<int64_t>(1, kPackedRows / (depth * kProductSection)) * kProductSection : rows;
   for (int64_t column = 0; column < columns; column += panels_at_once * kPanel) {
     const int64_t width = std::min(panels_at_once * kPanel, columns - column), panels = whole(width, kPanel);
-    float* packed = for_columns.of(panels * depth * kPanel);
+    float* packed = for_columns.floats(panels * depth * kPanel);
     parallel_for(panels, threads, [&](int64_t i) {
       pack_columns(b, column + i * kPanel, std::min(kPanel, width - i * kPanel), depth, packed + i * depth * kPanel);
     });
@@ -91,7 +75,7 @@ void product(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, i
                          out_stride,              std::min(rows_at_once, rows - row), width, depth, add};
       if (a.transposed) {
         const int64_t groups = whole(block.rows, kProductGroup), pieces = std::min<int64_t>(groups, 8 * threads);
-        float* to = for_rows.of(groups * depth * kProductGroup);
+        float* to = for_rows.floats(groups * depth * kProductGroup);
         parallel_for(pieces, threads, [&](int64_t i) {
           for (int64_t g = groups * i / pieces; g < groups * (i + 1) / pieces; ++g)
             pack_rows(a, row + g * kProductGroup, std::min(kProductGroup, block.rows - g * kProductGroup), depth,

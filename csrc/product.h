@@ -16,16 +16,16 @@ struct Matrix {
 
 // What a level computes: a block of rows times packed panels of 64 columns.
 struct ProductBlock {
-  const float* a;    // row i of group g at unit k of the depth: a[g * group + i * row + k * step]
-  int64_t row;       // of a group of kProductGroup rows
-  bool packed;       // row is 1 and step is kProductGroup; else step is 1 and group is kProductGroup * row
-  const float* b;    // [ceil(columns / 64), depth, 64]
-  float* out;        // [rows, columns], rows `out_stride` apart
+  const float* a;  // [rows, depth], rows `stride` apart; or packed: [groups of kProductGroup rows, depth, kProductGroup]
+  int64_t stride;
+  bool packed;
+  const float* b;  // [ceil(columns / 64), depth, 64]
+  float* out;      // [rows, columns], rows `out_stride` apart
   int64_t out_stride, rows, columns, depth;
-  bool add;          // to what is in out
+  bool add;  // to what is in out
 };
 
-constexpr int64_t kProductGroup = 6;                   // rows that are in registers at a time
+constexpr int64_t kProductGroup = 6;                     // rows that are in registers at a time
 constexpr int64_t kProductSection = 42 * kProductGroup;  // rows whose sums wait in a buffer (64 KB)
 
 // Computes the `section`-th section of rows of the panels [first, last).

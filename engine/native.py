@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 import engine._C as _C
+from engine.kernels.linear_logprob import TorchTiles
 
 
 def array(x: torch.Tensor) -> Any:
@@ -61,3 +64,170 @@ def _matrix(x: torch.Tensor) -> Any:
     by_rows = columns == 1 and rows >= x.shape[1]
     by_columns = rows == 1 and columns >= x.shape[0]
     return view(x if by_rows or by_columns else x.contiguous())
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [N, dim], weight [dim] -> [N, dim]. Differentiable."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        out = torch.empty(x.shape)
+        _C.rms_norm(array(x), array(weight), eps, out.numpy(), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return *_rms_norm_gradient(*ctx.saved_tensors, ctx.eps, dy, None), None
+
+
+def add_rms_norm(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and branch [N, dim] -> their sum, and its norm. Differentiable."""
+    return _AddRMSNorm.apply(x, branch, weight, eps)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, out = torch.empty(x.shape), torch.empty(x.shape)
+        threads = torch.get_num_threads()
+        _C.add_rms_norm(array(x), array(branch), array(weight), eps, total.numpy(), out.numpy(), threads)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return dtotal, dtotal, None, None
+        dx, dweight = _rms_norm_gradient(*ctx.saved_tensors, ctx.eps, dy, dtotal)
+        return dx, dx, dweight, None
+
+
+def _rms_norm_gradient(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dy: torch.Tensor, dtotal: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dweight = torch.empty(x.shape), torch.empty(weight.shape)
+    added = None if dtotal is None else array(dtotal)
+    threads = torch.get_num_threads()
+    _C.rms_norm_gradient(array(x), array(weight), eps, array(dy), added, dx.numpy(), dweight.numpy(), threads)
+    return dx, dweight
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [N, 2 * ffn], gate first -> [N, ffn]. Differentiable."""
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
+        _C.swiglu(array(gate_up), out.numpy(), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> torch.Tensor:
+        (gate_up,) = ctx.saved_tensors
+        out = torch.empty(gate_up.shape)
+        _C.swiglu_gradient(array(gate_up), array(dout), out.numpy(), torch.get_num_threads())
+        return out
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [N, heads, D] whose rows may lie apart, cos and sin [N, D/2] -> [N, heads, D]. Differentiable in x."""
+    return _Rope.apply(x, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _turned(dout, *ctx.saved_tensors, back=True), None, None
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    out = torch.empty(x.shape)
+    _C.rope(_rows(x), array(cos), array(sin), out.numpy(), back, torch.get_num_threads())
+    return out
+
+
+def windows(end: torch.Tensor) -> NDArray[np.int64]:
+    """end [N] int64, as `Pack.end` -> where its trees begin, and their end [trees + 1]: nobody sees across a bound."""
+    reach = np.maximum.accumulate(end.numpy())
+    return np.concatenate(([0], 1 + np.flatnonzero(reach[:-1] <= np.arange(1, len(reach))), [len(reach)]))
+
+
+def tree_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor, bounds: NDArray[np.int64]
+) -> torch.Tensor:
+    """q [N, H, D], k and v [N, G, D] -> [N, H, D]; query i sees key j iff j <= i < end[j]. bounds: `windows(end)`.
+    Rows may lie apart. Differentiable."""
+    return _TreeAttention.apply(q, k, v, end, bounds)
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor, bounds: NDArray[np.int64]
+    ) -> torch.Tensor:
+        out, lse = torch.empty(q.shape), torch.empty(q.shape[1], len(q))
+        given = _rows(q), _rows(k), _rows(v), array(end), bounds
+        _C.tree_attention(*given, out.numpy(), lse.numpy(), torch.get_num_threads())
+        ctx.save_for_backward(q, k, v, end, out, lse)
+        ctx.bounds = bounds
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, end, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
+        given = _rows(q), _rows(k), _rows(v), array(end), ctx.bounds, out.numpy(), lse.numpy(), array(dout)
+        _C.tree_attention_gradient(*given, dq.numpy(), dk.numpy(), dv.numpy(), torch.get_num_threads())
+        return dq, dk, dv, None, None
+
+
+def _rows(x: torch.Tensor) -> Any:
+    """[N, heads, D] whose heads lie one behind the other; copied if they do not."""
+    return view(x if x.stride()[1:] == (x.shape[2], 1) and x.stride(0) >= x.shape[1] * x.shape[2] else x.contiguous())
+
+
+class LogprobTiles(TorchTiles):
+    """The tiles of `kernels/linear_logprob.py` on native products."""
+
+    def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return product(a, b, out)
+
+    def logprob_tile(self, logits: torch.Tensor, targets: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor) -> None:
+        _C.logprob(view(logits), array(targets), logp.numpy(), lse.numpy(), torch.get_num_threads())
+
+    def gradient_tile(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        grad_logp: torch.Tensor,
+        grad_lse: torch.Tensor,
+    ) -> torch.Tensor:
+        given = array(targets), array(lse), array(grad_logp), array(grad_lse)
+        _C.logprob_gradient(view(logits), *given, torch.get_num_threads())
+        return logits

@@ -211,6 +211,10 @@ def _tiled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Tr
     return _tree.tree_attention(q, k, v, mask.tiles)
 
 
+def _native_tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
+    return native.tree_attention(q, k, v, mask.end, mask.trees)
+
+
 def _windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
     return _windows.tree_attention_windows(q, k, v, mask.windows)
 
@@ -276,6 +280,8 @@ def _torch_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> t
     return _linear_int8.linear_int8_reference(x, packed.weight)
 
 
+_NATIVE_TILES = native.LogprobTiles()
+
 OPS: dict[str, tuple[Backend, ...]] = {
     "dense": (
         Backend("native", _native_training, native.dense),
@@ -283,23 +289,28 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     "rms_norm": (
         Backend("triton", _triton, _rms_norm.rms_norm),
+        Backend("native", _native_training, native.rms_norm),
         Backend("torch", _always, _rms_norm.rms_norm_reference),
     ),
     "add_rms_norm": (
         Backend("triton", _triton, _rms_norm.add_rms_norm),
+        Backend("native", _native_training, native.add_rms_norm),
         Backend("torch", _always, _rms_norm.add_rms_norm_reference),
     ),
     "rope": (
         Backend("triton", _triton, _rope.rope),
+        Backend("native", _native_training, native.rope),
         Backend("torch", _always, _rope.rope_reference),
     ),
     "swiglu": (
         Backend("triton", _triton, _swiglu.swiglu),
+        Backend("native", _native_training, native.swiglu),
         Backend("torch", _always, _swiglu.swiglu_reference),
     ),
     "tree_attention": (
         Backend("triton", _triton, _tiled_attention),
         *(Backend(name, partial(_flash_why_not, name), partial(_flash_attention, name)) for name in _flash.ADAPTERS),
+        Backend("native", _native_training, _native_tree_attention),
         Backend("torch", _always, _windowed_attention),
     ),
     "rms_norm_rows": (
@@ -336,10 +347,12 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     "linear_logprob": (
         Backend("triton", _triton, partial(_logprob.linear_logprob, tiles=_logprob.TRITON)),
+        Backend("native", _native_training, partial(_logprob.linear_logprob, tiles=_NATIVE_TILES)),
         Backend("torch", _always, _logprob.linear_logprob),
     ),
     "linear_logprob_loss": (
         Backend("triton", _triton, partial(_logprob.linear_logprob_loss, tiles=_logprob.TRITON)),
+        Backend("native", _native_training, partial(_logprob.linear_logprob_loss, tiles=_NATIVE_TILES)),
         Backend("torch", _always, _logprob.linear_logprob_loss),
     ),
     "linear": (
@@ -429,24 +442,24 @@ def dense(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., dim], weight [dim] -> [..., dim]."""
-    return choose("rms_norm", x.device.type).fn(x, weight, eps)
+    return choose("rms_norm", x.device.type, x.dtype).fn(x, weight, eps)
 
 
 def add_rms_norm(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x and branch [N, dim], weight [dim] -> x + branch, in x's dtype, and its norm, both [N, dim]."""
-    return choose("add_rms_norm", x.device.type).fn(x, branch, weight, eps)
+    return choose("add_rms_norm", x.device.type, x.dtype).fn(x, branch, weight, eps)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [N, heads, D], cos and sin [N, D/2] -> [N, heads, D]."""
-    return choose("rope", x.device.type).fn(x, cos, sin)
+    return choose("rope", x.device.type, x.dtype).fn(x, cos, sin)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [..., 2 * ffn], gate first -> [..., ffn]."""
-    return choose("swiglu", gate_up.device.type).fn(gate_up)
+    return choose("swiglu", gate_up.device.type, gate_up.dtype).fn(gate_up)
 
 
 def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int = 1) -> torch.Tensor:
@@ -487,6 +500,10 @@ class TreeMask:
     @cached_property
     def windows(self) -> _windows.TreeWindows:
         return _windows.tree_windows(self.end)
+
+    @cached_property
+    def trees(self) -> NDArray[np.int64]:
+        return native.windows(self.end)
 
     @cached_property
     def bounds(self) -> torch.Tensor:
@@ -557,7 +574,7 @@ def token_logprobs(
     hidden [N, dim], weight [vocab, dim] (the head), targets [N] int64 in [0, vocab) -> logp [N], lse [N].
     Differentiable in hidden and weight, through both outputs. Pass `hidden[edges.row]` for the edges of a pack.
     """
-    return choose("linear_logprob", hidden.device.type).fn(hidden, weight, targets)
+    return choose("linear_logprob", hidden.device.type, hidden.dtype).fn(hidden, weight, targets)
 
 
 def packs(weight: torch.Tensor) -> bool:
@@ -644,7 +661,7 @@ def logprob_loss(
     if that turns out to be untrue). Loss and gradients are computed in one pass over the head's tiles where all logits
     fit 256 MB or the loss is linear, elsewhere as in `token_logprobs`; logp has the same bits in either case.
     """
-    fn = choose("linear_logprob_loss", hidden.device.type).fn
+    fn = choose("linear_logprob_loss", hidden.device.type, hidden.dtype).fn
     return fn(hidden[edges.row], weight, edges.target, loss, linear)
 
 
