@@ -34,7 +34,6 @@ def packed_end(*trees):
 
 
 PACKS = {
-    "two tokens": packed_end(2),
     "short trees": packed_end(3, 1, (2, [1, 3]), 5),
     "a tile and one": packed_end(64, 65),
     "pairs": packed_end((70, [40, 33]), (10, [70, 130]), 90),
