@@ -1,5 +1,6 @@
 """`python -m benchmarks sampling|judging`: what each idea of the engine gives; with `--peers`, and for `prefill` and
-`single`, the engine beside other engines, at a smaller load. `kernels` and `quantization` have options of their own."""
+`single`, the engine beside other engines, at a smaller load. `kernels`, `quantization`,
+`train` and `logprob` have options of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, quantization
+from benchmarks import kernels, quantization, training
 from benchmarks.compare import children, compare
 from benchmarks.limits import Limits, machine
 from benchmarks.models import MODELS, peaked, random_model
@@ -27,6 +28,8 @@ def main() -> int:
         return kernels.main(sys.argv[2:])
     if sys.argv[1:2] == ["quantization"]:
         return quantization.main(sys.argv[2:])
+    if sys.argv[1:2] in (["train"], ["logprob"]):
+        return training.main(sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("workload", choices=sorted(COMPARED))
     parser.add_argument("--model", default="110M", help=f"a random Llama: {', '.join(MODELS)} (default: %(default)s)")

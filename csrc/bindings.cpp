@@ -948,10 +948,11 @@ PYBIND11_MODULE(_C, m) {
       "linear", &linear, py::arg("x"), py::arg("packed"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
       "Fill out [rows, outputs] fp32 with x [rows, depth] times the packed weight; kernels/linear.py has the order of\n"
       "the sums. level as in gumbel_noise; neither it nor threads nor the other rows change a row's bits.");
-  m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("add"), py::arg("threads"),
-        py::arg("level") = "",
-        "Fill out [rows, columns] fp32 with a [rows, depth] times b [depth, columns], either of them a matrix or the\n"
-        "transpose of one, or add this to it; kernels/linear.py has the order of the sums. level, threads as in linear.");
+  m.def(
+      "product", &product, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("add"), py::arg("threads"),
+      py::arg("level") = "",
+      "Fill out [rows, columns] fp32 with a [rows, depth] times b [depth, columns], either of them a matrix or the\n"
+      "transpose of one, or add this to it; kernels/linear.py has the order of the sums. level, threads as in linear.");
   m.def("linear_bf16_levels", &linear_bf16_levels, "instruction_levels() of linear_bf16.");
   m.def("linear_pack_bf16", &linear_pack_bf16, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
         "As linear_pack, for weight uint16 [outputs, depth], bits of bf16, and packed uint16\n"
@@ -1013,24 +1014,26 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::arg("level") = "",
         "Fill dgate_up [rows, 2 * ffn] fp32 with the gradient of swiglu at gate_up under dout [rows, ffn]. level,\n"
         "threads as in rms_norm.");
-  m.def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("out"), py::arg("back"),
-        py::arg("threads"), py::arg("level") = "",
-        "Fill out [rows, heads, dim] fp32 with x, turned by cos and sin [rows, dim / 2], or turned back. Rows of x may\n"
-        "lie apart. level, threads as in rms_norm.");
-  m.def("logprob", &logprob, py::arg("logits"), py::arg("targets"), py::arg("logp"), py::arg("lse"),
-        py::arg("threads"), py::arg("level") = "",
+  m.def(
+      "rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("out"), py::arg("back"), py::arg("threads"),
+      py::arg("level") = "",
+      "Fill out [rows, heads, dim] fp32 with x, turned by cos and sin [rows, dim / 2], or turned back. Rows of x may\n"
+      "lie apart. level, threads as in rms_norm.");
+  m.def("logprob", &logprob, py::arg("logits"), py::arg("targets"), py::arg("logp"), py::arg("lse"), py::arg("threads"),
+        py::arg("level") = "",
         "Fill logp and lse [rows] fp32 from logits [rows, vocab], rows apart or not, and targets int64 [rows]. level,\n"
         "threads as in rms_norm.");
   m.def("logprob_gradient", &logprob_gradient, py::arg("logits"), py::arg("targets"), py::arg("lse"),
         py::arg("grad_logp"), py::arg("grad_lse"), py::arg("threads"), py::arg("level") = "",
         "Turn logits into their gradient, from lse and the gradients of logp and lse, all [rows] fp32. level, threads\n"
         "as in rms_norm.");
-  m.def(
-      "tree_attention", &tree_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"), py::arg("bounds"),
-      py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("level") = "",
-      "Fill out [tokens, heads, dim] and lse [heads, tokens] fp32 from q [tokens, heads, dim], k and v [tokens, groups,\n"
-      "dim], end int64 [tokens] and bounds int64 [windows + 1], between which nobody sees across. Rows of q, k and v may\n"
-      "lie apart. level, threads as in rms_norm; neither do other windows change a bit.");
+  m.def("tree_attention", &tree_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"), py::arg("bounds"),
+        py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("level") = "",
+        "Fill out [tokens, heads, dim] and lse [heads, tokens] fp32 from q [tokens, heads, dim], k and v [tokens, "
+        "groups,\n"
+        "dim], end int64 [tokens] and bounds int64 [windows + 1], between which nobody sees across. Rows of q, k and v "
+        "may\n"
+        "lie apart. level, threads as in rms_norm; neither do other windows change a bit.");
   m.def("tree_attention_gradient", &tree_attention_gradient, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"),
         py::arg("bounds"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
         py::arg("threads"), py::arg("level") = "",

@@ -30,7 +30,8 @@ void pack_columns(const Matrix& b, int64_t first, int64_t width, int64_t depth, 
   }
 }
 
-// The rows first .. first + rows of a transposed a, rows at most a group: [depth, 6]; what is behind the last is not read.
+// The rows first .. first + rows of a transposed a, rows at most a group: [depth, 6]; what is behind the last is not
+// read.
 void pack_rows(const Matrix& a, int64_t first, int64_t rows, int64_t depth, float* to) {
   if (rows == kProductGroup) {
     for (int64_t k = 0; k < depth; ++k)
@@ -48,9 +49,8 @@ int64_t whole(int64_t count, int64_t size) { return (count + size - 1) / size; }
 void multiply(const ProductBlock& block, int threads, ProductRun run) {
   const int64_t sections = whole(block.rows, kProductSection), panels = whole(block.columns, kPanel);
   const int64_t runs = std::min(panels, std::max<int64_t>(1, whole(8 * threads, sections)));
-  parallel_for(sections * runs, threads, [&](int64_t i) {
-    run(block, i / runs, panels * (i % runs) / runs, panels * (i % runs + 1) / runs);
-  });
+  parallel_for(sections * runs, threads,
+               [&](int64_t i) { run(block, i / runs, panels * (i % runs) / runs, panels * (i % runs + 1) / runs); });
 }
 
 }  // namespace
@@ -71,8 +71,16 @@ void product(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, i
       pack_columns(b, column + i * kPanel, std::min(kPanel, width - i * kPanel), depth, packed + i * depth * kPanel);
     });
     for (int64_t row = 0; row < rows; row += rows_at_once) {
-      ProductBlock block{a.data + row * a.stride, a.stride,   false, packed, out + row * out_stride + column,
-                         out_stride,              std::min(rows_at_once, rows - row), width, depth, add};
+      ProductBlock block{a.data + row * a.stride,
+                         a.stride,
+                         false,
+                         packed,
+                         out + row * out_stride + column,
+                         out_stride,
+                         std::min(rows_at_once, rows - row),
+                         width,
+                         depth,
+                         add};
       if (a.transposed) {
         const int64_t groups = whole(block.rows, kProductGroup), pieces = std::min<int64_t>(groups, 8 * threads);
         float* to = for_rows.floats(groups * depth * kProductGroup);

@@ -16,7 +16,8 @@ struct Matrix {
 
 // What a level computes: a block of rows times packed panels of 64 columns.
 struct ProductBlock {
-  const float* a;  // [rows, depth], rows `stride` apart; or packed: [groups of kProductGroup rows, depth, kProductGroup]
+  const float*
+      a;  // [rows, depth], rows `stride` apart; or packed: [groups of kProductGroup rows, depth, kProductGroup]
   int64_t stride;
   bool packed;
   const float* b;  // [ceil(columns / 64), depth, 64]

@@ -4,8 +4,8 @@
 constexpr int64_t kWidth = 64;  // floats from a row of a panel to the next
 constexpr int kGroup = 6;       // rows that are in registers at a time
 
-// Vectors side by side in a tile of R rows: as many of a panel's as leave room for b's and one of a's. An AVX2 Vec is two
-// of its 16 registers.
+// Vectors side by side in a tile of R rows: as many of a panel's as leave room for b's and one of a's. An AVX2 Vec is
+// two of its 16 registers.
 template <int R>
 constexpr int vectors() {
   constexpr int kRegisters = SELFREWARD_LANES == 16 ? 32 : 8;

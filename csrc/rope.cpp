@@ -1,4 +1,5 @@
-// Products and sums are rounded one by one, as in rope_write.cpp: the trainer's keys and the sampler's have the same bits.
+// Products and sums are rounded one by one, as in rope_write.cpp: the trainer's keys and the sampler's have the same
+// bits.
 
 #include "rope.h"
 

@@ -8,10 +8,10 @@
 namespace selfreward {
 
 struct RopeArguments {
-  const float* x;           // [rows, heads, dim]
-  int64_t stride;           // floats from a row of x to the next
-  const float *cos, *sin;   // [rows, dim / 2]
-  float* out;               // [rows, heads, dim]
+  const float* x;          // [rows, heads, dim]
+  int64_t stride;          // floats from a row of x to the next
+  const float *cos, *sin;  // [rows, dim / 2]
+  float* out;              // [rows, heads, dim]
   int64_t rows, heads, dim;
   bool back;
 };

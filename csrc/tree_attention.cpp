@@ -5,8 +5,8 @@
 //
 // A job is a group's heads in a window, the tokens between two places that nobody sees across (a tree). Its keys and
 // values are laid out for the products once. The gradient is computed in one pass over pairs of tiles, queries outside:
-// dq of a tile stays in place while dk and dv, of all the window's keys, are added to, in a fixed order. Only whole jobs
-// are shared out, so threads change no bit, and neither does what else is in the pack.
+// dq of a tile stays in place while dk and dv, of all the window's keys, are added to, in a fixed order. Only whole
+// jobs are shared out, so threads change no bit, and neither does what else is in the pack.
 
 #include "tree_attention.h"
 

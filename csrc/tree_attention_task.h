@@ -1,5 +1,5 @@
-// One instruction level's tree attention: included by levels.h. A panel is 64 rows of 64 floats; a head's features lie in
-// dim / 64 panels, rounded up, zeros behind the last.
+// One instruction level's tree attention: included by levels.h. A panel is 64 rows of 64 floats; a head's features lie
+// in dim / 64 panels, rounded up, zeros behind the last.
 
 #include "product_tile.h"
 

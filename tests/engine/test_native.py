@@ -124,7 +124,9 @@ def test_a_tree_has_the_same_bits_in_any_pack():
     end = packed_end(tree)
     n = len(end)
     q, k, v = random(n, 4, 64), random(n, 2, 64, seed=1), random(n, 2, 64, seed=2)
-    alone = gradients(lambda *x: native.tree_attention(*x, end, native.windows(end)), [q, k, v], [random(n, 4, 64, seed=3)])
+    alone = gradients(
+        lambda *x: native.tree_attention(*x, end, native.windows(end)), [q, k, v], [random(n, 4, 64, seed=3)]
+    )
     wide_end = packed_end(*others, tree, *others)
     before = len(packed_end(*others))
     total = len(wide_end)
