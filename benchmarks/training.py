@@ -99,28 +99,20 @@ def measure(kind: str, model_name: str, names: dict[str, str], rounds: int, thre
             flops = flops_of(kind, model, prompt, answer)
             for child in children:
                 steps = found[child.name]
-                rows.append(
-                    {
-                        "work": title,
-                        "way": child.name,
-                        "torch": child.version,
-                        **{
-                            part: statistics.median(step[part] for step in steps)
-                            for part in ("seconds", "hidden", "loss", "backward", "peak")
-                            if part in steps[0]
-                        },
-                        "all_seconds": [step["seconds"] for step in steps],
-                        "our_speed": statistics.median(
-                            step["seconds"] / mine for step, mine in zip(steps, ours, strict=True)
-                        ),
-                        "share_of_flops": flops / statistics.median(step["seconds"] for step in steps),
-                    }
-                )
+                seconds = [step["seconds"] for step in steps]
+                row: dict[str, Any] = {"work": title, "way": child.name, "torch": child.version}
+                for part in ("seconds", "hidden", "loss", "backward", "peak"):
+                    if part in steps[0]:
+                        row[part] = statistics.median(step[part] for step in steps)
+                row["all_seconds"] = seconds
+                row["our_speed"] = statistics.median(a / b for a, b in zip(seconds, ours, strict=True))
+                row["flops"] = flops
+                rows.append(row)
     finally:
         for child in children:
             child.close()
     for row in rows:
-        row["share_of_flops"] /= limits.gflops * 1e9
+        row["share_of_flops"] = row["flops"] / row["seconds"] / (limits.gflops * 1e9)
     return {"limits": limits._asdict(), "rows": rows}
 
 

@@ -83,7 +83,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return *_rms_norm_gradient(*ctx.saved_tensors, ctx.eps, dy, None), None
+        x, weight = ctx.saved_tensors
+        return *_rms_norm_gradient(x, weight, ctx.eps, dy, None), None
 
 
 def add_rms_norm(
@@ -111,7 +112,8 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dtotal: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return dtotal, dtotal, None, None
-        dx, dweight = _rms_norm_gradient(*ctx.saved_tensors, ctx.eps, dy, dtotal)
+        total, weight = ctx.saved_tensors
+        dx, dweight = _rms_norm_gradient(total, weight, ctx.eps, dy, dtotal)
         return dx, dx, dweight, None
 
 
@@ -161,7 +163,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _turned(dout, *ctx.saved_tensors, back=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(dout, cos, sin, back=True), None, None
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:

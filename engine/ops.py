@@ -4,9 +4,10 @@ A backend is `(name, why_not, fn)`; `why_not(case)` returns None or one sentence
 references, `triton` the GPU's kernels (on a CPU: in Triton's interpreter), other names likewise. `backends()` tells which
 one each op uses, so that a fallback can be seen and tested.
 
-RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same torch function
-with and without gradients, so that reference log-probs and the policy's are the same numbers. `rms_norm_rows` and
-`swiglu_rows` are the sampler's, like `linear`, `rope_write`, `chunk_attention` and `sample_rows`: their native versions
+RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same function with
+and without gradients, so that reference log-probs and the policy's are the same numbers; on a CPU they, `dense`, `rope`,
+`tree_attention` and the log-probs are those of `engine/native.py` in fp32. `rms_norm_rows` and `swiglu_rows` are the
+sampler's, like `linear`, `rope_write`, `chunk_attention` and `sample_rows`: their native versions
 give a row the same bits for any number of rows and threads. The torch versions, there for tests and for a CPU without
 the extension's compiler, do not promise that.
 """

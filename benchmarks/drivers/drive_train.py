@@ -21,8 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks.models import random_model
-from engine import Llama, TokenTree
-from engine import ops
+from engine import Llama, TokenTree, ops
 from engine.model import tree_attend
 
 BETA = 0.1
@@ -158,7 +157,7 @@ def step(way: Any, model: Llama, work: Work) -> dict[str, float]:
     loss.backward()
     times.append(time.perf_counter())
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    parts = dict(zip(("hidden", "loss", "backward"), (b - a for a, b in zip(times, times[1:])), strict=True))
+    parts = {"hidden": times[1] - times[0], "loss": times[2] - times[1], "backward": times[3] - times[2]}
     peak = status("VmHWM") - before
     return {"seconds": times[-1] - times[0], **parts, "peak": peak, "value": loss.item(), "norm": norm.item()}
 
