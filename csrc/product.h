@@ -36,7 +36,7 @@ using ProductRun = void (*)(const ProductBlock& block, int64_t section, int64_t 
 Level<ProductRun> product_level(int index);
 
 // out [rows, columns] = a [rows, depth] times b [depth, columns], or that much more where `add`. The order of the sums
-// is that of kernels/linear.py whatever the rest is.
+// is that of kernels/linear.py, from what is in out if that is added to, whatever the rest is.
 void product(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, int64_t rows, int64_t columns,
              int64_t depth, bool add, int threads, ProductRun run);
 

@@ -215,7 +215,10 @@ def _rows(x: torch.Tensor) -> Any:
 
 
 class LogprobTiles(TorchTiles):
-    """The tiles of `kernels/linear_logprob.py` on native products."""
+    """The tiles of `kernels/linear_logprob.py` on native products, whose own memory is 12 MB at most."""
+
+    def __init__(self, tile_bytes: int = 56 << 20) -> None:
+        super().__init__(tile_bytes)
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return product(a, b, out)

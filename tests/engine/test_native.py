@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import engine._C as _C
-from engine import native
+from engine import native, ops
 from engine.kernels.linear_logprob import linear_logprob, linear_logprob_loss, linear_logprob_reference
 from engine.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from engine.kernels.rope import rope_reference
@@ -44,6 +44,15 @@ PACKS = {
 @pytest.mark.parametrize("rows, depth, columns", [(1, 1, 1), (2, 7, 65), (5, 257, 63), (61, 64, 130), (300, 513, 70)])
 def test_dense_and_its_gradients(rows, depth, columns):
     check(native.dense, F.linear, [random(rows, depth), random(columns, depth)])
+
+
+@pytest.mark.parametrize("rows, depth, columns", [(5, 4200, 130), (600, 70, 1100), (7, 2049, 1030)])
+def test_products_have_the_samplers_bits_in_every_layout_and_blocks_change_none(rows, depth, columns):
+    x, weight = random(rows, depth), random(columns, depth)
+    expected = ops.linear(x, ops.pack_linear(weight))
+    for a in (x, x.T.contiguous().T):
+        for b in (weight.T, weight.T.contiguous()):
+            assert torch.equal(native.product(a, b), expected)
 
 
 def test_dense_gives_only_the_gradients_that_are_asked_for():
