@@ -695,49 +695,48 @@ void rope(const py::array& x, const py::array& cos, const py::array& sin, py::ar
   selfreward::rope(arguments, threads, run);
 }
 
-// logits whose rows may lie apart, and what is common to log-probs and their gradient.
-selfreward::LogprobArguments check_logits(py::array& logits, const py::array& targets, int threads) {
-  const int64_t stride = check_rows("logits", logits, {-1, -1});
-  const py::ssize_t rows = logits.shape(0), vocab = logits.shape(1);
-  check<int64_t>("targets", targets, {rows});
+// A tile of logits, whose rows may lie apart, and what log-probs and their gradient have in common.
+selfreward::LogprobArguments check_tile(const py::array& logits, const py::array& targets, int threads) {
+  selfreward::LogprobArguments a{};
+  a.stride = check_rows("logits", logits, {-1, -1});
+  a.rows = logits.shape(0), a.columns = logits.shape(1);
+  check<int64_t>("targets", targets, {a.rows});
   check_threads(threads);
-  const auto* ids = static_cast<const int64_t*>(targets.data());
-  for (py::ssize_t row = 0; row < rows; ++row)
-    if (ids[row] < 0 || ids[row] >= vocab)
-      refuse(at("targets", row), std::to_string(ids[row]),
-             "0 or more and below " + std::to_string(vocab) + ", the columns of logits");
-  return {nullptr, stride, ids, nullptr, nullptr, nullptr, nullptr, rows, vocab};
+  a.targets = static_cast<const int64_t*>(targets.data());
+  return a;
 }
 
-void logprob(py::array& logits, const py::array& targets, py::array& logp, py::array& lse, int threads,
-             const std::string& level) {
-  selfreward::LogprobArguments arguments = check_logits(logits, targets, threads);
-  check<float>("logp", logp, {arguments.rows});
-  check<float>("lse", lse, {arguments.rows});
-  check_outputs({{"logits", &logits}, {"targets", &targets}}, {{"logp", &logp}, {"lse", &lse}});
-  arguments.logits = const_cast<float*>(floats(logits));  // read only
-  arguments.logp = static_cast<float*>(logp.mutable_data());
-  arguments.lse = static_cast<float*>(lse.mutable_data());
+void logprob(const py::array& logits, const py::array& targets, int64_t first, py::array& best, py::array& total,
+             py::array& hit, int threads, const std::string& level) {
+  selfreward::LogprobArguments a = check_tile(logits, targets, threads);
+  check<float>("best", best, {a.rows});
+  check<double>("total", total, {a.rows});
+  check<float>("hit", hit, {a.rows});
+  check_outputs({{"logits", &logits}, {"targets", &targets}}, {{"best", &best}, {"total", &total}, {"hit", &hit}});
+  a.logits = const_cast<float*>(floats(logits));  // read only
+  a.first = first;
+  a.best = static_cast<float*>(best.mutable_data());
+  a.total = static_cast<double*>(total.mutable_data());
+  a.hit = static_cast<float*>(hit.mutable_data());
   const selfreward::LogprobRows run = find_level(selfreward::logprob_level, level).run;
   py::gil_scoped_release release;
-  selfreward::logprob(arguments, threads, run);
+  selfreward::logprob(a, threads, run);
 }
 
-void logprob_gradient(py::array& logits, const py::array& targets, const py::array& lse, const py::array& grad_logp,
-                      const py::array& grad_lse, int threads, const std::string& level) {
-  selfreward::LogprobArguments arguments = check_logits(logits, targets, threads);
-  check<float>("lse", lse, {arguments.rows});
-  check<float>("grad_logp", grad_logp, {arguments.rows});
-  check<float>("grad_lse", grad_lse, {arguments.rows});
+void logprob_gradient(py::array& logits, const py::array& targets, int64_t first, const py::array& lse,
+                      const py::array& grad_logp, const py::array& grad_lse, int threads, const std::string& level) {
+  selfreward::LogprobArguments a = check_tile(logits, targets, threads);
+  check<float>("lse", lse, {a.rows});
+  check<float>("grad_logp", grad_logp, {a.rows});
+  check<float>("grad_lse", grad_lse, {a.rows});
   check_outputs({{"targets", &targets}, {"lse", &lse}, {"grad_logp", &grad_logp}, {"grad_lse", &grad_lse}},
                 {{"logits", &logits}});
-  arguments.logits = static_cast<float*>(logits.mutable_data());
-  arguments.lse = const_cast<float*>(floats(lse));  // read only
-  arguments.grad_logp = floats(grad_logp);
-  arguments.grad_lse = floats(grad_lse);
+  a.logits = static_cast<float*>(logits.mutable_data());
+  a.first = first;
+  a.lse = floats(lse), a.grad_logp = floats(grad_logp), a.grad_lse = floats(grad_lse);
   const selfreward::LogprobRows run = find_level(selfreward::logprob_level, level).run;
   py::gil_scoped_release release;
-  selfreward::logprob(arguments, threads, run);
+  selfreward::logprob(a, threads, run);
 }
 
 // All of tree_attention's sizes, from q, k and v, and the windows.
@@ -1019,14 +1018,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("level") = "",
       "Fill out [rows, heads, dim] fp32 with x, turned by cos and sin [rows, dim / 2], or turned back. Rows of x may\n"
       "lie apart. level, threads as in rms_norm.");
-  m.def("logprob", &logprob, py::arg("logits"), py::arg("targets"), py::arg("logp"), py::arg("lse"), py::arg("threads"),
-        py::arg("level") = "",
-        "Fill logp and lse [rows] fp32 from logits [rows, vocab], rows apart or not, and targets int64 [rows]. level,\n"
-        "threads as in rms_norm.");
-  m.def("logprob_gradient", &logprob_gradient, py::arg("logits"), py::arg("targets"), py::arg("lse"),
+  m.def(
+      "logprob", &logprob, py::arg("logits"), py::arg("targets"), py::arg("first"), py::arg("best"), py::arg("total"),
+      py::arg("hit"), py::arg("threads"), py::arg("level") = "",
+      "Fold logits [rows, columns] fp32, of the tokens from `first` on, into best fp32, total fp64 and hit fp32, all\n"
+      "[rows]: the largest logit, the sum of exp(logit - best), the logit of the target int64 [rows]. They begin as\n"
+      "-infinity, 0 and what a target shall have that is no token. level, threads as in rms_norm.");
+  m.def("logprob_gradient", &logprob_gradient, py::arg("logits"), py::arg("targets"), py::arg("first"), py::arg("lse"),
         py::arg("grad_logp"), py::arg("grad_lse"), py::arg("threads"), py::arg("level") = "",
-        "Turn logits into their gradient, from lse and the gradients of logp and lse, all [rows] fp32. level, threads\n"
-        "as in rms_norm.");
+        "Turn such logits into their gradient, from lse and the gradients of logp and lse, all [rows] fp32. level,\n"
+        "threads as in rms_norm.");
   m.def("tree_attention", &tree_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"), py::arg("bounds"),
         py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("level") = "",
         "Fill out [tokens, heads, dim] and lse [heads, tokens] fp32 from q [tokens, heads, dim], k and v [tokens, "

@@ -1,4 +1,5 @@
-// Log-probs of rows of logits, and the gradient of the logits, as kernels/linear_logprob.py has them.
+// Log-probs from logits that come a tile of columns at a time, and the gradient of a tile, as kernels/linear_logprob.py
+// has them.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +9,15 @@
 namespace selfreward {
 
 struct LogprobArguments {
-  float* logits;                      // [rows, vocab]; the gradient takes their place
-  int64_t stride;                     // floats from a row to the next
-  const int64_t* targets;             // [rows], 0 or more and below vocab
-  float *logp, *lse;                  // [rows]; with gradients lse is read
-  const float *grad_logp, *grad_lse;  // [rows], or null: log-probs are asked for, not gradients
-  int64_t rows, vocab;
+  float* logits;           // [rows, columns], of which the first is token `first`; their gradient takes their place
+  int64_t stride;          // floats from a row to the next
+  const int64_t* targets;  // [rows]; only those that are in the tile count
+  int64_t first;
+  float* best;                              // [rows]: the largest logit so far, -infinity before the first tile
+  double* total;                            // [rows]: the sum so far of exp(logit - best)
+  float* hit;                               // [rows]: the target's logit, once it was there
+  const float *lse, *grad_logp, *grad_lse;  // [rows]; null: best, total and hit are asked for, not gradients
+  int64_t rows, columns;
 };
 
 // Computes the rows [first, last).

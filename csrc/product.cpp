@@ -1,7 +1,7 @@
 // The trainer's products: out = a b for matrices that may be transposed, so that one function is a linear forward
 // (x W^T), the gradient of its input (dy W) and that of its weight (dy^T x). The order of the sums is the sampler's:
-// within each 256 of the depth one ascending FMA chain from zero, chains added in ascending order to what is there. So a
-// row's bits depend neither on the other rows nor on the instruction level nor on the threads.
+// within each 256 of the depth one ascending FMA chain from zero, chains added in ascending order to what is there. So
+// a row's bits depend neither on the other rows nor on the instruction level nor on the threads.
 //
 // Loop order: columns of b in blocks of 8 MB and slabs of 2,048 of the depth, packed into panels of 64 columns by all
 // threads; rows of a, of a transposed one packed in groups of 6, in sections of 252; panels; chains of 256 (64 KB of a
@@ -34,7 +34,8 @@ void pack_columns(const Matrix& b, int64_t first, int64_t width, int64_t unit, i
   if (width < kPanel) std::fill(to, to + depth * kPanel, 0.0f);
   if (!b.transposed) {
     const float* from = b.data + unit * b.stride + first;
-    for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * kPanel, from + k * b.stride, size_t(width) * sizeof(float));
+    for (int64_t k = 0; k < depth; ++k)
+      std::memcpy(to + k * kPanel, from + k * b.stride, size_t(width) * sizeof(float));
     return;
   }
   constexpr int64_t kLine = 16;  // floats of a cache line: the ones behind it are asked for, which lie far apart
@@ -77,9 +78,8 @@ void in_pieces(int64_t count, int threads, const Work& work) {
 void multiply(const ProductBlock& block, int threads, ProductRun run) {
   const int64_t sections = whole(block.rows, kProductSection), panels = whole(block.columns, kPanel);
   const int64_t runs = std::min(panels, std::max<int64_t>(1, whole(8 * threads, sections)));
-  parallel_for(sections * runs, threads, [&](int64_t i) {
-    run(block, i / runs, panels * (i % runs) / runs, panels * (i % runs + 1) / runs);
-  });
+  parallel_for(sections * runs, threads,
+               [&](int64_t i) { run(block, i / runs, panels * (i % runs) / runs, panels * (i % runs + 1) / runs); });
 }
 
 }  // namespace

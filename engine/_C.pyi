@@ -154,14 +154,17 @@ def rope(
 def logprob(
     logits: NDArray[np.float32],
     targets: NDArray[np.int64],
-    logp: NDArray[np.float32],
-    lse: NDArray[np.float32],
+    first: int,
+    best: NDArray[np.float32],
+    total: NDArray[np.float64],
+    hit: NDArray[np.float32],
     threads: int,
     level: str = "",
 ) -> None: ...
 def logprob_gradient(
     logits: NDArray[np.float32],
     targets: NDArray[np.int64],
+    first: int,
     lse: NDArray[np.float32],
     grad_logp: NDArray[np.float32],
     grad_lse: NDArray[np.float32],

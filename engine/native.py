@@ -6,6 +6,7 @@ keeps for its backward what it was given, not what it made on the way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 import engine._C as _C
-from engine.kernels.linear_logprob import TorchTiles
 
 
 def array(x: torch.Tensor) -> Any:
@@ -30,10 +30,9 @@ def view(x: torch.Tensor) -> Any:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a [rows, depth] @ b [depth, columns], each of them or its transpose contiguous in its rows; added to `out`, if
-    there is one. Not differentiable."""
-    add = out is not None
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, add: bool = False) -> torch.Tensor:
+    """a [rows, depth] @ b [depth, columns], in `out` if there is one, or added to it. Rows of the three may lie apart, of
+    a and b instead the columns. Not differentiable."""
     if out is None:
         out = torch.empty(len(a), b.shape[1])
     _C.product(_matrix(a), _matrix(b), view(out), add, torch.get_num_threads())
@@ -214,26 +213,86 @@ def _rows(x: torch.Tensor) -> Any:
     return view(x if x.stride()[1:] == (x.shape[2], 1) and x.stride(0) >= x.shape[1] * x.shape[2] else x.contiguous())
 
 
-class LogprobTiles(TorchTiles):
-    """The tiles of `kernels/linear_logprob.py` on native products, whose own memory is 12 MB at most."""
+class LogprobTiles:
+    """`kernels/linear_logprob.py` on native products, in tiles of columns.
 
-    def __init__(self, tile_bytes: int = 56 << 20) -> None:
-        super().__init__(tile_bytes)
+    A tile is all rows x COLUMNS logits, 17 MB for 2,048 rows, forward and backward: the head is packed once for each of
+    the four products (in tiles of rows of this size 17 times), a tile's dW is one product, and dX is added to. The width
+    is fixed, so that a row's log-prob has the same bits in every schedule and beside any other rows.
+    """
 
-    def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return product(a, b, out)
+    COLUMNS = 2048
+    ROW_BYTES = 64 << 20  # logits of a tile of rows, where the slope of the loss is known beforehand
 
-    def logprob_tile(self, logits: torch.Tensor, targets: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor) -> None:
-        _C.logprob(view(logits), array(targets), logp.numpy(), lse.numpy(), torch.get_num_threads())
+    def logprobs(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logp and lse. logits [N, vocab], if given, is filled for `gradients`. A target that is no token has NaN."""
+        rows, ids = len(hidden), array(targets)
+        best, hit = torch.full((rows,), -torch.inf), torch.full((rows,), torch.nan)
+        total = torch.zeros(rows, dtype=torch.float64)
+        for columns, tile in self._tiles(rows, len(weight), logits):
+            product(hidden, weight[columns].T, tile)
+            state = best.numpy(), total.numpy(), hit.numpy()
+            _C.logprob(view(tile), ids, columns.start, *state, torch.get_num_threads())
+        lse = (torch.where(best.isinf(), 0.0, best).double() + total.log()).float()
+        return hit - lse, lse
 
-    def gradient_tile(
+    def gradients(
         self,
-        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
         targets: torch.Tensor,
         lse: torch.Tensor,
         grad_logp: torch.Tensor,
         grad_lse: torch.Tensor,
-    ) -> torch.Tensor:
+        logits: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of hidden and weight; logits, where `logprobs` has kept them, are used up."""
+        if not len(hidden):
+            return torch.zeros(hidden.shape), torch.zeros(weight.shape)
+        grad_hidden, grad_weight = torch.zeros(hidden.shape), torch.empty(weight.shape)
         given = array(targets), array(lse), array(grad_logp), array(grad_lse)
-        _C.logprob_gradient(view(logits), *given, torch.get_num_threads())
-        return logits
+        for columns, tile in self._tiles(len(hidden), len(weight), logits):
+            if logits is None:
+                product(hidden, weight[columns].T, tile)
+            self._gradient(tile, columns, *given)
+            product(tile, weight[columns], grad_hidden, add=True)
+            product(tile.T, hidden, grad_weight[columns])
+        return grad_hidden, grad_weight
+
+    def at_once(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """logp and the gradients of hidden and weight, for a slope of the loss that is known beforehand."""
+        grad_hidden, grad_weight = torch.empty(hidden.shape), torch.zeros(weight.shape)
+        logp, vocab = torch.empty(len(hidden)), len(weight)
+        size = max(16, self.ROW_BYTES // (4 * vocab))
+        place = self._place(min(size, len(hidden)), vocab)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, min(start + size, len(hidden)))
+            logits, slope = place[: rows.stop - rows.start], array(grad_logp[rows])
+            logp[rows], lse = self.logprobs(hidden[rows], weight, targets[rows], logits)
+            self._gradient(logits, slice(0, vocab), array(targets[rows]), lse.numpy(), slope, np.zeros_like(slope))
+            product(logits, weight, grad_hidden[rows])
+            product(logits.T, hidden[rows], grad_weight, add=True)
+        return logp, grad_hidden, grad_weight
+
+    def _tiles(self, rows: int, vocab: int, logits: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor]]:
+        place = self._place(rows, min(self.COLUMNS, vocab)) if logits is None else None
+        for start in range(0, vocab, self.COLUMNS):
+            columns = slice(start, min(start + self.COLUMNS, vocab))
+            if place is not None:
+                yield columns, place[:, : columns.stop - start]
+            elif logits is not None:
+                yield columns, logits[:, columns]
+
+    def _place(self, rows: int, columns: int) -> torch.Tensor:
+        """Empty. Its rows are an odd number of cache lines apart: at a distance of 8 KB they would get into each other's
+        way in the caches."""
+        return torch.empty(rows, (-(-columns // 16) | 1) * 16)[:, :columns]
+
+    def _gradient(
+        self, tile: torch.Tensor, columns: slice, targets: Any, lse: Any, grad_logp: Any, grad_lse: Any
+    ) -> None:
+        _C.logprob_gradient(view(tile), targets, columns.start, lse, grad_logp, grad_lse, torch.get_num_threads())

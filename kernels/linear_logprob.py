@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -73,11 +73,9 @@ class TorchTiles:
         lse = torch.empty_like(logp)
         head = weight.to(logp.dtype)
         for rows in _tiles(len(hidden), len(weight), self.tile_bytes, logp.dtype):
-            tile = self.product(hidden[rows].to(logp.dtype), head.T)  # [tile, vocab]
-            self.logprob_tile(tile, targets[rows], logp[rows], lse[rows])
+            tile = self._logprob_tile(hidden[rows].to(logp.dtype), head, targets[rows], logp[rows], lse[rows])
             if logits is not None:
                 logits[rows] = tile
-            del tile  # before the next one is made
         return logp, lse
 
     def gradients(
@@ -96,11 +94,10 @@ class TorchTiles:
         grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
         for rows in _tiles(len(hidden), len(weight), self.tile_bytes, lse.dtype):
             x = hidden[rows].to(lse.dtype)
-            tile = self.product(x, head.T) if logits is None else logits[rows]
-            tile = self.gradient_tile(tile, targets[rows], lse[rows], grad_logp[rows], grad_lse[rows])
-            grad_hidden[rows] = self.product(tile, head)
-            self.product(tile.T, x, grad_weight)
-            del tile
+            tile = x @ head.T if logits is None else logits[rows]
+            grad_logits = self._gradient_tile(tile, targets[rows], lse[rows], grad_logp[rows], grad_lse[rows])
+            grad_hidden[rows] = grad_logits @ head
+            grad_weight.addmm_(grad_logits.T, x)
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
 
     def at_once(
@@ -113,33 +110,26 @@ class TorchTiles:
         grad_weight = torch.zeros(weight.shape, dtype=logp.dtype, device=weight.device)
         for rows in _tiles(len(hidden), len(weight), self.tile_bytes, logp.dtype):
             x, slope = hidden[rows].to(logp.dtype), grad_logp[rows]
-            tile = self.product(x, head.T)
-            self.logprob_tile(tile, targets[rows], logp[rows], lse[rows])
-            tile = self.gradient_tile(tile, targets[rows], lse[rows], slope, torch.zeros_like(slope))
-            grad_hidden[rows] = self.product(tile, head)
-            self.product(tile.T, x, grad_weight)
-            del tile
+            tile = self._logprob_tile(x, head, targets[rows], logp[rows], lse[rows])
+            grad_logits = self._gradient_tile(tile, targets[rows], lse[rows], slope, torch.zeros_like(slope))
+            grad_hidden[rows] = grad_logits @ head
+            grad_weight.addmm_(grad_logits.T, x)
         return logp, grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
 
-    def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """a @ b, or out with that added in its place."""
-        return a @ b if out is None else out.addmm_(a, b)
-
-    def logprob_tile(self, logits: torch.Tensor, targets: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor) -> None:
-        """Fill logp and lse from logits [tile, vocab]."""
+    @staticmethod
+    def _logprob_tile(
+        x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor
+    ) -> torch.Tensor:
+        logits = x @ head.T  # [tile, vocab]
         torch.logsumexp(logits, dim=-1, out=lse)
         logp.copy_(logits.gather(1, targets[:, None]).squeeze(1) - lse)
+        return logits
 
-    def gradient_tile(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        lse: torch.Tensor,
-        grad_logp: torch.Tensor,
-        grad_lse: torch.Tensor,
+    @staticmethod
+    def _gradient_tile(
+        logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, grad_logp: torch.Tensor, grad_lse: torch.Tensor
     ) -> torch.Tensor:
-        """The gradient of logits [tile, vocab], in their place or not."""
-        grad_logits = torch.exp(logits.sub_(lse[:, None]))  # softmax
+        grad_logits = torch.exp(logits.sub_(lse[:, None]))  # softmax [tile, vocab]
         grad_logits.mul_((grad_lse - grad_logp)[:, None])
         return grad_logits.scatter_add_(1, targets[:, None], grad_logp[:, None])
 
@@ -344,7 +334,29 @@ class TritonTiles:
             _product(grad.T, hidden, grad_weight[block])
 
 
-Tiles = TorchTiles | TritonTiles
+class Tiles(Protocol):
+    """Where the products run and in which pieces: the tiles above, and those of `engine/native.py`."""
+
+    def logprobs(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> Pair: ...
+
+    def gradients(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        grad_logp: torch.Tensor,
+        grad_lse: torch.Tensor,
+        logits: torch.Tensor | None = None,
+    ) -> Pair: ...
+
+    def at_once(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
 TORCH, TRITON = TorchTiles(), TritonTiles()
 
 

@@ -56,23 +56,31 @@ void check_rope(int64_t rows, int64_t heads, int64_t dim, bool back) {
                     });
 }
 
-void check_logprob(int64_t rows, int64_t vocab) {
+void check_logprob(int64_t rows, int64_t columns) {
   driver::Agreement agreement;
-  driver::every_way(selfreward::logprob_level, driver::shape_of("rows", rows, "vocab", vocab),
+  driver::every_way(selfreward::logprob_level, driver::shape_of("rows", rows, "columns", columns),
                     [&](auto run, int threads, int slack) {
-                      const int64_t stride = vocab + 5, size = rows ? (rows - 1) * stride + vocab : 0;
-                      const driver::Buffer<float> logits("logits", size, slack);
+                      const int64_t stride = columns + 5, size = rows ? (rows - 1) * stride + columns : 0;
+                      const driver::Buffer<float> logits("logits", size, slack), hit("hit", rows, slack);
                       const driver::Buffer<int64_t> targets("targets", rows, slack);
-                      const driver::Buffer<float> logp("logp", rows, slack), lse("lse", rows, slack);
+                      const driver::Buffer<float> best("best", rows, slack), lse("lse", rows, slack);
+                      const driver::Buffer<double> total("total", rows, slack);
                       const driver::Buffer<float> dlogp("dlogp", rows, slack), dlse("dlse", rows, slack);
                       driver::Random random(4);
-                      random.fill(logits, 20.0f), random.fill(dlogp), random.fill(dlse);
-                      for (int64_t row = 0; row < rows; ++row) targets[row] = int64_t(random.next()) % vocab;
-                      selfreward::LogprobArguments a{logits, stride, targets, logp, lse, nullptr, nullptr, rows, vocab};
+                      random.fill(logits, 20.0f), random.fill(dlogp), random.fill(dlse), lse.fill(20.0f);
+                      best.fill(-INFINITY), total.fill(0.0), hit.fill(0.0f);
+                      for (int64_t row = 0; row < rows; ++row)  // some of them are in no tile
+                        targets[row] = int64_t(random.next()) % (2 * columns + 10);
+                      selfreward::LogprobArguments a{};
+                      a.logits = logits, a.stride = stride, a.targets = targets, a.first = 5;
+                      a.best = best, a.total = total, a.hit = hit, a.rows = rows, a.columns = columns;
                       selfreward::logprob(a, threads, run);
-                      agreement.check_finite(logp);
-                      agreement.check_finite(lse);
-                      a.grad_logp = dlogp, a.grad_lse = dlse;
+                      a.first += columns;  // as if it were the next tile
+                      selfreward::logprob(a, threads, run);
+                      agreement.check_finite(best);
+                      agreement.check_finite(hit);
+                      agreement.check(total);
+                      a.lse = lse, a.grad_logp = dlogp, a.grad_lse = dlse;
                       selfreward::logprob(a, threads, run);
                       agreement.check_finite(logits);
                     });

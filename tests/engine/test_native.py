@@ -151,9 +151,9 @@ def test_a_tree_has_the_same_bits_in_any_pack():
         assert torch.equal(mine, theirs[before : before + n])
 
 
-@pytest.mark.parametrize("vocab", (1, 7, 63, 1025, 3000))
+@pytest.mark.parametrize("vocab", (1, 7, 63, 1025, 5000))  # the last one: three tiles
 def test_logprobs_and_their_gradients(vocab):
-    tiles = native.LogprobTiles(tile_bytes=20 * vocab * 4)
+    tiles = native.LogprobTiles()
     hidden, weight = random(50, 24), random(vocab, 24)
     targets = torch.randint(vocab, (50,), generator=torch.Generator().manual_seed(0))
     check(
@@ -169,7 +169,9 @@ def test_logprobs_and_their_gradients(vocab):
 def test_both_schedules_give_the_same_bits(monkeypatch, linear, held):
     if not held:
         monkeypatch.setattr("engine.kernels.linear_logprob.HELD_BYTES", 0)
-    tiles = native.LogprobTiles(tile_bytes=20 * 300 * 4)
+    monkeypatch.setattr(native.LogprobTiles, "COLUMNS", 128)
+    monkeypatch.setattr(native.LogprobTiles, "ROW_BYTES", 20 * 300 * 4)
+    tiles = native.LogprobTiles()
     hidden, weight = random(50, 24), random(300, 24)
     targets = torch.randint(300, (50,), generator=torch.Generator().manual_seed(0))
     slope = random(50)
@@ -192,11 +194,21 @@ def test_both_schedules_give_the_same_bits(monkeypatch, linear, held):
 
 
 def test_logprob_of_infinities_is_torchs():
-    logits = torch.tensor([[float("inf"), 0.0], [-float("inf"), 0.0], [-float("inf")] * 2, [float("nan"), 0.0]])
-    logp, lse = torch.empty(4), torch.empty(4)
-    _C.logprob(logits.numpy(), np.array([1, 1, 0, 1]), logp.numpy(), lse.numpy(), 1)
-    assert torch.equal(lse[:3], torch.logsumexp(logits, dim=1)[:3]) and lse[3].isnan()
-    assert logp[0] == -float("inf") and logp[1] == 0.0 and logp[2].isnan() and logp[3].isnan()
+    inf = torch.inf
+    logits = torch.tensor([[inf, 0.0, 1.0], [0.0, -inf, inf], [-inf, -inf, 0.0], [-inf] * 3, [3e38, 0.0, -3e38]])
+    targets = torch.tensor([1, 0, 2, 0, 0])
+    best, hit, total = torch.full((5,), -inf), torch.full((5,), torch.nan), torch.zeros(5, dtype=torch.float64)
+    for first in (0, 2):
+        tile = logits[:, first : first + 2]
+        _C.logprob(tile.numpy(), targets.numpy(), first, best.numpy(), total.numpy(), hit.numpy(), 1)
+    lse = torch.where(best.isinf(), 0.0, best).double() + total.log()
+    assert torch.equal(lse.float(), torch.logsumexp(logits, dim=1))
+    assert torch.equal(hit, logits.gather(1, targets[:, None]).squeeze(1))
+
+
+def test_a_target_that_is_no_token_has_no_logprob():
+    logp, lse = native.LogprobTiles().logprobs(random(3, 4), random(5, 4), torch.tensor([4, 5, -1]))
+    assert logp.isnan().tolist() == [False, True, True] and not lse.isnan().any()
 
 
 def kernels(level, threads):
@@ -220,11 +232,12 @@ def kernels(level, threads):
         cos, sin = angle.cos().numpy(), angle.sin().numpy()
         _C.rope(x.reshape(130, 6, 50)[:, 1:4], cos, sin, new(130, 3, 50), back, threads, level)
     targets = np.arange(130) * 2
-    lse = new(130)
-    _C.logprob(x, targets, new(130), lse, threads, level)
+    best, total, hit = np.full(130, -np.inf, np.float32), np.zeros(130), np.zeros(130, np.float32)
+    for first in (0, 300):
+        _C.logprob(x, targets, first, best, total, hit, threads, level)
     logits = x.copy()
-    _C.logprob_gradient(logits, targets, lse, weight[:130].copy(), weight[130:260].copy(), threads, level)
-    out.append(logits)
+    _C.logprob_gradient(logits, targets, 0, best, weight[:130].copy(), weight[130:260].copy(), threads, level)
+    out.extend((best, total, hit, logits))
     end = packed_end((70, [20, 11]), 29)
     q, k, v = (random(130, heads, 70, seed=heads).numpy() for heads in (4, 2, 2))
     given = q, k, v, end.numpy(), native.windows(end)
@@ -273,7 +286,8 @@ def test_results_are_the_same_with_and_without_gradients():
         (lambda: _C.product(*same(4), False, 1), "out shares memory with a"),
         (lambda: _C.product(f(3, 4), f(4, 6), f(3, 6), False, 0), "threads is 0"),
         (lambda: _C.rope(f(3, 1, 3), f(3, 1), f(3, 1), f(3, 1, 3), False, 1), "even last dimension"),
-        (lambda: _C.logprob(f(2, 3), np.array([0, 3]), f(2), f(2), 1), r"targets\[1\] is 3"),
+        (lambda: _C.logprob(f(2, 3), np.array([0]), 0, f(2), np.zeros(2), f(2), 1), r"targets has shape \[1\]"),
+        (lambda: _C.logprob(f(2, 3), np.array([0, 1]), 0, f(2), f(2), f(2), 1), "total has dtype float32"),
         (lambda: trees(end=[2, 3], bounds=[0, 2]), r"end\[1\] is 3; expected behind the token and at most 2"),
         (lambda: trees(end=[1, 2], bounds=[0, 1]), "bounds"),
         (lambda: trees(end=[2, 2], bounds=[0, 1, 2]), r"end\[0\] is 2"),
