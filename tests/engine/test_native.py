@@ -265,7 +265,7 @@ def test_a_product_is_added_to_what_is_there_and_writes_nothing_beside_it():
     a, b = random(70, 9), random(9, 65)
     place = torch.full((70, 80), POISON)
     out = place[:, 3:68]
-    native.product(a, b, out.fill_(1.0))
+    native.product(a, b, out.fill_(1.0), add=True)
     within(out, 1.0 + a.double() @ b.double(), 1.0 + a @ b)
     assert place[:, :3].isnan().all() and place[:, 68:].isnan().all()
 
