@@ -27,7 +27,7 @@ from engine import InputError
 
 DRIVER = Path(__file__).parent / "drivers" / "drive_train.py"
 OURS = "selfreward"
-PEERS = {"eager": "torch", "linear_cross_entropy": "torch", "liger": "liger_kernel"}  # and the package that each needs
+PEERS = {"eager": "torch", "linear_cross_entropy": "torch", "liger": "liger_kernel", "trl": "trl"}  # what each needs
 WORK = {
     "train": {"no shared prompt": (0, 256), "prompt half of the tokens": (128, 128)},
     "logprob": {"all tokens": (0, 256)},
@@ -61,11 +61,13 @@ class Child:
         return answer
 
 
-def pythons(names: Sequence[str], directory: Path | None) -> dict[str, str]:
+def pythons(kind: str, names: Sequence[str], directory: Path | None) -> dict[str, str]:
     """The interpreter of each way: of the environment DIRECTORY/train if there is one, else this one."""
     other = directory / "train" / "bin" / "python" if directory else None
     found = {}
     for name in names:
+        if kind == "logprob" and name == "trl":
+            continue  # its head cannot be called without its model
         if name not in PEERS:
             raise InputError(f"peer is {name!r}; expected some of {', '.join(PEERS)}")
         if other and other.is_file():
@@ -162,7 +164,7 @@ def main(kind: str, words: Sequence[str]) -> int:
         parser.error("--rounds and --threads are at least 1")
     torch.set_num_threads(given.threads)
     try:
-        names = pythons([name for name in given.peers.split(",") if name], given.peers_dir)
+        names = pythons(kind, [name for name in given.peers.split(",") if name], given.peers_dir)
         measured = measure(kind, given.model, names, given.rounds, given.threads)
     except InputError as error:
         parser.error(str(error))

@@ -10,8 +10,8 @@ import ctypes
 import gc
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks.models import random_model
-from engine import Llama, TokenTree, ops
+from engine import Llama, TokenTree, ops, save_checkpoint
 from engine.model import tree_attend
 
 BETA = 0.1
 Work = dict[str, int]
 Sequences = torch.Tensor  # [2 * pairs, prompt + answer] int64, the chosen ones first
-Step = Callable[[Llama, Sequences, Work], torch.Tensor]  # -> the loss
 
 
 def sequences(work: Work, vocab: int) -> Sequences:
@@ -127,7 +126,37 @@ class Liger(Eager):
         return loss(model.head, rows.contiguous(), targets.contiguous())[0]
 
 
-WAYS = {"selfreward": Selfreward, "eager": Eager, "linear_cross_entropy": LinearCrossEntropy, "liger": Liger}
+class Trl:
+    """What DPOTrainer.compute_loss of TRL 1.16 does: transformers' Llama behind TRL's fused head, which also makes what its
+    metrics want. Forward is hidden states and head together."""
+
+    def prepare(self, model: Llama) -> Any:
+        import transformers
+        from trl.trainer.utils import add_fused_lm_head
+
+        with tempfile.TemporaryDirectory() as directory:
+            save_checkpoint(model, Path(directory) / "model")
+            theirs = transformers.LlamaForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.float32)
+        add_fused_lm_head(theirs, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        return theirs.train()
+
+    def hidden(self, model: Any, tokens: Sequences, work: Work) -> Any:
+        labels = tokens.clone()
+        labels[:, : work["prompt"]] = -100
+        mask = torch.ones_like(tokens)
+        return model(tokens, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+
+    def loss(self, model: Any, logps: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        return dpo(logps.sum(1))
+
+
+WAYS: dict[str, Any] = {
+    "selfreward": Selfreward,
+    "eager": Eager,
+    "linear_cross_entropy": LinearCrossEntropy,
+    "liger": Liger,
+    "trl": Trl,
+}
 
 
 def status(name: str) -> int:
@@ -193,6 +222,8 @@ def main() -> None:
     name, model_name, threads = sys.argv[1:4]
     torch.set_num_threads(int(threads))
     way, model = WAYS[name](), random_model(model_name)
+    if isinstance(way, Trl):
+        model = way.prepare(model)
     print(json.dumps({"ready": name, "torch": torch.__version__}), flush=True)
     for line in sys.stdin:
         work = json.loads(line)

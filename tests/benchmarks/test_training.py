@@ -37,10 +37,10 @@ def test_flops_are_those_of_products_with_weights(model):
 
 def test_a_peer_that_is_missing_is_left_out_by_name_and_an_unknown_one_is_an_error(capsys, monkeypatch):
     monkeypatch.setitem(training.PEERS, "liger", "no_such_package")
-    assert list(training.pythons(["eager", "liger"], None)) == ["selfreward", "eager"]
+    assert list(training.pythons("train", ["eager", "liger"], None)) == ["selfreward", "eager"]
     assert "liger left out: no no_such_package here" in capsys.readouterr().out
     with pytest.raises(InputError, match="peer is 'vllm'"):
-        training.pythons(["vllm"], None)
+        training.pythons("train", ["vllm"], None)
 
 
 def test_memory_that_a_step_takes_is_seen():
