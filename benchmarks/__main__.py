@@ -1,5 +1,6 @@
 """`python -m benchmarks sampling|judging`: what each idea of the engine gives; with `--peers`, and for `prefill` and
-`single`, the engine beside other engines, at a smaller load. `kernels` and `quantization` have options of their own."""
+`single`, the engine beside other engines, at a smaller load. `kernels`, `quantization`,
+`train` and `logprob` have options of their own."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import kernels, quantization
+from benchmarks import kernels, quantization, training
 from benchmarks.compare import children, compare
 from benchmarks.limits import Limits, machine
 from benchmarks.models import MODELS, peaked, random_model
@@ -22,7 +24,12 @@ from benchmarks.throughput import measure
 from benchmarks.workloads import ABLATED, COMPARED
 from engine import InputError
 
-OTHERS = {"kernels": kernels.main, "quantization": quantization.main}
+OTHERS = {
+    "kernels": kernels.main,
+    "quantization": quantization.main,
+    "train": partial(training.main, "train"),
+    "logprob": partial(training.main, "logprob"),
+}
 
 
 def main() -> int:

@@ -4,11 +4,13 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,14 +22,20 @@
 #include "linear.h"
 #include "linear_bf16.h"
 #include "linear_int8.h"
+#include "logprob.h"
 #include "philox.h"
 #include "probe.h"
+#include "product.h"
 #include "recording.h"
 #include "rms_norm.h"
+#include "rms_norm_gradient.h"
+#include "rope.h"
 #include "rope_write.h"
 #include "sample.h"
 #include "swiglu.h"
+#include "swiglu_gradient.h"
 #include "threads.h"
+#include "tree_attention.h"
 
 namespace py = pybind11;
 
@@ -125,6 +133,20 @@ void check_threads(int threads) {
   if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + "; expected at least 1");
 }
 
+using Named = std::pair<const char*, const py::array*>;
+
+// Every output is writeable and shares no memory with an input or another output.
+void check_outputs(const std::vector<Named>& inputs, const std::vector<Named>& outputs) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    check_written(outputs[i].first, *outputs[i].second);
+    for (const auto& input : inputs) check_apart(input.first, *input.second, outputs[i].first, *outputs[i].second);
+    for (size_t j = 0; j < i; ++j)
+      check_apart(outputs[j].first, *outputs[j].second, outputs[i].first, *outputs[i].second);
+  }
+}
+
+const float* floats(const py::array& array) { return static_cast<const float*>(array.data()); }
+
 // The level called `name`, or the fastest for an empty one; `at(i)` is the i-th that this CPU runs, the last is
 // portable.
 template <typename Level>
@@ -144,11 +166,6 @@ py::list level_names(Level (*at)(int)) {
   for (int i = 0; *at(i).name; ++i) names.append(at(i).name);
   return names;
 }
-
-struct Named {
-  const char* name;
-  const py::array* array;
-};
 
 // The calls of a forward of `rows` rows; while it is entered, this thread's calls of the sampler's kernels are kept in
 // it instead of being made. It holds the arrays that they read from the model, which must stay where they are; the
@@ -182,13 +199,11 @@ class Recording {
   void add(std::initializer_list<Named> all, std::initializer_list<const py::array*> model, int64_t found,
            selfreward::Call call) {
     if (found != rows()) refuse("a recorded call's rows", std::to_string(found), std::to_string(rows()));
-    for (const Named& one : all) {
-      const char* begin = static_cast<const char*>(one.array->data());
-      const auto holds = [&](const auto& range) {
-        return range.first <= begin && begin + span(*one.array) <= range.second;
-      };
+    for (const auto& [name, array] : all) {
+      const char *begin = static_cast<const char*>(array->data()), *end = begin + span(*array);
+      const auto holds = [&](const auto& range) { return range.first <= begin && end <= range.second; };
       if (std::none_of(owned_.begin(), owned_.end(), holds))
-        refuse(one.name, "in other memory", "memory of the recording's rows: something in between was not recorded");
+        refuse(name, "in other memory", "memory of the recording's rows: something in between was not recorded");
     }
     for (const py::array* array : model) model_.push_back(*array);
     calls_.push_back(std::move(call));
@@ -339,6 +354,38 @@ selfreward::LinearArguments check_linear(const py::array& x, const py::array& pa
   check_apart("packed", packed, "out", out);
   check_threads(threads);
   return {x.data(), packed.data(), static_cast<float*>(out.mutable_data()), rows, out.shape(1), depth};
+}
+
+// fp32 of two dimensions, one of them contiguous and the other's lines apart.
+selfreward::Matrix check_matrix(const char* name, const py::array& array) {
+  check_shape<float>(name, array, {-1, -1});
+  const auto* data = static_cast<const float*>(array.data());
+  for (const int lines : {0, 1}) {
+    const py::ssize_t length = array.shape(1 - lines), line = py::ssize_t(sizeof(float));
+    const py::ssize_t stride = array.shape(lines) <= 1 ? length * line : array.strides(lines);
+    if ((length <= 1 || array.strides(1 - lines) == line) && stride >= length * line && stride % line == 0)
+      return {data, stride / line, lines == 1};
+  }
+  throw py::value_error(std::string(name) + " has strides " +
+                        shape_text({array.strides(), array.strides() + array.ndim()}) +
+                        " bytes; expected contiguous rows or contiguous columns");
+}
+
+void product(const py::array& a, const py::array& b, py::array& out, bool add, int threads, const std::string& level) {
+  const selfreward::Matrix left = check_matrix("a", a), right = check_matrix("b", b);
+  const py::ssize_t rows = a.shape(0), depth = a.shape(1);
+  check_shape<float>("b", b, {depth, -1});
+  const int64_t stride = check_rows("out", out, {rows, b.shape(1)});
+  if (depth < 1) throw py::value_error("a has shape " + shape_text({rows, depth}) + "; expected at least one column");
+  check_written("out", out);
+  check_apart("a", a, "out", out);
+  check_apart("b", b, "out", out);
+  check_threads(threads);
+  const selfreward::ProductRun run = find_level(selfreward::product_level, level).run;
+  auto* to = static_cast<float*>(out.mutable_data());
+  const py::ssize_t columns = b.shape(1);
+  py::gil_scoped_release release;
+  selfreward::product(left, right, to, stride, rows, columns, depth, add, threads, run);
 }
 
 py::ssize_t panels_of(py::ssize_t outputs) { return (outputs + selfreward::kPanel - 1) / selfreward::kPanel; }
@@ -732,6 +779,189 @@ void Recording::replay(const py::array& tokens, const py::array& positions, cons
   for (const selfreward::Call& call : calls_) call(step);
 }
 
+void rms_norm_gradient(const py::array& x, const py::array& weight, float eps, const py::array& dy,
+                       const std::optional<py::array>& dsum, py::array& dx, py::array& dweight, int threads,
+                       const std::string& level) {
+  check<float>("x", x, {-1, -1});
+  const py::ssize_t rows = x.shape(0), dim = x.shape(1);
+  if (dim < 1) refuse("x", shape_text({rows, dim}), "at least one column");
+  check<float>("weight", weight, {dim});
+  check<float>("dy", dy, {rows, dim});
+  check<float>("dx", dx, {rows, dim});
+  check<float>("dweight", dweight, {dim});
+  if (dsum) check<float>("dsum", *dsum, {rows, dim});
+  std::vector<Named> inputs{{"x", &x}, {"weight", &weight}, {"dy", &dy}};
+  if (dsum) inputs.emplace_back("dsum", &*dsum);
+  check_outputs(inputs, {{"dx", &dx}, {"dweight", &dweight}});
+  check_threads(threads);
+  const selfreward::RmsNormGradientBlocks run = find_level(selfreward::rms_norm_gradient_level, level).run;
+  std::vector<float> parts(size_t((rows + selfreward::kNormBlock - 1) / selfreward::kNormBlock * dim));
+  const selfreward::RmsNormGradientArguments arguments{floats(x),
+                                                       floats(weight),
+                                                       floats(dy),
+                                                       dsum ? floats(*dsum) : nullptr,
+                                                       static_cast<float*>(dx.mutable_data()),
+                                                       parts.data(),
+                                                       rows,
+                                                       dim,
+                                                       eps};
+  auto* to = static_cast<float*>(dweight.mutable_data());
+  py::gil_scoped_release release;
+  selfreward::rms_norm_gradient(arguments, to, threads, run);
+}
+
+void swiglu_gradient(const py::array& gate_up, const py::array& dout, py::array& dgate_up, int threads,
+                     const std::string& level) {
+  check<float>("dout", dout, {-1, -1});
+  const py::ssize_t rows = dout.shape(0), ffn = dout.shape(1);
+  check<float>("gate_up", gate_up, {rows, 2 * ffn});
+  check<float>("dgate_up", dgate_up, {rows, 2 * ffn});
+  check_outputs({{"gate_up", &gate_up}, {"dout", &dout}}, {{"dgate_up", &dgate_up}});
+  check_threads(threads);
+  const selfreward::SwigluGradientRows run = find_level(selfreward::swiglu_gradient_level, level).run;
+  const selfreward::SwigluGradientArguments arguments{floats(gate_up), floats(dout),
+                                                      static_cast<float*>(dgate_up.mutable_data()), rows, ffn};
+  py::gil_scoped_release release;
+  selfreward::swiglu_gradient(arguments, threads, run);
+}
+
+void rope(const py::array& x, const py::array& cos, const py::array& sin, py::array& out, bool back, int threads,
+          const std::string& level) {
+  check<float>("out", out, {-1, -1, -1});
+  const py::ssize_t rows = out.shape(0), heads = out.shape(1), dim = out.shape(2);
+  if (dim % 2) refuse("out", shape_text({rows, heads, dim}), "an even last dimension");
+  const int64_t stride = check_rows("x", x, {rows, heads, dim});
+  check<float>("cos", cos, {rows, dim / 2});
+  check<float>("sin", sin, {rows, dim / 2});
+  check_outputs({{"x", &x}, {"cos", &cos}, {"sin", &sin}}, {{"out", &out}});
+  check_threads(threads);
+  const selfreward::RopeRows run = find_level(selfreward::rope_level, level).run;
+  const selfreward::RopeArguments arguments{
+      floats(x), stride, floats(cos), floats(sin), static_cast<float*>(out.mutable_data()), rows, heads, dim, back};
+  py::gil_scoped_release release;
+  selfreward::rope(arguments, threads, run);
+}
+
+// A tile of logits, whose rows may lie apart, and what log-probs and their gradient have in common.
+selfreward::LogprobArguments check_tile(const py::array& logits, const py::array& targets, int threads) {
+  selfreward::LogprobArguments a{};
+  a.stride = check_rows("logits", logits, {-1, -1});
+  a.rows = logits.shape(0), a.columns = logits.shape(1);
+  check<int64_t>("targets", targets, {a.rows});
+  check_threads(threads);
+  a.targets = static_cast<const int64_t*>(targets.data());
+  return a;
+}
+
+void logprob(const py::array& logits, const py::array& targets, int64_t first, py::array& best, py::array& total,
+             py::array& hit, int threads, const std::string& level) {
+  selfreward::LogprobArguments a = check_tile(logits, targets, threads);
+  check<float>("best", best, {a.rows});
+  check<double>("total", total, {a.rows});
+  check<float>("hit", hit, {a.rows});
+  check_outputs({{"logits", &logits}, {"targets", &targets}}, {{"best", &best}, {"total", &total}, {"hit", &hit}});
+  a.logits = const_cast<float*>(floats(logits));  // read only
+  a.first = first;
+  a.best = static_cast<float*>(best.mutable_data());
+  a.total = static_cast<double*>(total.mutable_data());
+  a.hit = static_cast<float*>(hit.mutable_data());
+  const selfreward::LogprobRows run = find_level(selfreward::logprob_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::logprob(a, threads, run);
+}
+
+void logprob_gradient(py::array& logits, const py::array& targets, int64_t first, const py::array& lse,
+                      const py::array& grad_logp, const py::array& grad_lse, int threads, const std::string& level) {
+  selfreward::LogprobArguments a = check_tile(logits, targets, threads);
+  check<float>("lse", lse, {a.rows});
+  check<float>("grad_logp", grad_logp, {a.rows});
+  check<float>("grad_lse", grad_lse, {a.rows});
+  check_outputs({{"targets", &targets}, {"lse", &lse}, {"grad_logp", &grad_logp}, {"grad_lse", &grad_lse}},
+                {{"logits", &logits}});
+  a.logits = static_cast<float*>(logits.mutable_data());
+  a.first = first;
+  a.lse = floats(lse), a.grad_logp = floats(grad_logp), a.grad_lse = floats(grad_lse);
+  const selfreward::LogprobRows run = find_level(selfreward::logprob_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::logprob(a, threads, run);
+}
+
+// All of tree_attention's sizes, from q, k and v, and the windows.
+selfreward::TreeAttentionArguments check_trees(const py::array& q, const py::array& k, const py::array& v,
+                                               const py::array& end, const py::array& bounds, int threads) {
+  selfreward::TreeAttentionArguments a{};
+  a.q_stride = check_rows("q", q, {-1, -1, -1});
+  a.tokens = q.shape(0), a.heads = q.shape(1), a.dim = q.shape(2);
+  a.k_stride = check_rows("k", k, {a.tokens, -1, a.dim});
+  a.groups = k.shape(1);
+  a.v_stride = check_rows("v", v, {a.tokens, a.groups, a.dim});
+  if (a.dim < 1 || a.groups < 1 || a.heads % a.groups)
+    refuse("q", shape_text({q.shape(0), q.shape(1), q.shape(2)}),
+           "heads a multiple of the " + std::to_string(a.groups) + " of k, and at least one feature");
+  check<int64_t>("end", end, {a.tokens});
+  check<int64_t>("bounds", bounds, {-1});
+  check_threads(threads);
+  a.q = floats(q), a.k = floats(k), a.v = floats(v);
+  a.end = static_cast<const int64_t*>(end.data());
+  a.bounds = static_cast<const int64_t*>(bounds.data());
+  a.windows = bounds.shape(0) - 1;
+  if (a.windows < 0 || a.bounds[0] != 0 || a.bounds[a.windows] != a.tokens)
+    refuse("bounds", shape_text({bounds.shape(0)}), "from 0 to " + std::to_string(a.tokens) + ", the tokens");
+  for (int64_t window = 0; window < a.windows; ++window) {
+    if (a.bounds[window] >= a.bounds[window + 1])
+      refuse(at("bounds", window + 1), std::to_string(a.bounds[window + 1]),
+             "more than " + std::to_string(a.bounds[window]) + ", the one before");
+    for (int64_t token = a.bounds[window]; token < a.bounds[window + 1]; ++token)
+      if (a.end[token] <= token || a.end[token] > a.bounds[window + 1])
+        refuse(at("end", token), std::to_string(a.end[token]),
+               "behind the token and at most " + std::to_string(a.bounds[window + 1]) + ", the end of its window");
+  }
+  return a;
+}
+
+void tree_attention(const py::array& q, const py::array& k, const py::array& v, const py::array& end,
+                    const py::array& bounds, py::array& out, py::array& lse, int threads, const std::string& level) {
+  selfreward::TreeAttentionArguments a = check_trees(q, k, v, end, bounds, threads);
+  check<float>("out", out, {a.tokens, a.heads, a.dim});
+  check<float>("lse", lse, {a.heads, a.tokens});
+  check_outputs({{"q", &q}, {"k", &k}, {"v", &v}, {"end", &end}, {"bounds", &bounds}}, {{"out", &out}, {"lse", &lse}});
+  a.out = static_cast<float*>(out.mutable_data());
+  a.lse = static_cast<float*>(lse.mutable_data());
+  const selfreward::TreeAttentionTask task = find_level(selfreward::tree_attention_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::tree_attention(a, threads, task);
+}
+
+void tree_attention_gradient(const py::array& q, const py::array& k, const py::array& v, const py::array& end,
+                             const py::array& bounds, const py::array& out, const py::array& lse, const py::array& dout,
+                             py::array& dq, py::array& dk, py::array& dv, int threads, const std::string& level) {
+  selfreward::TreeAttentionArguments a = check_trees(q, k, v, end, bounds, threads);
+  check<float>("out", out, {a.tokens, a.heads, a.dim});
+  check<float>("lse", lse, {a.heads, a.tokens});
+  check<float>("dout", dout, {a.tokens, a.heads, a.dim});
+  check<float>("dq", dq, {a.tokens, a.heads, a.dim});
+  check<float>("dk", dk, {a.tokens, a.groups, a.dim});
+  check<float>("dv", dv, {a.tokens, a.groups, a.dim});
+  check_outputs({{"q", &q},
+                 {"k", &k},
+                 {"v", &v},
+                 {"end", &end},
+                 {"bounds", &bounds},
+                 {"out", &out},
+                 {"lse", &lse},
+                 {"dout", &dout}},
+                {{"dq", &dq}, {"dk", &dk}, {"dv", &dv}});
+  a.out = const_cast<float*>(floats(out));  // read only
+  a.lse = const_cast<float*>(floats(lse));
+  a.dout = floats(dout);
+  a.dq = static_cast<float*>(dq.mutable_data());
+  a.dk = static_cast<float*>(dk.mutable_data());
+  a.dv = static_cast<float*>(dv.mutable_data());
+  const selfreward::TreeAttentionTask task = find_level(selfreward::tree_attention_level, level).run;
+  py::gil_scoped_release release;
+  selfreward::tree_attention(a, threads, task);
+}
+
 double probe_fma(int64_t rounds, int threads, const std::string& level) {
   check_threads(threads);
   if (rounds < 1) refuse("rounds", std::to_string(rounds), "at least 1");
@@ -864,6 +1094,11 @@ PYBIND11_MODULE(_C, m) {
       "linear", &linear, py::arg("x"), py::arg("packed"), py::arg("out"), py::arg("threads"), py::arg("level") = "",
       "Fill out [rows, outputs] fp32 with x [rows, depth] times the packed weight; kernels/linear.py has the order of\n"
       "the sums. level as in gumbel_noise; neither it nor threads nor the other rows change a row's bits.");
+  m.def(
+      "product", &product, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("add"), py::arg("threads"),
+      py::arg("level") = "",
+      "Fill out [rows, columns] fp32 with a [rows, depth] times b [depth, columns], either of them a matrix or the\n"
+      "transpose of one, or add this to it; kernels/linear.py has the order of the sums. level, threads as in linear.");
   m.def("linear_bf16_levels", &linear_bf16_levels, "instruction_levels() of linear_bf16.");
   m.def("linear_pack_bf16", &linear_pack_bf16, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
         "As linear_pack, for weight uint16 [outputs, depth], bits of bf16, and packed uint16\n"
@@ -926,6 +1161,40 @@ PYBIND11_MODULE(_C, m) {
       .def("__exit__", [](Recording& self, const py::args&) { self.exit(); })
       .def("replay", &Recording::replay, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("copies"),
            py::arg("items"), py::arg("threads"));
+  m.def("rms_norm_gradient", &rms_norm_gradient, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("dy"),
+        py::arg("dsum"), py::arg("dx"), py::arg("dweight"), py::arg("threads"), py::arg("level") = "",
+        "Fill dx [rows, dim] and dweight [dim] fp32 with the gradients of rms_norm at x [rows, dim] under dy\n"
+        "[rows, dim]; dsum [rows, dim], or None, is added to dx. level, threads as in rms_norm.");
+  m.def("swiglu_gradient", &swiglu_gradient, py::arg("gate_up"), py::arg("dout"), py::arg("dgate_up"),
+        py::arg("threads"), py::arg("level") = "",
+        "Fill dgate_up [rows, 2 * ffn] fp32 with the gradient of swiglu at gate_up under dout [rows, ffn]. level,\n"
+        "threads as in rms_norm.");
+  m.def(
+      "rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("out"), py::arg("back"), py::arg("threads"),
+      py::arg("level") = "",
+      "Fill out [rows, heads, dim] fp32 with x, turned by cos and sin [rows, dim / 2], or turned back. Rows of x may\n"
+      "lie apart. level, threads as in rms_norm.");
+  m.def(
+      "logprob", &logprob, py::arg("logits"), py::arg("targets"), py::arg("first"), py::arg("best"), py::arg("total"),
+      py::arg("hit"), py::arg("threads"), py::arg("level") = "",
+      "Fold logits [rows, columns] fp32, of the tokens from `first` on, into best fp32, total fp64 and hit fp32, all\n"
+      "[rows]: the largest logit, the sum of exp(logit - best), the logit of the target int64 [rows]. They begin as\n"
+      "-infinity, 0 and what a target shall have that is no token. level, threads as in rms_norm.");
+  m.def("logprob_gradient", &logprob_gradient, py::arg("logits"), py::arg("targets"), py::arg("first"), py::arg("lse"),
+        py::arg("grad_logp"), py::arg("grad_lse"), py::arg("threads"), py::arg("level") = "",
+        "Turn such logits into their gradient, from lse and the gradients of logp and lse, all [rows] fp32. level,\n"
+        "threads as in rms_norm.");
+  m.def("tree_attention", &tree_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"), py::arg("bounds"),
+        py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("level") = "",
+        "Fill out [tokens, heads, dim] and lse [heads, tokens] fp32 from q [tokens, heads, dim], k and v [tokens, "
+        "groups,\n"
+        "dim], end int64 [tokens] and bounds int64 [windows + 1], between which nobody sees across. Rows of q, k and v "
+        "may\n"
+        "lie apart. level, threads as in rms_norm; neither do other windows change a bit.");
+  m.def("tree_attention_gradient", &tree_attention_gradient, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("end"),
+        py::arg("bounds"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("threads"), py::arg("level") = "",
+        "Fill dq, dk and dv with the gradients of q, k and v under dout, from what tree_attention was given and gave.");
   m.def("share_little", &selfreward::set_share_little, py::arg("share"),
         "Share work out to threads however little it is, or (as at first) only where it pays. For tests: no bits "
         "change.");

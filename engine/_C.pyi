@@ -132,3 +132,84 @@ def linear_int8(
     threads: int,
     level: str = "",
 ) -> None: ...
+def product(
+    a: NDArray[np.float32],
+    b: NDArray[np.float32],
+    out: NDArray[np.float32],
+    add: bool,
+    threads: int,
+    level: str = "",
+) -> None: ...
+def rms_norm_gradient(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    eps: float,
+    dy: NDArray[np.float32],
+    dsum: NDArray[np.float32] | None,
+    dx: NDArray[np.float32],
+    dweight: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
+def swiglu_gradient(
+    gate_up: NDArray[np.float32],
+    dout: NDArray[np.float32],
+    dgate_up: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
+def rope(
+    x: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    out: NDArray[np.float32],
+    back: bool,
+    threads: int,
+    level: str = "",
+) -> None: ...
+def logprob(
+    logits: NDArray[np.float32],
+    targets: NDArray[np.int64],
+    first: int,
+    best: NDArray[np.float32],
+    total: NDArray[np.float64],
+    hit: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
+def logprob_gradient(
+    logits: NDArray[np.float32],
+    targets: NDArray[np.int64],
+    first: int,
+    lse: NDArray[np.float32],
+    grad_logp: NDArray[np.float32],
+    grad_lse: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
+def tree_attention(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    end: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+    out: NDArray[np.float32],
+    lse: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...
+def tree_attention_gradient(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    end: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+    out: NDArray[np.float32],
+    lse: NDArray[np.float32],
+    dout: NDArray[np.float32],
+    dq: NDArray[np.float32],
+    dk: NDArray[np.float32],
+    dv: NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...

@@ -38,7 +38,7 @@ class Kernels(NamedTuple):
     swiglu: Callable[[torch.Tensor], torch.Tensor]  # [N, 2 * ffn], gate first
 
 
-TRAINING = Kernels(F.embedding, F.linear, ops.rms_norm, ops.add_rms_norm, ops.swiglu)
+TRAINING = Kernels(F.embedding, ops.dense, ops.rms_norm, ops.add_rms_norm, ops.swiglu)
 
 
 def keep(site: int, x: torch.Tensor) -> torch.Tensor:

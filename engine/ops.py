@@ -4,9 +4,10 @@ A backend is `(name, why_not, fn)`; `why_not(case)` returns None or one sentence
 references, `triton` the GPU's kernels (on a CPU: in Triton's interpreter), other names likewise. `backends()` tells which
 one each op uses, so that a fallback can be seen and tested.
 
-RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same torch function
-with and without gradients, so that reference log-probs and the policy's are the same numbers. `rms_norm_rows` and
-`swiglu_rows` are the sampler's, like `linear`, `rope_write`, `chunk_attention` and `sample_rows`: their native versions
+RMSNorm and SwiGLU have two entries. `rms_norm` and `swiglu` are the trainer's: differentiable, the same function with
+and without gradients, so that reference log-probs and the policy's are the same numbers; on a CPU they, `dense`, `rope`,
+`tree_attention` and the log-probs are those of `engine/native.py` in fp32. `rms_norm_rows` and `swiglu_rows` are the
+sampler's, like `linear`, `rope_write`, `chunk_attention` and `sample_rows`: their native versions
 give a row the same bits for any number of rows and threads. The torch versions, there for tests and for a CPU without
 the extension's compiler, do not promise that.
 """
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 import engine._C as _C
+from engine import native
 from engine.errors import InputError
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
@@ -49,6 +51,7 @@ from engine.kernels import tree_windows as _windows
 from engine.kernels import work_attention as _work
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
+from engine.native import array, view
 from engine.tree import Edges
 
 sums_in_fp32 = _logprob.sums_in_fp32  # a context: products of 16 bits are summed in fp32 only
@@ -116,6 +119,12 @@ def _native_fp32(case: Case) -> str | None:
     return _native(case)
 
 
+def _native_training(case: Case) -> str | None:
+    if case.dtype != torch.float32:
+        return f"the native kernel computes in torch.float32, the tensors are {case.dtype}"
+    return _native(case)
+
+
 def _native_gumbel_noise(
     seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
 ) -> torch.Tensor:
@@ -147,7 +156,7 @@ def _native_dropout_mask(
 
 def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int) -> torch.Tensor:
     out = _rows.empty(x.shape)
-    _C.rms_norm(_array(x), _array(weight), eps, out.numpy(), threads)
+    _C.rms_norm(array(x), array(weight), eps, out.numpy(), threads)
     return out
 
 
@@ -155,20 +164,20 @@ def _native_add_rms_norm(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, threads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total, out = _rows.empty(x.shape), _rows.empty(x.shape)
-    _C.add_rms_norm(_array(x), _array(branch), _array(weight), eps, total.numpy(), out.numpy(), threads)
+    _C.add_rms_norm(array(x), array(branch), array(weight), eps, total.numpy(), out.numpy(), threads)
     return total, out
 
 
 def _native_embed(tokens: torch.Tensor, table: torch.Tensor, threads: int) -> torch.Tensor:
     out = _rows.empty((len(tokens), table.shape[1]))
-    _C.embed(_array(tokens), _array(table), out.numpy(), threads)
+    _C.embed(array(tokens), array(table), out.numpy(), threads)
     return out
 
 
 def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
     rows, width = gate_up.shape
     out = _rows.empty((rows, width // 2))
-    _C.swiglu(_array(gate_up), out.numpy(), threads)
+    _C.swiglu(array(gate_up), out.numpy(), threads)
     return out
 
 
@@ -181,8 +190,8 @@ def _native_chunk_attention(
     threads: int,
 ) -> torch.Tensor:
     out = _rows.empty(q.shape)
-    pages = _view(key_pages), _view(value_pages)  # not contiguous is an error
-    _C.chunk_attention(_array(q), *pages, _array(items), _array(positions), out.numpy(), threads)
+    pages = view(key_pages), view(value_pages)  # not contiguous is an error
+    _C.chunk_attention(array(q), *pages, array(items), array(positions), out.numpy(), threads)
     return out
 
 
@@ -199,9 +208,9 @@ def _native_rope_write(
     threads: int,
 ) -> torch.Tensor:
     out = _rows.empty(q.shape)
-    rows = _view(q), _view(k), _view(v)  # views of one tensor: only rows are contiguous
-    pages = _view(key_pages), _view(value_pages)
-    _C.rope_write(*rows, _array(cos), _array(sin), *pages, _array(slots), _array(copies), out.numpy(), threads)
+    rows = view(q), view(k), view(v)  # views of one tensor: only rows are contiguous
+    pages = view(key_pages), view(value_pages)
+    _C.rope_write(*rows, array(cos), array(sin), *pages, array(slots), array(copies), out.numpy(), threads)
     return out
 
 
@@ -209,21 +218,10 @@ def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draw
     rows = len(logits)
     raw, sampled, labels = (torch.empty(n, dtype=torch.float32) for n in (rows, rows, len(rules.label_ids)))
     draws = Draws(torch.empty(rows, dtype=torch.int64), raw, sampled, labels)
-    columns: Any = {name: value if name == "vocab" else _array(value) for name, value in rules._asdict().items()}
+    columns: Any = {name: value if name == "vocab" else array(value) for name, value in rules._asdict().items()}
     columns.update((name, value.numpy()) for name, value in draws._asdict().items())
-    _C.sample(_array(logits), threads=threads, **columns)
+    _C.sample(array(logits), threads=threads, **columns)
     return draws
-
-
-def _array(x: torch.Tensor) -> Any:
-    """As numpy has it, bf16 as its bits; copied if it is not contiguous."""
-    return _view(x.contiguous())
-
-
-def _view(x: torch.Tensor) -> Any:
-    """As `_array`, but never a copy: for what is written, and rows that lie apart."""
-    x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,6 +231,10 @@ def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tiled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
     return _tree.tree_attention(q, k, v, mask.tiles)
+
+
+def _native_tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
+    return native.tree_attention(q, k, v, mask.end, mask.trees)
 
 
 def _windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask) -> torch.Tensor:
@@ -267,21 +269,21 @@ class PackedWeight(NamedTuple):
 def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None
     out = _rows.empty((len(x), packed.outputs))
-    _C.linear(_array(x), packed.panels, out.numpy(), threads)
+    _C.linear(array(x), packed.panels, out.numpy(), threads)
     return out
 
 
 def _native_linear_bf16(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None
     out = _rows.empty((len(x), packed.outputs))
-    _C.linear_bf16(_array(x), packed.panels, out.numpy(), threads)
+    _C.linear_bf16(array(x), packed.panels, out.numpy(), threads)
     return out
 
 
 def _native_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
     assert packed.panels is not None and packed.scales is not None
     out = _rows.empty((len(x), packed.outputs))
-    _C.linear_int8(_array(x), packed.panels, packed.scales, out.numpy(), threads)
+    _C.linear_int8(array(x), packed.panels, packed.scales, out.numpy(), threads)
     return out
 
 
@@ -300,26 +302,37 @@ def _torch_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> t
     return _linear_int8.linear_int8_reference(x, packed.weight)
 
 
+_NATIVE_TILES = native.LogprobTiles()
+
 OPS: dict[str, tuple[Backend, ...]] = {
+    "dense": (
+        Backend("native", _native_training, native.dense),
+        Backend("torch", _always, F.linear),
+    ),
     "rms_norm": (
         Backend("triton", _triton, _rms_norm.rms_norm),
+        Backend("native", _native_training, native.rms_norm),
         Backend("torch", _always, _rms_norm.rms_norm_reference),
     ),
     "add_rms_norm": (
         Backend("triton", _triton, _rms_norm.add_rms_norm),
+        Backend("native", _native_training, native.add_rms_norm),
         Backend("torch", _always, _rms_norm.add_rms_norm_reference),
     ),
     "rope": (
         Backend("triton", _triton, _rope.rope),
+        Backend("native", _native_training, native.rope),
         Backend("torch", _always, _rope.rope_reference),
     ),
     "swiglu": (
         Backend("triton", _triton, _swiglu.swiglu),
+        Backend("native", _native_training, native.swiglu),
         Backend("torch", _always, _swiglu.swiglu_reference),
     ),
     "tree_attention": (
         Backend("triton", _triton, _tiled_attention),
         *(Backend(name, partial(_flash_why_not, name), partial(_flash_attention, name)) for name in _flash.ADAPTERS),
+        Backend("native", _native_training, _native_tree_attention),
         Backend("torch", _always, _windowed_attention),
     ),
     "rms_norm_rows": (
@@ -356,10 +369,12 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     "linear_logprob": (
         Backend("triton", _triton, partial(_logprob.linear_logprob, tiles=_logprob.TRITON)),
+        Backend("native", _native_training, partial(_logprob.linear_logprob, tiles=_NATIVE_TILES)),
         Backend("torch", _always, _logprob.linear_logprob),
     ),
     "linear_logprob_loss": (
         Backend("triton", _triton, partial(_logprob.linear_logprob_loss, tiles=_logprob.TRITON)),
+        Backend("native", _native_training, partial(_logprob.linear_logprob_loss, tiles=_NATIVE_TILES)),
         Backend("torch", _always, _logprob.linear_logprob_loss),
     ),
     "linear": (
@@ -451,26 +466,31 @@ def _name(op: str, device: str, dtype: torch.dtype) -> str:
         return f"none: {error}"
 
 
+def dense(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [N, in], weight [out, in] -> x @ weight.T [N, out]: the trainer's linear. Differentiable."""
+    return choose("dense", x.device.type, x.dtype).fn(x, weight)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., dim], weight [dim] -> [..., dim]."""
-    return choose("rms_norm", x.device.type).fn(x, weight, eps)
+    return choose("rms_norm", x.device.type, x.dtype).fn(x, weight, eps)
 
 
 def add_rms_norm(
     x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x and branch [N, dim], weight [dim] -> x + branch, in x's dtype, and its norm, both [N, dim]."""
-    return choose("add_rms_norm", x.device.type).fn(x, branch, weight, eps)
+    return choose("add_rms_norm", x.device.type, x.dtype).fn(x, branch, weight, eps)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [N, heads, D], cos and sin [N, D/2] -> [N, heads, D]."""
-    return choose("rope", x.device.type).fn(x, cos, sin)
+    return choose("rope", x.device.type, x.dtype).fn(x, cos, sin)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [..., 2 * ffn], gate first -> [..., ffn]."""
-    return choose("swiglu", gate_up.device.type).fn(gate_up)
+    return choose("swiglu", gate_up.device.type, gate_up.dtype).fn(gate_up)
 
 
 def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int = 1) -> torch.Tensor:
@@ -511,6 +531,10 @@ class TreeMask:
     @cached_property
     def windows(self) -> _windows.TreeWindows:
         return _windows.tree_windows(self.end)
+
+    @cached_property
+    def trees(self) -> NDArray[np.int64]:
+        return native.windows(self.end)
 
     @cached_property
     def bounds(self) -> torch.Tensor:
@@ -581,7 +605,7 @@ def token_logprobs(
     hidden [N, dim], weight [vocab, dim] (the head), targets [N] int64 in [0, vocab) -> logp [N], lse [N].
     Differentiable in hidden and weight, through both outputs. Pass `hidden[edges.row]` for the edges of a pack.
     """
-    return choose("linear_logprob", hidden.device.type).fn(hidden, weight, targets)
+    return choose("linear_logprob", hidden.device.type, hidden.dtype).fn(hidden, weight, targets)
 
 
 def packs(weight: torch.Tensor) -> bool:
@@ -626,12 +650,12 @@ def repack_linear(packed: PackedWeight, weight: torch.Tensor, first: int = 0) ->
     assert packed.panels is not None
     panels = packed.panels
     if packed.op == "linear_bf16":
-        _C.linear_pack_bf16(_array(weight.to(torch.bfloat16)), panels, first)
+        _C.linear_pack_bf16(array(weight.to(torch.bfloat16)), panels, first)
     elif packed.op == "linear":
-        _C.linear_pack(_array(weight.float()), panels, first)
+        _C.linear_pack(array(weight.float()), panels, first)
     else:
         assert packed.scales is not None
-        _C.linear_pack_int8(_array(weight.float()), panels, packed.scales, first)
+        _C.linear_pack_int8(array(weight.float()), panels, packed.scales, first)
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Tensor:
@@ -668,7 +692,7 @@ def logprob_loss(
     if that turns out to be untrue). Loss and gradients are computed in one pass over the head's tiles where all logits
     fit 256 MB or the loss is linear, elsewhere as in `token_logprobs`; logp has the same bits in either case.
     """
-    fn = choose("linear_logprob_loss", hidden.device.type).fn
+    fn = choose("linear_logprob_loss", hidden.device.type, hidden.dtype).fn
     return fn(hidden[edges.row], weight, edges.target, loss, linear)
 
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -334,7 +334,29 @@ class TritonTiles:
             _product(grad.T, hidden, grad_weight[block])
 
 
-Tiles = TorchTiles | TritonTiles
+class Tiles(Protocol):
+    """Where the products run and in which pieces: the tiles above, and those of `engine/native.py`."""
+
+    def logprobs(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> Pair: ...
+
+    def gradients(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        grad_logp: torch.Tensor,
+        grad_lse: torch.Tensor,
+        logits: torch.Tensor | None = None,
+    ) -> Pair: ...
+
+    def at_once(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
 TORCH, TRITON = TorchTiles(), TritonTiles()
 
 

@@ -98,14 +98,14 @@ def test_only_one_file_imports_triton_which_need_not_be_installed():
     assert importers == {"jit.py"}
 
 
-def test_only_the_op_table_imports_kernels_and_the_extension():
+def test_only_the_op_table_and_the_native_functions_import_kernels_and_the_extension():
     def device_code(name):
         return name.startswith(("engine.kernels", "engine._C"))
 
     importers = {
         str(path.relative_to(ROOT)) for path in sources("engine", "selfreward") if any(map(device_code, imports(path)))
     }
-    assert importers == {"engine/ops.py"}
+    assert importers == {"engine/native.py", "engine/ops.py"}
 
 
 def test_kernels_import_torch_and_triton_only():

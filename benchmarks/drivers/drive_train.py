@@ -1,0 +1,235 @@
+"""One way to compute a DPO step, in a process of its own: benchmarks/training.py starts it and asks for steps.
+
+A line of JSON in is a work load, {"pairs", "prompt", "answer", "seed"}; a line out is what it took. All ways compute the
+same loss, sigmoid DPO with reference log-probs of zero, of the same model on the same tokens, with torch's fp32 parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from benchmarks.models import random_model
+from engine import Llama, TokenTree, ops, save_checkpoint
+from engine.model import tree_attend
+
+BETA = 0.1
+Work = dict[str, int]
+Sequences = torch.Tensor  # [2 * pairs, prompt + answer] int64, the chosen ones first
+
+
+def sequences(work: Work, vocab: int) -> Sequences:
+    generator = torch.Generator().manual_seed(work["seed"])
+    prompt = torch.randint(3, vocab, (work["pairs"], work["prompt"]), generator=generator)
+    answers = torch.randint(3, vocab, (2 * work["pairs"], work["answer"]), generator=generator)
+    return torch.cat((torch.cat((prompt, prompt)), answers), dim=1)
+
+
+def hidden_of(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [sequences, length] -> [sequences, length, dim]: Llama as it is mostly written in torch."""
+    config, (rows, length) = model.config, tokens.shape
+    cos, sin = (torch.cat((table[:length],) * 2, dim=-1) for table in (model.rope_cos, model.rope_sin))
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.norm_eps))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    x = F.embedding(tokens, model.embed)
+    for block in model.blocks:
+        qkv = F.linear(norm(x, block.attention_norm.weight), block.attention.qkv)
+        q, k, v = qkv.view(rows, length, -1, config.head_dim).transpose(1, 2).split(block.attention.heads, dim=1)
+        out = F.scaled_dot_product_attention(
+            turned(q), turned(k), v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        x = x + F.linear(out.transpose(1, 2).flatten(2), block.attention.o)
+        gate, up = F.linear(norm(x, block.mlp_norm.weight), block.mlp.gate_up).chunk(2, dim=-1)
+        x = x + F.linear(F.silu(gate) * up, block.mlp.down)
+    return norm(x, model.norm.weight)
+
+
+def dpo(logps: torch.Tensor) -> torch.Tensor:
+    """logps [2 * pairs], the chosen ones first."""
+    chosen, rejected = logps.chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def predicting(hidden: torch.Tensor, tokens: torch.Tensor, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that predict answers [sequences, targets, dim], and what [sequences, targets]."""
+    first = max(1, work["prompt"])
+    return hidden[:, first - 1 : -1], tokens[:, first:]
+
+
+class Selfreward:
+    """This engine: prompts once, no padding, `token_logprobs`."""
+
+    def hidden(self, model: Llama, tokens: Sequences, work: Work) -> Any:
+        split, trees = work["prompt"], []
+        for number, (chosen, rejected) in enumerate(zip(*tokens.chunk(2), strict=True)):
+            answers = [TokenTree(x[split:].tolist(), 1.0, 2 * number + i) for i, x in enumerate((chosen, rejected))]
+            trees.extend([TokenTree(chosen[:split].tolist(), children=tuple(answers))] if split else answers)
+        (pack,) = TokenTree.pack(trees, 1 << 20)
+        return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains)), pack.edges
+
+    def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        rows, edges = hidden
+        logp, _ = ops.token_logprobs(rows[edges.row], model.head, edges.target)
+        logps = torch.zeros(2 * work["pairs"]).index_add(0, edges.sequence, logp)
+        return dpo(torch.cat((logps[::2], logps[1::2])))
+
+
+class Eager:
+    """All logits, log-softmax, gather."""
+
+    def hidden(self, model: Llama, tokens: Sequences, work: Work) -> Any:
+        return hidden_of(model, tokens)
+
+    def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        rows, targets = predicting(hidden, tokens, work)
+        logits = F.linear(rows, model.head)
+        return dpo(logits.log_softmax(-1).gather(2, targets[:, :, None]).squeeze(2).sum(1))
+
+
+class LinearCrossEntropy(Eager):
+    """torch's, in chunks as it chooses them, called for each sequence, whose sum it gives."""
+
+    def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        sums = [
+            F.linear_cross_entropy(row, model.head, target, reduction="sum", options=options)
+            for row, target in zip(*predicting(hidden, tokens, work), strict=True)
+        ]
+        return dpo(-torch.stack(sums))
+
+
+class Liger(Eager):
+    """Its chunked DPO loss, a pair at a time, as TRL calls it; not compiled, which on a CPU took longer."""
+
+    def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        rows, targets = predicting(hidden, tokens, work)
+        loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compiled=False)
+        return loss(model.head, rows.contiguous(), targets.contiguous())[0]
+
+
+class Trl:
+    """What DPOTrainer.compute_loss of TRL 1.16 does: transformers' Llama behind TRL's fused head, which also makes what its
+    metrics want. Forward is hidden states and head together."""
+
+    def prepare(self, model: Llama) -> Any:
+        import transformers
+        from trl.trainer.utils import add_fused_lm_head
+
+        with tempfile.TemporaryDirectory() as directory:
+            save_checkpoint(model, Path(directory) / "model")
+            theirs = transformers.LlamaForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.float32)
+        add_fused_lm_head(theirs, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        return theirs.train()
+
+    def hidden(self, model: Any, tokens: Sequences, work: Work) -> Any:
+        labels = tokens.clone()
+        labels[:, : work["prompt"]] = -100
+        mask = torch.ones_like(tokens)
+        return model(tokens, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+
+    def loss(self, model: Any, logps: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        return dpo(logps.sum(1))
+
+
+WAYS: dict[str, Any] = {
+    "selfreward": Selfreward,
+    "eager": Eager,
+    "linear_cross_entropy": LinearCrossEntropy,
+    "liger": Liger,
+    "trl": Trl,
+}
+
+
+def status(name: str) -> int:
+    """Bytes of VmRSS or VmHWM, the highest since it was reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> int:
+    """Give unused memory back, forget the highest use -> what is in use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def step(way: Any, model: Llama, work: Work) -> dict[str, float]:
+    """A whole step but the optimiser's: gradients are there at the end."""
+    tokens = sequences(work, model.config.vocab_size)
+    model.zero_grad(set_to_none=True)
+    before = reset_peak()
+    times = [time.perf_counter()]
+    hidden = way.hidden(model, tokens, work)
+    times.append(time.perf_counter())
+    loss = way.loss(model, hidden, tokens, work)
+    times.append(time.perf_counter())
+    loss.backward()
+    times.append(time.perf_counter())
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    parts = {"hidden": times[1] - times[0], "loss": times[2] - times[1], "backward": times[3] - times[2]}
+    peak = status("VmHWM") - before
+    return {"seconds": times[-1] - times[0], **parts, "peak": peak, "value": loss.item(), "norm": norm.item()}
+
+
+def head(way: Any, model: Llama, work: Work) -> dict[str, float]:
+    """The loss alone, forward and backward, on given hidden states; peak is besides their gradient and the head's."""
+    tokens = sequences(work, model.config.vocab_size)
+    shape = (2 * work["pairs"], work["prompt"] + work["answer"], model.config.dim)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(work["seed"])).requires_grad_()
+    given: Any = states
+    if isinstance(way, Selfreward):
+        edges = way.hidden(_Flat(), tokens, {**work, "prompt": 0})[1]
+        given = states.view(2, work["pairs"], *shape[1:]).transpose(0, 1).flatten(0, 2), edges
+    model.head.grad = None
+    before = reset_peak()
+    start = time.perf_counter()
+    loss = way.loss(model, given, tokens, work)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    peak = status("VmHWM") - before - 4 * (states.numel() + model.head.numel())
+    assert states.grad is not None and model.head.grad is not None
+    return {"seconds": seconds, "peak": peak, "value": loss.item(), "norm": states.grad.norm().item()}
+
+
+class _Flat:
+    """In the place of a model whose hidden states are given."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+def main() -> None:
+    name, model_name, threads = sys.argv[1:4]
+    torch.set_num_threads(int(threads))
+    way, model = WAYS[name](), random_model(model_name)
+    if isinstance(way, Trl):
+        model = way.prepare(model)
+    print(json.dumps({"ready": name, "torch": torch.__version__}), flush=True)
+    for line in sys.stdin:
+        work = json.loads(line)
+        kind = {"step": step, "head": head}[work.pop("kind")]
+        print(json.dumps(kind(way, model, work)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The ways to compute a DPO step that `python -m benchmarks train` times: they compute the same thing."""
+
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.drivers import drive_train
+from engine import InputError, Llama, LlamaConfig
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Llama(LlamaConfig(32, 2, 4, 2, 8, 48, vocab_size=300, max_seq_len=64)).init_weights(seed=0, std=0.2)
+
+
+@pytest.mark.parametrize(
+    "kind, prompt, answer", [(drive_train.step, 0, 12), (drive_train.step, 6, 6), (drive_train.head, 0, 12)]
+)
+def test_every_way_has_the_same_loss_and_gradients(model, kind, prompt, answer):
+    work = {"pairs": 2, "prompt": prompt, "answer": answer, "seed": 1}
+    found = {
+        name: [kind(drive_train.WAYS[name](), model, work)] for name in ("selfreward", "eager", "linear_cross_entropy")
+    }
+    training.check_agreement(found)
+    assert found["selfreward"][0]["norm"] > 0
+    found["eager"][0]["norm"] *= 1.01
+    with pytest.raises(AssertionError, match="eager has a norm"):
+        training.check_agreement(found)
+
+
+def test_flops_are_those_of_products_with_weights(model):
+    per_token = 2 * sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() == 2)
+    assert training.flops_of("train", model, 0, 256) == 3 * (2048 * per_token + 8 * 255 * 2 * model.head.numel())
+    assert training.flops_of("train", model, 128, 128) == 3 * (1536 * per_token + 8 * 128 * 2 * model.head.numel())
+    assert training.flops_of("logprob", model, 0, 256) == 8 * 255 * 6 * model.head.numel()
+
+
+def test_a_peer_that_is_missing_is_left_out_by_name_and_an_unknown_one_is_an_error(capsys, monkeypatch):
+    monkeypatch.setitem(training.PEERS, "liger", "no_such_package")
+    assert list(training.pythons("train", ["eager", "liger"], None)) == ["selfreward", "eager"]
+    assert "liger left out: no no_such_package here" in capsys.readouterr().out
+    with pytest.raises(InputError, match="peer is 'vllm'"):
+        training.pythons("train", ["vllm"], None)
+
+
+def test_memory_that_a_step_takes_is_seen():
+    before = drive_train.reset_peak()
+    torch.ones(1 << 24)
+    assert drive_train.status("VmHWM") - before > 60e6
+    assert drive_train.reset_peak() < before + 30e6
