@@ -9,16 +9,19 @@ What differs between training and sampling comes in as arguments of `Llama.forwa
   dropout(site, x [N, dim]) -> [N, dim]
       nothing but in training; site 0 is the embedding, 2 * layer + 1 and 2 * layer + 2 what attention and MLP add to the
       residual stream
+  run(block, *its arguments) -> what the block returns
+      calls it; or `recomputed`, which keeps for the backward what goes into a block and nothing of what is in it
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from engine import ops
 from engine.config import LlamaConfig
@@ -26,6 +29,7 @@ from engine.errors import InputError
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Dropout = Callable[[int, torch.Tensor], torch.Tensor]
+Run = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Kernels(NamedTuple):
@@ -44,6 +48,16 @@ TRAINING = Kernels(F.embedding, F.linear, ops.rms_norm, ops.add_rms_norm, ops.sw
 def keep(site: int, x: torch.Tensor) -> torch.Tensor:
     """No dropout."""
     return x
+
+
+def plainly(block: nn.Module, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return block(*given)
+
+
+def recomputed(block: nn.Module, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same bits for a forward more; the backward makes a block's activations again. Dropout is a
+    function of what a token is, so there is no generator to set back."""
+    return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.Module):
@@ -152,6 +166,7 @@ class Llama(nn.Module):
         attend: Attend,
         kernels: Kernels = TRAINING,
         dropout: Dropout = keep,
+        run: Run = plainly,
     ) -> torch.Tensor:
         """tokens [N] int64, positions [N] int64 -> hidden states after the last norm [N, dim]. The head is the caller's:
         `token_logprobs(hidden, model.head, targets)`, or `kernels.linear(hidden, model.head)` for logits [N, vocab]."""
@@ -163,7 +178,7 @@ class Llama(nn.Module):
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # [N, D/2]
         branch = None
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, cos, sin, layer, attend, kernels, dropout)
+            x, branch = run(block, x, branch, cos, sin, layer, attend, kernels, dropout)
         return self.norm(x, branch, kernels)[1]
 
     @torch.no_grad()

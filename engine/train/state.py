@@ -30,6 +30,7 @@ from engine.train.batches import DPORow, SFTRow
 
 FORMAT = 1
 STATE, METRICS, TIMING = "state.json", "metrics.jsonl", "timing.jsonl"
+NO_NUMBERS = ("save_every", "activation_checkpointing")  # what may be another on a resume
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN_DIFFERENCES = 10
@@ -46,7 +47,7 @@ def clear_state(out_dir: str | Path) -> None:
 
 def identity(model: Llama, rows: Sequence[SFTRow | DPORow], replay: Sequence[SFTRow], config: Any) -> dict[str, Any]:
     """All that the numbers of a training depend on beside its starting weights. A resume must agree with every entry."""
-    options = {name: value for name, value in asdict(config).items() if name != "save_every"}
+    options = {name: value for name, value in asdict(config).items() if name not in NO_NUMBERS}
     device = model.embed.device
     found = {
         "config": {"kind": type(config).__name__, **options},
