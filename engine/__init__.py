@@ -2,6 +2,7 @@
 
 from engine.checkpoint import content_hash, load_checkpoint, read_config, save_checkpoint
 from engine.config import PRESETS, LlamaConfig
+from engine.copies import copy_in
 from engine.errors import CheckpointError, InputError, NotBuiltError
 from engine.llm import LLM
 from engine.model import Llama, tree_attend

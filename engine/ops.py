@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 import engine._C as _C
 from engine.errors import InputError
+from engine.kernels import adamw as _adamw
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
 from engine.kernels import flash as _flash
@@ -45,6 +46,7 @@ from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
 from engine.kernels import tree_windows as _windows
 from engine.kernels import work_attention as _work
+from engine.kernels.adamw import AdamWStep, Place
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
 from engine.tree import Edges
@@ -121,6 +123,17 @@ def _native_dropout_mask(
         out.numpy(),
     )
     return out
+
+
+def _native_adamw_bf16(
+    weight: torch.Tensor, grad: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: AdamWStep, place: Place
+) -> None:
+    w, g, m, s = (_view(x.view(-1)) for x in (weight, grad, mean, square))
+    _C.adamw_bf16(
+        w, g, m, s, place.key & 0xFFFFFFFFFFFFFFFF, place.number, place.first,
+        step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2,
+        step.eps, step.decay, step.rate, step.root, step.scale, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int) -> torch.Tensor:
@@ -363,6 +376,11 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", _triton, _without_threads(_sample_rows.sample_rows)),
         Backend("native", _native_fp32, _native_sample),
         Backend("torch", _always, _without_threads(_sample.sample_reference)),
+    ),
+    "adamw_bf16": (
+        Backend("triton", _triton, _adamw.adamw_bf16),
+        Backend("native", _native, _native_adamw_bf16),
+        Backend("torch", _always, _adamw.adamw_bf16_reference),
     ),
     "dropout_mask": (
         Backend("native", _native, _native_dropout_mask),
@@ -672,3 +690,11 @@ def dropout_mask(
     """
     threshold = min(round(rate * 2**32), 2**32 - 1)
     return choose("dropout_mask", segments.device.type).fn(key, segments, positions, site, units, threshold)
+
+
+def adamw_bf16(
+    weight: torch.Tensor, grad: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: AdamWStep, place: Place
+) -> None:
+    """One update of AdamW, in place, its write rounded stochastically: weight and grad bf16, mean and square fp32, all
+    contiguous and of one shape. `kernels/adamw.py` has the formula; the same bits on every backend and of any part."""
+    choose("adamw_bf16", weight.device.type).fn(weight, grad, mean, square, step, place)

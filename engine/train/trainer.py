@@ -31,6 +31,7 @@ from engine.train.batches import (
 )
 from engine.train.dropout import pack_dropout
 from engine.train.losses import dpo_loss, replay_loss, sequence_logps, sft_loss
+from engine.train.precision import check_parameters, check_precision, clip, computing, make_optimizer
 from engine.train.state import METRICS, StateDir, identity
 from engine.tree import Pack, TokenTree
 
@@ -46,6 +47,8 @@ class SFTConfig:
     `dropout` is the rate at the embedding and where attention and MLP join the residual stream.
     activation_checkpointing "full": every block's activations are made again in the backward, a forward more for a
     fraction of the memory, and the same bits; "none": they are kept.
+    precision: "fp32", "bf16-copy" (fp32 parameters, computing in a bf16 copy) or "bf16-stochastic" (bf16 parameters, whose
+    updates are rounded stochastically): `engine/train/precision.py`.
     Every `save_every` steps the state is saved (None: only when stopped and at the end). The paper's stages have 250 to
     300 steps: at 100 a kill costs at most a third of one, and 12 bytes a parameter are written three times.
     """
@@ -65,10 +68,12 @@ class SFTConfig:
     seed: int = 0
     save_every: int | None = 100
     activation_checkpointing: str = "none"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        check_precision(self.precision)
         for name in ("epochs", "batch_size", "max_pack_tokens"):
             _check_integer(name, getattr(self, name))
         if self.max_steps is not None:
@@ -173,9 +178,7 @@ def train(
     replay = replay or ()
     _check_data(model, rows, replay, config)
     batches = batch_order(len(rows), config.batch_size, config.epochs, config.seed, config.max_steps)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(model, config)
     state = (
         StateDir(Path(out_dir), model, optimizer, identity(model, rows, replay, config))
         if out_dir is not None
@@ -213,16 +216,20 @@ def learning_rate(config: SFTConfig, step: int, steps: int) -> float:
     return config.lr + (config.min_lr - config.lr) * fall
 
 
-def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: int = 4096) -> list[tuple[float, float]]:
-    """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training."""
+def reference_logprobs(
+    model: Llama, rows: Sequence[DPORow], max_pack_tokens: int = 4096, precision: str = "fp32"
+) -> list[tuple[float, float]]:
+    """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training. Give the
+    training's `precision`: "bf16-copy" computes in another model than the parameters are."""
+    check_precision(precision)
     _check_model(model)
     check_kinds(rows, DPORow, "expected a DPORow")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, max_pack_tokens)
     sums: list[float] = []
-    with torch.no_grad(), ops.sums_in_fp32():
+    with torch.no_grad(), ops.sums_in_fp32(), computing(model, precision) as compute:
         for pack in TokenTree.pack((dpo_tree(row, number) for number, row in enumerate(rows)), max_pack_tokens):
             pack = pack.to(model.embed.device)
-            sums.extend(sequence_logps(pack_logprobs(model, pack), pack.edges, pack.edges.sequence.unique()).tolist())
+            sums.extend(sequence_logps(pack_logprobs(compute, pack), pack.edges, pack.edges.sequence.unique()).tolist())
     return list(zip(sums[::2], sums[1::2], strict=True))
 
 
@@ -244,6 +251,7 @@ def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTC
         raise InputError(f"config is a {type(config).__name__}; expected an SFTConfig or a DPOConfig")
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow
     check_kinds(rows, kind, f"{type(config).__name__} trains on {kind.__name__}")
+    check_parameters(model, config.precision)
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens)
     for number, row in enumerate(rows):
         if isinstance(row, DPORow):
@@ -291,8 +299,9 @@ class Batch:
 def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer) -> tuple[Metrics, int]:
     """One update: its metrics and how many tokens it ran through."""
     optimizer.zero_grad(set_to_none=True)
-    metrics, tokens = _backward(model, batch, config)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    with computing(model, config.precision) as compute:
+        metrics, tokens = _backward(compute, batch, config)
+    norm = clip(model, optimizer, config.clip)
     if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
         replayed = f" and replay rows {[number for number, _ in batch.replay]}" if batch.replay else ""
         raise FloatingPointError(
