@@ -5,6 +5,7 @@ from engine.config import PRESETS, LlamaConfig
 from engine.copies import copy_in
 from engine.errors import CheckpointError, InputError, NotBuiltError
 from engine.llm import LLM
+from engine.lora import LoRA, load_adapter, save_adapter
 from engine.model import Llama, tree_attend
 from engine.ops import backends, logprob_loss, token_logprobs
 from engine.requests import CompletionOutput, RequestOutput

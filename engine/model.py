@@ -135,12 +135,40 @@ class Block(nn.Module):
         return x, dropout(2 * layer + 2, self.mlp(normed, kernels))
 
 
-class Llama(nn.Module):
-    """Llama 2. Parameters are created uninitialised: load a checkpoint, or call `init_weights`.
+class Weights(nn.Module):
+    """Parameters with an epoch, `weight_epoch`, which counts their updates. Whoever changes them in place calls
+    `weights_changed()`; a change that nobody announced is found by `check_weights()`, because every in-place write raises
+    a tensor's version."""
 
-    `weight_epoch` counts the updates of the weights. Whoever changes them in place calls `weights_changed()`; a change
-    that nobody announced is found by `check_weights()`, because every in-place write raises a tensor's version.
-    """
+    weight_epoch = 0
+    _announced: list[int]
+
+    def weights_changed(self) -> int:
+        """Raise and return the weight epoch: everything cached from the old weights (KV blocks, packed copies) is stale."""
+        self.weight_epoch += 1
+        self._announced = self._versions()
+        return self.weight_epoch
+
+    def check_weights(self) -> None:
+        """Raise InputError if a parameter was written in place since the last announced change (`.data` escapes this)."""
+        for (name, _), found, announced in zip(self.named_parameters(), self._versions(), self._announced, strict=True):
+            if found != announced:
+                raise InputError(
+                    f"the parameter {name} was changed in place without model.weights_changed(): "
+                    "cached keys and values would be stale; call it after every update"
+                )
+
+    def _versions(self) -> list[int]:
+        if any(parameter.is_inference() for parameter in self.parameters()):
+            raise InputError(
+                "the model's parameters are inference tensors, whose changes cannot be seen; make the model outside "
+                "torch.inference_mode()"
+            )
+        return [parameter._version for parameter in self.parameters()]
+
+
+class Llama(Weights):
+    """Llama 2. Parameters are created uninitialised: load a checkpoint, or call `init_weights`."""
 
     def __init__(
         self, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
@@ -156,7 +184,6 @@ class Llama(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         self.to(device=device, dtype=dtype)
         self.rope_cos, self.rope_sin = cos.to(device), sin.to(device)  # angles stay fp32
-        self.weight_epoch = 0
         self._announced = self._versions()
 
     def forward(
@@ -192,29 +219,6 @@ class Llama(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
         self.weights_changed()
         return self
-
-    def weights_changed(self) -> int:
-        """Raise and return the weight epoch: everything cached from the old weights (KV blocks, packed copies) is stale."""
-        self.weight_epoch += 1
-        self._announced = self._versions()
-        return self.weight_epoch
-
-    def check_weights(self) -> None:
-        """Raise InputError if a parameter was written in place since the last announced change (`.data` escapes this)."""
-        for (name, _), found, announced in zip(self.named_parameters(), self._versions(), self._announced, strict=True):
-            if found != announced:
-                raise InputError(
-                    f"the parameter {name} was changed in place without model.weights_changed(): "
-                    "cached keys and values would be stale; call it after every update"
-                )
-
-    def _versions(self) -> list[int]:
-        if any(parameter.is_inference() for parameter in self.parameters()):
-            raise InputError(
-                "the model's parameters are inference tensors, whose changes cannot be seen; make the model outside "
-                "torch.inference_mode()"
-            )
-        return [parameter._version for parameter in self.parameters()]
 
 
 def given_up(parameter: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from engine.copies import copy_in
 from engine.errors import InputError
+from engine.lora import LoRA
 from engine.model import Llama
 from engine.train.adamw import StochasticAdamW
 
@@ -30,6 +31,7 @@ REASON = (
     "a bf16 weight of 0.02 has a half spacing of 6e-5, so that updates at a learning rate of 1e-6, rounded to nearest, "
     "would nearly all be lost"
 )
+LORA = "a LoRA's adapters are fp32 in any case: take precision='fp32', and load its base as torch.bfloat16 to compute in it"
 
 
 def check_precision(value: Any) -> None:
@@ -41,8 +43,10 @@ def check_precision(value: Any) -> None:
         raise InputError(f"precision is {value!r}; expected one of {', '.join(PRECISIONS)}")
 
 
-def check_parameters(model: Llama, precision: str) -> None:
+def check_parameters(model: Llama | LoRA, precision: str) -> None:
     """Raise InputError unless the parameters are of the dtype that this precision updates."""
+    if isinstance(model, LoRA) and precision != "fp32":
+        raise InputError(f"precision is {precision!r}; {LORA}")
     for name, parameter in model.named_parameters():
         if precision == "bf16-stochastic" and parameter.dtype != torch.bfloat16:
             raise InputError(
@@ -56,10 +60,10 @@ def check_parameters(model: Llama, precision: str) -> None:
 
 
 @contextmanager
-def computing(model: Llama, precision: str) -> Iterator[Llama]:
+def computing(model: Llama | LoRA, precision: str) -> Iterator[Llama | LoRA]:
     """The model that forward and backward run in. What its parameters get as gradients arrives at the given model's, in
     their dtype and added up in it; the copy keeps none, not even for the time of a backward."""
-    if precision != "bf16-copy":
+    if precision != "bf16-copy" or isinstance(model, LoRA):
         yield model
         return
     copy = copy_in(model, torch.bfloat16)
@@ -80,7 +84,7 @@ def _hand_over(parameter: torch.Tensor, copied: torch.Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def make_optimizer(model: Llama, config: SFTConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Llama | LoRA, config: SFTConfig) -> torch.optim.Optimizer:
     """AdamW for the parameters: torch's fused one, or the project's own where the write is rounded stochastically."""
     if config.precision == "bf16-stochastic":
         return StochasticAdamW(model.parameters(), config.seed, config.lr, config.betas, config.weight_decay)
@@ -89,7 +93,7 @@ def make_optimizer(model: Llama, config: SFTConfig) -> torch.optim.Optimizer:
     )
 
 
-def clip(model: Llama, optimizer: torch.optim.Optimizer, limit: float) -> float:
+def clip(model: Llama | LoRA, optimizer: torch.optim.Optimizer, limit: float) -> float:
     """The norm of all gradients; the update is made with them scaled down to `limit` where it is above."""
     if isinstance(optimizer, StochasticAdamW):
         return optimizer.clip(limit)

@@ -17,6 +17,7 @@ import torch
 
 from engine import ops
 from engine.errors import InputError
+from engine.lora import LoRA
 from engine.model import Dropout, Llama, Run, keep, plainly, recomputed, tree_attend
 from engine.train.batches import (
     DPORow,
@@ -153,7 +154,7 @@ Metrics = dict[str, float]
 
 
 def train(
-    model: Llama,
+    model: Llama | LoRA,
     rows: Rows,
     config: SFTConfig,
     out_dir: str | Path | None = None,
@@ -163,7 +164,8 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     replay: Sequence[SFTRow] | None = None,
 ) -> TrainResult:
-    """Train `model` in place on SFTRows (SFTConfig) or DPORows with `reference` set (DPOConfig; `replay`: its rows).
+    """Train `model` in place, of a LoRA the adapters, on SFTRows (SFTConfig) or DPORows with `reference` set (DPOConfig;
+    `replay`: its rows).
 
     Writes `metrics.jsonl` (one row a step, TRL's names) and `timing.jsonl` (tokens and seconds a step) into `out_dir`;
     calls `on_step(step, steps, metrics)`. A step whose loss or gradient is not finite raises FloatingPointError before
@@ -217,7 +219,7 @@ def learning_rate(config: SFTConfig, step: int, steps: int) -> float:
 
 
 def reference_logprobs(
-    model: Llama, rows: Sequence[DPORow], max_pack_tokens: int = 4096, precision: str = "fp32"
+    model: Llama | LoRA, rows: Sequence[DPORow], max_pack_tokens: int = 4096, precision: str = "fp32"
 ) -> list[tuple[float, float]]:
     """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training. Give the
     training's `precision`: "bf16-copy" computes in another model than the parameters are."""
@@ -233,7 +235,7 @@ def reference_logprobs(
     return list(zip(sums[::2], sums[1::2], strict=True))
 
 
-def pack_logprobs(model: Llama, pack: Pack, dropout: Dropout = keep, run: Run = plainly) -> torch.Tensor:
+def pack_logprobs(model: Llama | LoRA, pack: Pack, dropout: Dropout = keep, run: Run = plainly) -> torch.Tensor:
     """Log-prob of every edge of a pack [E] fp32, differentiable."""
     attend = tree_attend(pack.end, pack.chains)
     hidden = model(pack.tokens, pack.position, attend, dropout=dropout, run=run)  # [N, dim]
@@ -241,11 +243,11 @@ def pack_logprobs(model: Llama, pack: Pack, dropout: Dropout = keep, run: Run = 
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, Llama):
-        raise InputError(f"model is {model!r}; expected a Llama, as load_checkpoint returns it")
+    if not isinstance(model, (Llama, LoRA)):
+        raise InputError(f"model is {model!r}; expected a Llama, as load_checkpoint returns it, or a LoRA")
 
 
-def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTConfig) -> None:
+def _check_data(model: Llama | LoRA, rows: Rows, replay: Sequence[SFTRow], config: SFTConfig) -> None:
     _check_model(model)
     if not isinstance(config, SFTConfig):
         raise InputError(f"config is a {type(config).__name__}; expected an SFTConfig or a DPOConfig")
@@ -296,7 +298,9 @@ class Batch:
         )
 
 
-def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer) -> tuple[Metrics, int]:
+def _step(
+    model: Llama | LoRA, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer
+) -> tuple[Metrics, int]:
     """One update: its metrics and how many tokens it ran through."""
     optimizer.zero_grad(set_to_none=True)
     with computing(model, config.precision) as compute:
@@ -314,7 +318,7 @@ def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.
     return {**metrics, "grad_norm": norm}, tokens
 
 
-def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, int]:
+def _backward(model: Llama | LoRA, batch: Batch, config: SFTConfig) -> tuple[Metrics, int]:
     """Add the gradient of the batch's mean loss to the parameters, pack by pack: as many packs as the tokens need."""
     metrics: Metrics = {}
     tokens = 0
