@@ -94,3 +94,20 @@ def test_a_training_with_dropout_has_the_same_bits_and_may_change_its_mind_on_a_
 def test_another_kind_of_checkpointing_is_refused(value):
     with pytest.raises(InputError, match=r"activation_checkpointing is .*; expected one of none, full"):
         SFTConfig(activation_checkpointing=value)
+
+
+@pytest.mark.parametrize(("precision", "each"), [("fp32", 16), ("bf16-copy", 18), ("bf16-stochastic", 12)])
+def test_a_parameter_takes_what_its_precision_says(precision, each):
+    """Weights, copy, gradients and AdamW of 430,000 parameters; two steps of three tokens, whose activations are nothing."""
+    config = LlamaConfig(
+        dim=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=16, ffn_dim=192, vocab_size=29, max_seq_len=64
+    )
+    with Peak() as peak:
+        llama = Llama(config, torch.bfloat16 if precision == "bf16-stochastic" else torch.float32).init_weights()
+        start = peak.alive
+        train(llama, [SFTRow([1, 2], [3])] * 2, SFTConfig(batch_size=1, precision=precision))
+    weights = sum(parameter.nbytes for parameter in llama.parameters())
+    assert weights <= start <= 1.1 * weights
+    count = config.n_parameters
+    largest = 4 * max(parameter.numel() for parameter in llama.parameters())
+    assert 0.99 * each * count <= peak.bytes <= 1.01 * each * count + 2 * largest
