@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -69,10 +68,10 @@ class Adapter(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype, device=device))
 
-    def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scale: float, kernels: Kernels) -> torch.Tensor:
         """x [N, inputs] -> [N, outputs] in x's dtype."""
-        narrow = F.linear(x, self.A.to(x.dtype)) * scale  # [N, rank]
-        return F.linear(narrow, self.B.to(x.dtype))
+        narrow = kernels.linear(x, self.A.to(x.dtype)) * scale  # [N, rank]
+        return kernels.linear(narrow, self.B.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,9 @@ class LoRA(Weights):
                 return out
             scale = self.alpha / self.rank
             updates = [
-                x.new_zeros(()).expand(len(x), part.outputs) if part.adapter is None else part.adapter(x, scale)
+                x.new_zeros(()).expand(len(x), part.outputs)
+                if part.adapter is None
+                else part.adapter(x, scale, kernels)
                 for part in self._parts[weight]
             ]
             return out + torch.cat(updates, dim=1)
