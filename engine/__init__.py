@@ -13,6 +13,7 @@ from engine.sampling import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.train.batches import DPORow, SFTRow
 from engine.train.losses import dpo_loss, sft_loss
+from engine.train.precision import compute_model
 from engine.train.state import clear_state
 from engine.train.trainer import DPOConfig, SFTConfig, TrainingInterrupted, TrainResult, reference_logprobs, train
 from engine.tree import Edges, Pack, TokenTree

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from engine import (
     DPOConfig,
     DPORow,
@@ -18,6 +20,7 @@ from engine import (
     SFTRow,
     TrainingInterrupted,
     clear_state,
+    compute_model,
     reference_logprobs,
     save_checkpoint,
     train,
@@ -38,9 +41,7 @@ from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
 STEP0_PAIRS = 64
-STEP0_BF16 = (
-    0.25  # nats that a bf16 forward is allowed at least: packed differently, the micro recipe's differ by 0.015
-)
+STEP0_BF16 = 0.25  # nats, where the forward is bf16 at least: by the packing the micro recipe's pairs differ by 0.015
 REFUSED = ("no_ranks", "unreadable", "order", "tie")  # why an attempt of the EFT builder is not kept
 
 
@@ -244,7 +245,7 @@ def train_dpo(run: Run, k: int) -> Row:
     rows = [
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
-    rows = _with_reference(run, k, model, rows, config)
+    rows = _with_reference(run, k, compute_model(model, config.precision), rows, config)
     replay = _eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
     steps = _train(run, model, rows, config, f"iter_{k}", replay)
     return {"pairs": len(pairs), "steps": steps} | ({"replay": len(replay)} if replay else {})
@@ -358,24 +359,23 @@ def _with_reference(run: Run, k: int, model: Llama, rows: list[DPORow], config: 
     """The rows with M_k's log-probs, which are computed once per round and stored beside the pairs."""
     name = f"iter_{k}/reference.jsonl"
     if not run.dir.file(name).is_file():
-        reference = reference_logprobs(model, rows, config.max_pack_tokens, config.precision)
-        _check_step_zero(run, k, model, rows, reference, config.precision)
+        reference = reference_logprobs(model, rows, config.max_pack_tokens)
+        _check_step_zero(run, k, model, rows, reference)
         run.dir.write_jsonl(name, [{"ref_chosen_logps": one, "ref_rejected_logps": two} for one, two in reference])
     stored = [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in run.rows(name)]
     return [DPORow(row.prompt, row.chosen, row.rejected, ref) for row, ref in zip(rows, stored, strict=True)]
 
 
-def _check_step_zero(
-    run: Run, k: int, model: Llama, rows: list[DPORow], reference: list[tuple[float, float]], precision: str
-) -> None:
+def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow], reference: list[tuple[float, float]]) -> None:
     """The policy is the reference before step 0: its log-probs in another packing must be the cached ones."""
-    longest = max(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in rows)
-    again = reference_logprobs(model, rows[:STEP0_PAIRS], longest, precision)
+    again = reference_logprobs(
+        model, rows[:STEP0_PAIRS], max(len(r.prompt) + len(r.chosen) + len(r.rejected) for r in rows)
+    )
     differences = [
         abs(a - b) for one, two in zip(again, reference, strict=False) for a, b in zip(one, two, strict=True)
     ]
     worst = next((x for x in differences if x != x), max(differences))  # max() alone would pass over NaN
-    allowed = max(run.recipe.gates.step0_tolerance, 0.0 if precision == "fp32" else STEP0_BF16)
+    allowed = max(run.recipe.gates.step0_tolerance, STEP0_BF16 if model.embed.dtype == torch.bfloat16 else 0.0)
     if not worst <= allowed:
         raise GateError(
             f"round {k}: before step 0 the policy's log-probs differ from the cached reference by {worst:.2e} nats a "

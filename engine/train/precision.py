@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from engine.train.adamw import StochasticAdamW
 if TYPE_CHECKING:
     from engine.train.trainer import SFTConfig
 
+M = TypeVar("M", Llama, LoRA)
 PRECISIONS = ("fp32", "bf16-copy", "bf16-stochastic")
 REASON = (
     "a bf16 weight of 0.02 has a half spacing of 6e-5, so that updates at a learning rate of 1e-6, rounded to nearest, "
@@ -59,14 +60,21 @@ def check_parameters(model: Llama | LoRA, precision: str) -> None:
             )
 
 
+def compute_model(model: M, precision: str) -> M:
+    """The model whose log-probs a training in this precision sees, as they are now: for its reference values."""
+    check_precision(precision)
+    check_parameters(model, precision)
+    return copy_in(model, torch.bfloat16) if isinstance(model, Llama) and precision == "bf16-copy" else model
+
+
 @contextmanager
 def computing(model: Llama | LoRA, precision: str) -> Iterator[Llama | LoRA]:
-    """The model that forward and backward run in. What its parameters get as gradients arrives at the given model's, in
-    their dtype and added up in it; the copy keeps none, not even for the time of a backward."""
-    if precision != "bf16-copy" or isinstance(model, LoRA):
+    """`compute_model`, for forward and backward. What its parameters get as gradients arrives at the given model's, in
+    their dtype and added up in it; a copy keeps none, not even for the time of a backward."""
+    copy = compute_model(model, precision) if isinstance(model, Llama) else model
+    if copy is model:
         yield model
         return
-    copy = copy_in(model, torch.bfloat16)
     hooks = [
         to.register_post_accumulate_grad_hook(partial(_hand_over, parameter))
         for parameter, to in zip(model.parameters(), copy.parameters(), strict=True)

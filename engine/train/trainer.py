@@ -219,19 +219,18 @@ def learning_rate(config: SFTConfig, step: int, steps: int) -> float:
 
 
 def reference_logprobs(
-    model: Llama | LoRA, rows: Sequence[DPORow], max_pack_tokens: int = 4096, precision: str = "fp32"
+    model: Llama | LoRA, rows: Sequence[DPORow], max_pack_tokens: int = 4096
 ) -> list[tuple[float, float]]:
-    """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training. Give the
-    training's `precision`: "bf16-copy" computes in another model than the parameters are."""
-    check_precision(precision)
+    """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training. Where that
+    runs in a bf16 copy, give the copy: `compute_model(model, precision)`."""
     _check_model(model)
     check_kinds(rows, DPORow, "expected a DPORow")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, max_pack_tokens)
     sums: list[float] = []
-    with torch.no_grad(), ops.sums_in_fp32(), computing(model, precision) as compute:
+    with torch.no_grad(), ops.sums_in_fp32():
         for pack in TokenTree.pack((dpo_tree(row, number) for number, row in enumerate(rows)), max_pack_tokens):
             pack = pack.to(model.embed.device)
-            sums.extend(sequence_logps(pack_logprobs(compute, pack), pack.edges, pack.edges.sequence.unique()).tolist())
+            sums.extend(sequence_logps(pack_logprobs(model, pack), pack.edges, pack.edges.sequence.unique()).tolist())
     return list(zip(sums[::2], sums[1::2], strict=True))
 
 

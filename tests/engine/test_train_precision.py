@@ -6,10 +6,23 @@ import weakref
 import pytest
 import torch
 
-from engine import DPOConfig, InputError, Llama, LlamaConfig, SFTConfig, SFTRow, TrainingInterrupted, copy_in, train
+from engine import (
+    DPOConfig,
+    InputError,
+    Llama,
+    LlamaConfig,
+    SFTConfig,
+    SFTRow,
+    TrainingInterrupted,
+    compute_model,
+    copy_in,
+    reference_logprobs,
+    train,
+)
+from engine.train import precision as precision_module
 from engine.train import trainer
 from engine.train.precision import computing
-from engine.train.trainer import Batch, _backward, reference_logprobs
+from engine.train.trainer import Batch, _backward
 from tests.engine.test_train import pairs, with_reference
 from tests.engine.test_train_resume import stop_at
 
@@ -41,7 +54,7 @@ def start(mode="fp32", std=0.02):
 
 
 def rows(mode="fp32", count=8):
-    return with_reference(pairs(count), reference_logprobs(start(mode), pairs(count), precision=mode))
+    return with_reference(pairs(count), reference_logprobs(compute_model(start(mode), mode), pairs(count)))
 
 
 def flat(llama):
@@ -63,7 +76,8 @@ def test_200_dpo_steps_go_as_far_as_in_fp32_and_rounded_to_nearest_they_stay_whe
     along = lambda change: float(change @ direction / (direction @ direction))
     for mode in ("bf16-copy", "bf16-stochastic"):
         assert abs(along(moved(mode)) - 1) <= 0.1
-    monkeypatch.setattr(trainer, "check_parameters", lambda *_: None)  # which refuses what comes now
+    for module in (trainer, precision_module):
+        monkeypatch.setattr(module, "check_parameters", lambda *_: None)  # which refuses what comes now
     assert abs(along(moved("nearest"))) <= 0.1
 
 
@@ -173,7 +187,7 @@ def test_other_precisions_are_refused_by_name(precision, said):
     with pytest.raises(InputError, match=said):
         SFTConfig(precision=precision)
     with pytest.raises(InputError, match=said):
-        reference_logprobs(start(), pairs(), precision=precision)
+        compute_model(start(), precision)
 
 
 @pytest.mark.parametrize(
