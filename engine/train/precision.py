@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -26,7 +26,7 @@ from engine.train.adamw import StochasticAdamW
 if TYPE_CHECKING:
     from engine.train.trainer import SFTConfig
 
-M = TypeVar("M", Llama, LoRA)
+M = TypeVar("M", bound=Llama | LoRA)
 PRECISIONS = ("fp32", "bf16-copy", "bf16-stochastic")
 REASON = (
     "a bf16 weight of 0.02 has a half spacing of 6e-5, so that updates at a learning rate of 1e-6, rounded to nearest, "
@@ -64,14 +64,14 @@ def compute_model(model: M, precision: str) -> M:
     """The model whose log-probs a training in this precision sees, as they are now: for its reference values."""
     check_precision(precision)
     check_parameters(model, precision)
-    return copy_in(model, torch.bfloat16) if isinstance(model, Llama) and precision == "bf16-copy" else model
+    return cast(M, copy_in(model, torch.bfloat16)) if precision == "bf16-copy" else model
 
 
 @contextmanager
 def computing(model: Llama | LoRA, precision: str) -> Iterator[Llama | LoRA]:
     """`compute_model`, for forward and backward. What its parameters get as gradients arrives at the given model's, in
     their dtype and added up in it; a copy keeps none, not even for the time of a backward."""
-    copy = compute_model(model, precision) if isinstance(model, Llama) else model
+    copy = compute_model(model, precision)
     if copy is model:
         yield model
         return
