@@ -53,12 +53,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "monteclora_config": ({},),
     "kasa_config": ({},),
     "velora_config": ({},),
-    "init_lora_weights": (
-        True,
-        False,
-        "gaussian",
-        "orthogonal",
-    ),  # others change the base, which the file does not hold
+    # Other initialisations (PiSSA, OLoRA, LoftQ, ...) change the base, which the file does not hold.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 
 
@@ -160,7 +156,7 @@ class LoRA(Weights):
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> LoRA:
         generator = torch.Generator().manual_seed(seed)
-        for _, _, adapter in self.adapters():
+        for _, adapter in self.adapters():
             bound = 1.0 / math.sqrt(adapter.A.shape[1])
             drawn = torch.rand(adapter.A.shape, generator=generator, dtype=torch.float32)
             adapter.A.copy_((2.0 * drawn - 1.0) * bound)
@@ -205,10 +201,10 @@ class LoRA(Weights):
             swiglu=kernels.swiglu,
         )
 
-    def adapters(self) -> Iterator[tuple[str, torch.nn.Parameter, Adapter]]:
-        """HF's name of the projection, the fused parameter that holds its rows, and what stands beside them."""
-        for parameter, parts in self._parts.items():
-            yield from ((part.hf_name, parameter, part.adapter) for part in parts if part.adapter is not None)
+    def adapters(self) -> Iterator[tuple[str, Adapter]]:
+        """HF's name of each projection that has one, and its adapter."""
+        for parts in self._parts.values():
+            yield from ((part.hf_name, part.adapter) for part in parts if part.adapter is not None)
 
     def adapts(self, parameter: nn.Parameter) -> bool:
         """Whether an adapter stands beside any rows of this parameter of the base."""
@@ -252,7 +248,7 @@ def save_adapter(lora: LoRA, directory: str | Path, base_model: str = "") -> Non
         "inference_mode": True,
     }
     tensors = {}
-    for name, _, adapter in lora.adapters():
+    for name, adapter in lora.adapters():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.A.detach()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.B.detach()
     with replacing(Path(directory), CONFIG) as temporary:
@@ -282,7 +278,7 @@ def load_adapter(base: Llama, directory: str | Path) -> LoRA:
     except InputError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from error
     with torch.no_grad():
-        for name, _, adapter in lora.adapters():
+        for name, adapter in lora.adapters():
             for kind, parameter in (("lora_A", adapter.A), ("lora_B", adapter.B)):
                 _fill(parameter, tensors, f"{PREFIX}{name}.{kind}.weight", directory / TENSORS)
     lora.weights_changed()

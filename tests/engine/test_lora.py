@@ -1,5 +1,6 @@
 """LoRA: adapters beside a frozen base, merged for export and sampling, trained by the same loop, in PEFT's format."""
 
+import copy
 import json
 
 import pytest
@@ -46,7 +47,7 @@ def adapted(llama=None, rank=3, alpha=5.0, targets=PROJECTIONS):
     lora = LoRA(llama or base(), rank, alpha, targets)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for _, _, adapter in lora.adapters():
+        for _, adapter in lora.adapters():
             adapter.B.copy_(0.3 * torch.randn(adapter.B.shape, generator=generator))
     lora.weights_changed()
     return lora
@@ -94,12 +95,23 @@ def test_a_fresh_lora_is_its_base_bit_for_bit_and_begins_as_peft_begins():
     llama = base()
     lora = LoRA(llama, rank=4)
     assert torch.equal(logits(lora), logits(llama))
-    for _, _, adapter in lora.adapters():
+    for _, adapter in lora.adapters():
         bound = adapter.A.shape[1] ** -0.5
         assert 0.8 * bound < adapter.A.abs().max() <= bound and not adapter.B.any()
     same, other = LoRA(llama, rank=4), LoRA(llama, rank=4, seed=1)
     assert torch.equal(same.layers[0]["q_proj"].A, lora.layers[0]["q_proj"].A)
     assert not torch.equal(other.layers[0]["q_proj"].A, lora.layers[0]["q_proj"].A)
+
+
+def test_a_deep_copy_has_a_base_and_adapters_of_its_own():
+    lora = adapted()
+    again = copy.deepcopy(lora)
+    assert torch.equal(logits(again), logits(lora))
+    before = logits(lora)
+    with torch.no_grad():
+        again.base.embed.zero_()
+        again.layers[1]["o_proj"].B.zero_()
+    assert torch.equal(logits(lora), before) and not torch.equal(logits(again), before)
 
 
 def test_gradients_are_those_of_the_formula_in_float64_and_the_base_gets_none():
