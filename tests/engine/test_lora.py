@@ -29,6 +29,7 @@ from engine import (
     tree_attend,
 )
 from engine.lora import PROJECTIONS
+from engine.train.trainer import Batch, _backward
 from tests.engine.test_train import pairs, with_reference
 from tests.engine.test_train_precision import one_thread  # noqa: F401 (a fixture, used by all)
 from tests.engine.test_train_resume import stop_at
@@ -170,6 +171,16 @@ def test_dpo_with_lora_lowers_the_loss_and_leaves_the_base_alone():
     assert result.weight_epoch == lora.weight_epoch == epoch + 15
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), before))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in llama.parameters())
+
+
+def test_one_pack_and_many_have_the_same_gradient():
+    given, gradients = rows(base()), []
+    for budget in (4096, 22):
+        lora, config = adapted(), DPOConfig(batch_size=8, max_pack_tokens=budget)
+        _backward(lora, Batch.take(given, (), config, 0, range(8)), config)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in lora.parameters()]))
+    assert gradients[0].abs().max() > 0.05
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-6
 
 
 def trained(out_dir, stops=(), **options):
