@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from engine.kernels.adamw import AdamWStep, Place, adamw_bf16
 from engine.kernels.gumbel import gumbel_noise
 from engine.kernels.linear_logprob import TRITON, linear_logprob, linear_logprob_loss
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
@@ -100,6 +101,12 @@ def draws(vocab: int, dtype: torch.dtype) -> None:
     sample_rows(meta(rows, vocab, dtype=dtype), rules)
 
 
+def update(dtype: torch.dtype) -> None:
+    weight, grad = (meta(4096, 4096, dtype=dtype) for _ in range(2))
+    mean, square = (meta(4096, 4096, dtype=torch.float32) for _ in range(2))
+    adamw_bf16(weight, grad, mean, square, AdamWStep(0.9, 0.95, 1e-8, 1.0, 1e-6, 1.5, 1.0), Place(1 << 62, 3))
+
+
 def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     """q and k as rope leaves them, v as a view of the tensor that the fused projection made."""
     qkv = meta(TOKENS, heads + 2 * kv_heads, dim, dtype=dtype, grad=True)
@@ -135,5 +142,6 @@ LAUNCHES = (
         for heads, kv_heads, dim in ((32, 32, 128), (64, 8, 128), (32, 32, 64))
     ),
     Launch("tree_attention, 16/4 x 256", (torch.bfloat16, torch.float32), partial(attention, 16, 4, 256)),
+    Launch("adamw_bf16", (torch.bfloat16,), update),
     *(Launch(f"linear_logprob, {dim} x {vocab}", ALL, partial(head, dim, vocab)) for dim, vocab in HEADS),
 )

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "adamw.h"
 #include "chunk_attention.h"
 #include "dropout.h"
 #include "embed.h"
@@ -1072,6 +1073,46 @@ py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
   return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
 }
 
+void adamw_bf16(py::array& weight, const py::array& grad, py::array& mean, py::array& square, uint64_t key,
+                uint32_t number, uint64_t first, float beta1, float rest1, float beta2, float rest2, float eps,
+                float decay, float rate, float root, float scale, int threads, const std::string& level) {
+  check<uint16_t>("weight", weight, {-1});
+  const py::ssize_t count = weight.shape(0);
+  check<uint16_t>("grad", grad, {count});
+  check<float>("mean", mean, {count});
+  check<float>("square", square, {count});
+  check_written("weight", weight);
+  check_written("mean", mean);
+  check_written("square", square);
+  check_apart("grad", grad, "weight", weight);
+  check_apart("grad", grad, "mean", mean);
+  check_apart("grad", grad, "square", square);
+  check_apart("weight", weight, "mean", mean);
+  check_apart("weight", weight, "square", square);
+  check_apart("mean", mean, "square", square);
+  check_threads(threads);
+  const selfreward::AdamWChunks run = find_level(selfreward::adamw_level, level).run;
+  const selfreward::AdamWArguments arguments{static_cast<uint16_t*>(weight.mutable_data()),
+                                             static_cast<const uint16_t*>(grad.data()),
+                                             static_cast<float*>(mean.mutable_data()),
+                                             static_cast<float*>(square.mutable_data()),
+                                             count,
+                                             key,
+                                             first,
+                                             number,
+                                             beta1,
+                                             rest1,
+                                             beta2,
+                                             rest2,
+                                             eps,
+                                             decay,
+                                             rate,
+                                             root,
+                                             scale};
+  py::gil_scoped_release release;
+  selfreward::adamw(arguments, threads, run);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -1084,6 +1125,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout_mask", &dropout_mask, py::arg("key"), py::arg("segments"), py::arg("positions"), py::arg("site"),
         py::arg("threshold"), py::arg("out"),
         "Fill out [rows, units] bool, True: the unit is kept; segments uint64 [rows], positions uint32 [rows].");
+  m.def(
+      "adamw_bf16", &adamw_bf16, py::arg("weight"), py::arg("grad"), py::arg("mean"), py::arg("square"), py::arg("key"),
+      py::arg("number"), py::arg("first"), py::arg("beta1"), py::arg("rest1"), py::arg("beta2"), py::arg("rest2"),
+      py::arg("eps"), py::arg("decay"), py::arg("rate"), py::arg("root"), py::arg("scale"), py::arg("threads"),
+      py::arg("level") = "",
+      "Update weight uint16 [n], bits of bf16, mean and square fp32 [n] in place by grad uint16 [n]; kernels/adamw.py\n"
+      "has the formula and says what key, number and first are. level as in gumbel_noise.");
   m.def("linear_pack", &linear_pack, py::arg("weight"), py::arg("packed"), py::arg("first") = 0,
         "Fill the outputs first .. first + outputs of packed [panels, depth, 64] fp32 from weight [outputs, depth] "
         "fp32;\n"

@@ -18,6 +18,26 @@ def dropout_mask(
     threshold: int,
     out: NDArray[np.bool_],
 ) -> None: ...
+def adamw_bf16(
+    weight: NDArray[np.uint16],
+    grad: NDArray[np.uint16],
+    mean: NDArray[np.float32],
+    square: NDArray[np.float32],
+    key: int,
+    number: int,
+    first: int,
+    beta1: float,
+    rest1: float,
+    beta2: float,
+    rest2: float,
+    eps: float,
+    decay: float,
+    rate: float,
+    root: float,
+    scale: float,
+    threads: int,
+    level: str = "",
+) -> None: ...
 def rms_norm(
     x: NDArray[np.float32],
     weight: NDArray[np.float32],

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,14 +109,25 @@ def save_checkpoint(
         raise InputError("the model's matrices are packed for sampling only; save the one that was trained or loaded")
     if model.embed.dtype not in DTYPES:
         raise InputError(f"the model is {model.embed.dtype}; a checkpoint holds fp32, fp16 or bf16: convert it first")
-    directory = Path(directory).resolve()  # through a symbolic link: the link stays, what it points to is replaced
+    with replacing(Path(directory), "config.json") as temporary:
+        _write_all(model, temporary, tokenizer, max_shard_bytes, generation_config or {})
+
+
+@contextmanager
+def replacing(directory: Path, mark: str) -> Iterator[Path]:
+    """A temporary directory beside `directory`, which takes its place, whole and on the disk, when the block ends.
+
+    What stands there is replaced if it is nothing, empty or has a file called `mark`. InputError where that is not so, or
+    the directory cannot be written; then what stood there stays.
+    """
+    directory = directory.resolve()  # through a symbolic link: the link stays, what it points to is replaced
     temporary = _beside(directory, "tmp")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _finish_interrupted_save(directory)
-        _check_replaceable(directory)
+        _check_replaceable(directory, mark)
         temporary.mkdir()
-        _write_all(model, temporary, tokenizer, max_shard_bytes, generation_config or {})
+        yield temporary
         _swap(temporary, directory)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{directory} cannot be written ({error}); make room there or choose another place") from error
@@ -334,12 +346,12 @@ def _finish_interrupted_save(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _check_replaceable(directory: Path) -> None:
+def _check_replaceable(directory: Path, mark: str) -> None:
     if not directory.exists():
         return
     if not directory.is_dir():
         raise InputError(f"{directory} is a file; a checkpoint is a directory: choose another name")
-    if any(directory.iterdir()) and not (directory / "config.json").is_file():
+    if any(directory.iterdir()) and not (directory / mark).is_file():
         raise InputError(f"{directory} holds files but no checkpoint and would be replaced whole; choose another name")
 
 

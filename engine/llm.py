@@ -22,8 +22,10 @@ from engine import ops
 from engine.answers import Answers, Asked, Drawing, Scoring
 from engine.batch import make_batch
 from engine.checkpoint import load_checkpoint, reload_checkpoint, update_tensors
+from engine.copies import copy_in
 from engine.errors import InputError, NotBuiltError
 from engine.kv_cache import BlockPool
+from engine.lora import LoRA
 from engine.model import Llama
 from engine.packed import PackedWeights
 from engine.requests import Prompt, Reader, Request, RequestOutput
@@ -37,10 +39,12 @@ from engine.tokenizer import Tokenizer
 class LLM:
     """An offline engine for many candidates per prompt and many prompts with a common beginning.
 
-    model: a directory in HF's or Meta's layout, or a live Llama, whose parameters are used in place. On a CPU products
-    read packed matrices: copies of a live model's; those of a directory are packed as they are read, and nothing else
-    is kept of them. dtype: of weights, keys and values; on a CPU "float32" ("auto") or "bfloat16", and the rows between
-    products are float32 in either.
+    model: a directory in HF's or Meta's layout, or a live Llama, whose parameters are used in place, or a live LoRA, of
+    which a merged copy is sampled. On a CPU products read packed matrices: copies of a live model's; those of a directory
+    are packed as they are read, and nothing else is kept of them. dtype: of weights, keys and values; on a CPU "float32"
+    or "bfloat16", and the rows between products are float32 in either; "auto": a live model's own, of a directory float32
+    on a CPU and bfloat16 on a GPU. A live model of another dtype is sampled through a copy, the trainer's own where it
+    computes in one. Copies follow the model's weight epoch.
     quantization: "int8", on a CPU: matrices, and the rows they are multiplied with, are rounded to 8 bits.
     kv_cache_gb None: room for `max_sequences` full contexts, at most a quarter of the free memory, of a GPU's nine tenths
     less what a step takes. max_batch_tokens: rows computed in one step; max_sequences: candidates in flight.
@@ -48,7 +52,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Llama,
+        model: str | Path | Llama | LoRA,
         tokenizer: Tokenizer | str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -97,7 +101,8 @@ class LLM:
         self._grouped = True  # read a shared chunk once for all its rows; off only to measure what that saves
         self._runner.allocate(blocks)
         self._asleep: str | None = None
-        self._source = None if isinstance(model, Llama) else Path(model)
+        self._source = None if isinstance(model, (Llama, LoRA)) else Path(model)
+        self._live = model if isinstance(model, (Llama, LoRA)) else self.model  # what `self.model` is, or is a copy of
         self._loaded_epoch = self.model.weight_epoch
         self._running: object | None = None  # the call of `_run` that is not over yet
         self._abort_lock = threading.Lock()
@@ -182,7 +187,7 @@ class LLM:
 
     @property
     def weight_epoch(self) -> int:
-        return self.model.weight_epoch
+        return self._live.weight_epoch
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of finished requests."""
@@ -202,7 +207,11 @@ class LLM:
             tensors = dict(named_tensors)
         except (TypeError, ValueError) as error:
             raise InputError(f"named_tensors is {named_tensors!r:.60}; expected tensors by name ({error})") from error
-        update_tensors(self.model, tensors, self._packed.write)
+        if isinstance(self._live, LoRA):
+            raise InputError(
+                "this LLM samples a LoRA, merged; update its adapters or its base, and call weights_changed()"
+            )
+        update_tensors(self._live, tensors, self._packed.write)
 
     def sleep(self, weights: bool = False) -> None:
         """Free the KV cache and packed copies of weights until `wake()`.
@@ -309,7 +318,7 @@ class LLM:
         """Run all groups to their end; yields each when it is finished. Empties the list: the scheduler has them."""
         if self._asleep:
             raise InputError("this LLM is asleep; call wake() first")
-        self.model.check_weights()
+        copy_in(self._live, self.model.embed.dtype)  # is `self.model`, which now is up to date
         if self.model.embed.dtype != self._dtype:
             raise InputError(
                 f"the model was converted from {self._dtype} to {self.model.embed.dtype} since this LLM was made: make a new one"
@@ -354,10 +363,10 @@ class LLM:
         """Between two items of a stream the caller may train: what runs then holds keys and values of the old weights."""
         if self._scheduler.idle:
             return
-        self.model.check_weights()
-        if self._scheduler.epoch != self.model.weight_epoch:
+        self._live.check_weights()
+        if self._scheduler.epoch != self.weight_epoch:
             raise InputError(
-                f"the weights went from epoch {self._scheduler.epoch} to {self.model.weight_epoch} while a stream was "
+                f"the weights went from epoch {self._scheduler.epoch} to {self.weight_epoch} while a stream was "
                 "running: finish or close the stream before the update"
             )
 
@@ -483,10 +492,10 @@ def _limit(name: str, value: int | None, default: int, most: int | None = None) 
     return value
 
 
-def _find_model(model: str | Path | Llama, device: str, dtype: str, packed: PackedWeights) -> Llama:
+def _find_model(model: str | Path | Llama | LoRA, device: str, dtype: str, packed: PackedWeights) -> Llama:
     """The model on its device, loaded there if it is a directory; on a CPU `packed` takes its matrices."""
-    if not isinstance(model, (str, Path, Llama)):
-        raise InputError(f"model is {model!r:.60}; expected a Llama or the path of a checkpoint's directory")
+    if not isinstance(model, (str, Path, Llama, LoRA)):
+        raise InputError(f"model is {model!r:.60}; expected a Llama or a LoRA, or the path of a checkpoint's directory")
     if device.split(":")[0] not in ("auto", "cpu", "cuda"):
         raise InputError(f"device is {device!r}; expected auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -494,7 +503,7 @@ def _find_model(model: str | Path | Llama, device: str, dtype: str, packed: Pack
     if dtype not in ("auto", *DTYPES):
         hint = "; 8 bits are quantization='int8'" if dtype == "int8" else ""
         raise InputError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}{hint}")
-    if not isinstance(model, Llama):
+    if isinstance(model, (str, Path)):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         wanted = dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
@@ -507,13 +516,9 @@ def _find_model(model: str | Path | Llama, device: str, dtype: str, packed: Pack
     place, found = model.embed.device, str(model.embed.dtype).removeprefix("torch.")
     if device != "auto" and torch.device(device).type != place.type:
         raise InputError(f"device is {device!r} and the model is on {place}: move one of them")
-    _check_cpu_dtype(place.type, found)
-    if dtype not in ("auto", found):
-        raise InputError(
-            f"dtype is {dtype!r} and the model is {found}: a model that is given live is used as it is "
-            "(load_checkpoint(directory, dtype=...) gives another)"
-        )
-    return model
+    wanted = found if dtype == "auto" else dtype
+    _check_cpu_dtype(place.type, wanted)
+    return copy_in(model, DTYPES[wanted])
 
 
 GPU_BLOCKS = (8, 16, 32, 64, 128)  # tiles of its kernels
@@ -548,6 +553,6 @@ def _find_tokenizer(model: Any, tokenizer: Tokenizer | str | Path | None) -> Tok
         return Tokenizer(tokenizer)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise InputError(f"tokenizer is {tokenizer!r}; expected a Tokenizer or the path of one")
-    if tokenizer is None and not isinstance(model, Llama) and (Path(model) / "tokenizer.model").is_file():
+    if tokenizer is None and isinstance(model, (str, Path)) and (Path(model) / "tokenizer.model").is_file():
         return Tokenizer(model)
     return tokenizer

@@ -9,16 +9,19 @@ What differs between training and sampling comes in as arguments of `Llama.forwa
   dropout(site, x [N, dim]) -> [N, dim]
       nothing but in training; site 0 is the embedding, 2 * layer + 1 and 2 * layer + 2 what attention and MLP add to the
       residual stream
+  run(block, *its arguments) -> what the block returns
+      calls it; or `recomputed`, which keeps for the backward what goes into a block and nothing of what is in it
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from engine import ops
 from engine.config import LlamaConfig
@@ -26,6 +29,7 @@ from engine.errors import InputError
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Dropout = Callable[[int, torch.Tensor], torch.Tensor]
+Run = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Kernels(NamedTuple):
@@ -44,6 +48,16 @@ TRAINING = Kernels(F.embedding, ops.dense, ops.rms_norm, ops.add_rms_norm, ops.s
 def keep(site: int, x: torch.Tensor) -> torch.Tensor:
     """No dropout."""
     return x
+
+
+def plainly(block: nn.Module, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return block(*given)
+
+
+def recomputed(block: nn.Module, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same bits for a forward more; the backward makes a block's activations again. Dropout is a
+    function of what a token is, so there is no generator to set back."""
+    return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.Module):
@@ -121,63 +135,14 @@ class Block(nn.Module):
         return x, dropout(2 * layer + 2, self.mlp(normed, kernels))
 
 
-class Llama(nn.Module):
-    """Llama 2. Parameters are created uninitialised: load a checkpoint, or call `init_weights`.
+class Weights(nn.Module):
+    """Parameters with an epoch, `weight_epoch`, which counts their updates. Whoever changes them in place calls
+    `weights_changed()`; a change that nobody announced is found by `check_weights()`, because every in-place write raises
+    a tensor's version."""
 
-    `weight_epoch` counts the updates of the weights. Whoever changes them in place calls `weights_changed()`; a change
-    that nobody announced is found by `check_weights()`, because every in-place write raises a tensor's version.
-    """
-
-    def __init__(
-        self, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        cos, sin = rope_tables(config)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
-        self.to(device=device, dtype=dtype)
-        self.rope_cos, self.rope_sin = cos.to(device), sin.to(device)  # angles stay fp32
-        self.weight_epoch = 0
-        self.half_updated = False  # an update that was interrupted has written some of its tensors
-        self._announced = self._versions()
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        attend: Attend,
-        kernels: Kernels = TRAINING,
-        dropout: Dropout = keep,
-    ) -> torch.Tensor:
-        """tokens [N] int64, positions [N] int64 -> hidden states after the last norm [N, dim]. The head is the caller's:
-        `token_logprobs(hidden, model.head, targets)`, or `kernels.linear(hidden, model.head)` for logits [N, vocab]."""
-        if kernels is TRAINING and any(map(given_up, self.blocks[0].parameters())):
-            raise InputError(
-                "this model's matrices were packed for sampling and given up: load_checkpoint gives one to train or score"
-            )
-        x = dropout(0, kernels.embed(tokens, self.embed))  # [N, dim]
-        cos, sin = kernels.embed(positions, self.rope_cos), kernels.embed(positions, self.rope_sin)  # [N, D/2]
-        branch = None
-        for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, cos, sin, layer, attend, kernels, dropout)
-        return self.norm(x, branch, kernels)[1]
-
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0, std: float = 0.02) -> Llama:
-        """Normal(0, std) for matrices, ones for norms, from `seed` alone. Returns the model."""
-        generator = torch.Generator(device=self.embed.device).manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, std, generator=generator)
-        self.weights_changed()
-        return self
+    weight_epoch = 0
+    half_updated = False  # an update that was interrupted has written some of its tensors
+    _announced: list[int]
 
     def weights_changed(self) -> int:
         """Raise and return the weight epoch: everything cached from the old weights (KV blocks, packed copies) is stale."""
@@ -206,6 +171,60 @@ class Llama(nn.Module):
                 "torch.inference_mode()"
             )
         return [parameter._version for parameter in self.parameters()]
+
+
+class Llama(Weights):
+    """Llama 2. Parameters are created uninitialised: load a checkpoint, or call `init_weights`."""
+
+    def __init__(
+        self, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = self.embed if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        cos, sin = rope_tables(config)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.to(device=device, dtype=dtype)
+        self.rope_cos, self.rope_sin = cos.to(device), sin.to(device)  # angles stay fp32
+        self._announced = self._versions()
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        kernels: Kernels = TRAINING,
+        dropout: Dropout = keep,
+        run: Run = plainly,
+    ) -> torch.Tensor:
+        """tokens [N] int64, positions [N] int64 -> hidden states after the last norm [N, dim]. The head is the caller's:
+        `token_logprobs(hidden, model.head, targets)`, or `kernels.linear(hidden, model.head)` for logits [N, vocab]."""
+        if kernels is TRAINING and any(map(given_up, self.blocks[0].parameters())):
+            raise InputError(
+                "this model's matrices were packed for sampling and given up: load_checkpoint gives one to train or score"
+            )
+        x = dropout(0, kernels.embed(tokens, self.embed))  # [N, dim]
+        cos, sin = kernels.embed(positions, self.rope_cos), kernels.embed(positions, self.rope_sin)  # [N, D/2]
+        branch = None
+        for layer, block in enumerate(self.blocks):
+            x, branch = run(block, x, branch, cos, sin, layer, attend, kernels, dropout)
+        return self.norm(x, branch, kernels)[1]
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, std: float = 0.02) -> Llama:
+        """Normal(0, std) for matrices, ones for norms, from `seed` alone. Returns the model."""
+        generator = torch.Generator(device=self.embed.device).manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+        self.weights_changed()
+        return self
 
 
 def given_up(parameter: torch.Tensor) -> bool:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 import engine._C as _C
 from engine import native
 from engine.errors import InputError
+from engine.kernels import adamw as _adamw
 from engine.kernels import chunk_attention as _chunk
 from engine.kernels import dropout as _dropout
 from engine.kernels import flash as _flash
@@ -49,6 +50,7 @@ from engine.kernels import swiglu as _swiglu
 from engine.kernels import tree_attention as _tree
 from engine.kernels import tree_windows as _windows
 from engine.kernels import work_attention as _work
+from engine.kernels.adamw import AdamWStep, Place
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
 from engine.native import array, view
@@ -152,6 +154,17 @@ def _native_dropout_mask(
         out.numpy(),
     )
     return out
+
+
+def _native_adamw_bf16(
+    weight: torch.Tensor, grad: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: AdamWStep, place: Place
+) -> None:
+    w, g, m, s = (view(x.view(-1)) for x in (weight, grad, mean, square))
+    _C.adamw_bf16(
+        w, g, m, s, place.key & 0xFFFFFFFFFFFFFFFF, place.number, place.first,
+        step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2,
+        step.eps, step.decay, step.rate, step.root, step.scale, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int) -> torch.Tensor:
@@ -397,6 +410,11 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", _triton, _without_threads(_sample_rows.sample_rows)),
         Backend("native", _native_fp32, _native_sample),
         Backend("torch", _always, _without_threads(_sample.sample_reference)),
+    ),
+    "adamw_bf16": (
+        Backend("triton", _triton, _adamw.adamw_bf16),
+        Backend("native", _native, _native_adamw_bf16),
+        Backend("torch", _always, _adamw.adamw_bf16_reference),
     ),
     "dropout_mask": (
         Backend("native", _native, _native_dropout_mask),
@@ -731,3 +749,11 @@ def measured_flops(threads: int) -> float:
     """fp32 FLOP/s of this CPU's multiply-adds in registers on `threads` threads: the best of ten runs of half a
     millisecond, once per process."""
     return 1e9 * max(_C.probe_fma(200_000, threads) for _ in range(10))
+
+
+def adamw_bf16(
+    weight: torch.Tensor, grad: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: AdamWStep, place: Place
+) -> None:
+    """One update of AdamW, in place, its write rounded stochastically: weight and grad bf16, mean and square fp32, all
+    contiguous and of one shape. `kernels/adamw.py` has the formula; the same bits on every backend and of any part."""
+    choose("adamw_bf16", weight.device.type).fn(weight, grad, mean, square, step, place)

@@ -9,6 +9,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
+
 from engine import LLM, InputError, Llama, Tokenizer, load_checkpoint, read_config
 from selfreward.formats import read_jsonl
 from selfreward.judge import JudgeTemplate
@@ -78,10 +80,10 @@ class Run:
                 self._loaded = (path, LLM(path, tokenizer, device="cpu", dtype="float32", **settings))
         return self._loaded[1]
 
-    def fresh(self, path: Path) -> Llama:
-        """A copy of a model that training may change."""
+    def fresh(self, path: Path, precision: str) -> Llama:
+        """A copy of a model that training may change, with the parameters that it updates in this precision."""
         self._loaded = None
-        return load_checkpoint(path)
+        return load_checkpoint(path, torch.bfloat16 if precision == "bf16-stochastic" else torch.float32)
 
     def rows(self, name: str) -> list[Row]:
         return read_jsonl(self.dir.file(name))

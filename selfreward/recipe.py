@@ -93,6 +93,8 @@ class SFT(Group):
     max_pack_tokens: Count = 4096
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     save_every: Count | None = 100  # steps between two saved states, from which an interrupted training goes on
+    activation_checkpointing: Literal["none", "full"] = "none"  # full: less memory, a forward more, the same bits
+    precision: Literal["fp32", "bf16-copy", "bf16-stochastic"] = "fp32"  # of parameters, forward and update
 
     @model_validator(mode="after")
     def _rates(self) -> SFT:

@@ -50,6 +50,8 @@ UNDECIDING = (
     ("sampler", "max_sequences"),
     ("sft", "save_every"),
     ("dpo", "save_every"),
+    ("sft", "activation_checkpointing"),
+    ("dpo", "activation_checkpointing"),
     ("eft", "required"),
 )
 CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other key needs a new --out directory"

@@ -2,8 +2,8 @@
 
     state.json            which step it was written after, what was being trained, the checksum of the tensors, and how far
                           training has come besides: tokens, the best held-out measure and where it was
-    step-<n>.safetensors  parameters under their names, AdamW's tensors as `adam.exp_avg.<name>` and so on; of the best step
-                          too, where the best is kept
+    step-<n>.safetensors  parameters under their names (a LoRA's: its adapters alone), AdamW's tensors as
+                          `adam.exp_avg.<name>` and so on; of the best step too, where the best is kept
 
 Nothing else is state: the order of the rows and dropout are functions of (seed, step). The tensors are on the disk under
 a name of their own before state.json, which names their step, is renamed into place, so a kill at any moment leaves the
@@ -27,11 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.errors import InputError
+from engine.lora import LoRA
 from engine.model import Llama
 from engine.train.batches import DPORow, SFTRow
 
 FORMAT = 2
 STATE, METRICS, TIMING = "state.json", "metrics.jsonl", "timing.jsonl"
+NO_NUMBERS = ("save_every", "activation_checkpointing")  # what may be another on a resume
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN_DIFFERENCES = 10
@@ -57,9 +59,11 @@ def clear_state(out_dir: str | Path) -> None:
         directory.rmdir()
 
 
-def identity(model: Llama, rows: Sequence[SFTRow | DPORow], replay: Sequence[SFTRow], config: Any) -> dict[str, Any]:
+def identity(
+    model: Llama | LoRA, rows: Sequence[SFTRow | DPORow], replay: Sequence[SFTRow], config: Any
+) -> dict[str, Any]:
     """All that the numbers of a training depend on beside its starting weights. A resume must agree with every entry."""
-    options = {name: value for name, value in asdict(config).items() if name != "save_every"}
+    options = {name: value for name, value in asdict(config).items() if name not in NO_NUMBERS}
     device = model.embed.device
     found = {
         "config": {"kind": type(config).__name__, **options},
@@ -73,6 +77,8 @@ def identity(model: Llama, rows: Sequence[SFTRow | DPORow], replay: Sequence[SFT
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+    if isinstance(model, LoRA):
+        found["lora"] = {"rank": model.rank, "alpha": model.alpha, "targets": model.targets}
     return json.loads(json.dumps(found))  # as it will be read back: tuples are lists
 
 
@@ -87,10 +93,11 @@ def rows_hash(rows: Sequence[SFTRow | DPORow]) -> str:
     return digest.hexdigest()
 
 
-def weights_hash(model: Llama) -> str:
-    """A hash of the sums of all bit patterns of each parameter: exact in any order, at the speed of memory. It tells
-    models apart that were mistaken for each other, not ones made to deceive."""
-    sums = [p.detach().view(_BITS[p.element_size()]).sum(dtype=torch.int64).item() for p in model.parameters()]
+def weights_hash(model: Llama | LoRA) -> str:
+    """A hash of the sums of all bit patterns of each parameter, a LoRA's base among them: exact in any order, at the speed
+    of memory. It tells models apart that were mistaken for each other, not ones made to deceive."""
+    parameters = [*model.parameters(), *(model.base.parameters() if isinstance(model, LoRA) else ())]
+    sums = [p.detach().view(_BITS[p.element_size()]).sum(dtype=torch.int64).item() for p in parameters]
     return hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
 
 
@@ -103,7 +110,7 @@ class StateDir:
     def __init__(
         self,
         out_dir: Path,
-        model: Llama,
+        model: Llama | LoRA,
         optimizer: torch.optim.Optimizer,
         about: dict[str, Any],
         keep_best: bool = False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 
 from engine import ops
 from engine.errors import InputError
-from engine.model import Dropout, Llama, keep, tree_attend
+from engine.lora import LoRA
+from engine.model import Dropout, Llama, Run, keep, plainly, recomputed, tree_attend
 from engine.train.batches import (
     DPORow,
     Keys,
@@ -33,11 +34,13 @@ from engine.train.batches import (
 from engine.train.dropout import pack_dropout
 from engine.train.heldout import Heldout
 from engine.train.losses import PREFERENCE, chosen_nll, replay_loss, sequence_logps, sft_loss
+from engine.train.precision import check_parameters, check_precision, clip, computing, make_optimizer
 from engine.train.state import METRICS, Progress, StateDir, identity
 from engine.train.timing import Work, peak_flops, timing_row
 from engine.tree import Edges, Pack
 
 SCHEDULES = ("constant", "linear", "cosine")
+CHECKPOINTING: dict[str, Run] = {"none": plainly, "full": recomputed}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class SFTConfig:
 
     lr falls to min_lr by `schedule` after `warmup_steps`; max_pack_tokens bounds the tokens of one forward pass.
     `dropout` is the rate at the embedding and where attention and MLP join the residual stream.
+    activation_checkpointing "full": every block's activations are made again in the backward, a forward more for a
+    fraction of the memory, and the same bits; "none": they are kept.
+    precision: "fp32", "bf16-copy" (fp32 parameters, computing in a bf16 copy) or "bf16-stochastic" (bf16 parameters, whose
+    updates are rounded stochastically): `engine/train/precision.py`.
     Every `save_every` steps the state is saved (None: only when stopped and at the end). The paper's stages have 250 to
     300 steps: at 100 a kill costs at most a third of one, and 12 bytes a parameter are written three times.
     """
@@ -64,10 +71,13 @@ class SFTConfig:
     dropout: float = 0.0
     seed: int = 0
     save_every: int | None = 100
+    activation_checkpointing: str = "none"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        check_precision(self.precision)
         for name in ("epochs", "batch_size", "max_pack_tokens"):
             _check_integer(name, getattr(self, name))
         if self.max_steps is not None:
@@ -119,6 +129,11 @@ class DPOConfig(SFTConfig):
         _check_integer("replay_batch_size", self.replay_batch_size)
 
 
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
 def _check_integer(name: str, value: Any, otherwise: str = "", low: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise InputError(f"{name} is {value!r}; expected an integer of at least {low}{otherwise}")
@@ -155,7 +170,7 @@ Metrics = dict[str, float]
 
 
 def train(
-    model: Llama,
+    model: Llama | LoRA,
     rows: Rows,
     config: SFTConfig,
     out_dir: str | Path | None = None,
@@ -166,7 +181,8 @@ def train(
     replay: Sequence[SFTRow] | None = None,
     heldout: Heldout | None = None,
 ) -> TrainResult:
-    """Train `model` in place on SFTRows (SFTConfig) or DPORows with `reference` set (DPOConfig; `replay`: its rows).
+    """Train `model` in place, of a LoRA the adapters, on SFTRows (SFTConfig) or DPORows with `reference` set (DPOConfig;
+    `replay`: its rows).
 
     Writes `metrics.jsonl` (one row a step, TRL's names) and `timing.jsonl` (tokens and seconds a step, and what follows
     from them: engine/train/timing.py) into `out_dir`; calls `on_step(step, steps, metrics)`. A step whose loss or gradient
@@ -185,9 +201,7 @@ def train(
         _check_heldout(model, heldout, config, out_dir)
     keys = row_keys(rows), row_keys(replay, replay=True)
     batches = batch_order(len(rows), config.batch_size, config.epochs, config.seed, config.max_steps)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(model, config)
     about = identity(model, rows, replay, config) | ({"heldout": heldout.identity()} if heldout else {})
     state = (
         StateDir(Path(out_dir), model, optimizer, about, heldout is not None and heldout.keep_best)
@@ -265,8 +279,11 @@ def learning_rate(config: SFTConfig, step: int, steps: int) -> float:
     return config.lr + (config.min_lr - config.lr) * fall
 
 
-def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: int = 4096) -> list[tuple[float, float]]:
-    """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training."""
+def reference_logprobs(
+    model: Llama | LoRA, rows: Sequence[DPORow], max_pack_tokens: int = 4096
+) -> list[tuple[float, float]]:
+    """Sums of log-probs (chosen, rejected) of every row under `model`, by the same op and packing as training. Where that
+    runs in a bf16 copy, give the copy: `compute_model(model, precision)`."""
     _check_model(model)
     check_kinds(rows, DPORow, "expected a DPORow")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, max_pack_tokens)
@@ -281,27 +298,28 @@ def reference_logprobs(model: Llama, rows: Sequence[DPORow], max_pack_tokens: in
     return [(sums[chosen], sums[rejected]) for chosen, rejected in sequences]
 
 
-def pack_logprobs(model: Llama, pack: Pack, dropout: Dropout = keep) -> torch.Tensor:
+def pack_logprobs(model: Llama | LoRA, pack: Pack, dropout: Dropout = keep, run: Run = plainly) -> torch.Tensor:
     """Log-prob of every edge of a pack [E] fp32, differentiable."""
-    return ops.token_logprobs(_hidden(model, pack, dropout)[pack.edges.row], model.head, pack.edges.target)[0]
+    return ops.token_logprobs(_hidden(model, pack, dropout, run)[pack.edges.row], model.head, pack.edges.target)[0]
 
 
-def _hidden(model: Llama, pack: Pack, dropout: Dropout) -> torch.Tensor:
+def _hidden(model: Llama | LoRA, pack: Pack, dropout: Dropout, run: Run = plainly) -> torch.Tensor:
     """[N, dim]"""
-    return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains), dropout=dropout)
+    return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains), dropout=dropout, run=run)
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, Llama):
-        raise InputError(f"model is {model!r}; expected a Llama, as load_checkpoint returns it")
+    if not isinstance(model, (Llama, LoRA)):
+        raise InputError(f"model is {model!r}; expected a Llama, as load_checkpoint returns it, or a LoRA")
 
 
-def _check_data(model: Llama, rows: Rows, replay: Sequence[SFTRow], config: SFTConfig) -> None:
+def _check_data(model: Llama | LoRA, rows: Rows, replay: Sequence[SFTRow], config: SFTConfig) -> None:
     _check_model(model)
     if not isinstance(config, SFTConfig):
         raise InputError(f"config is a {type(config).__name__}; expected an SFTConfig or a DPOConfig")
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow
     check_kinds(rows, kind, f"{type(config).__name__} trains on {kind.__name__}")
+    check_parameters(model, config.precision)
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens)
     check_references([row for row in rows if isinstance(row, DPORow)])
     weight = config.replay_weight if isinstance(config, DPOConfig) else 0.0
@@ -378,11 +396,14 @@ class Batch:
         )
 
 
-def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer) -> tuple[Metrics, Work]:
+def _step(
+    model: Llama | LoRA, batch: Batch, config: SFTConfig, optimizer: torch.optim.Optimizer
+) -> tuple[Metrics, Work]:
     """One update: its metrics and what it took."""
     optimizer.zero_grad(set_to_none=True)
-    metrics, work = _backward(model, batch, config)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    with computing(model, config.precision) as compute:
+        metrics, work = _backward(compute, batch, config)
+    norm = clip(model, optimizer, config.clip)
     if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
         replayed = f" and replay rows {[number for number, _ in batch.replay]}" if batch.replay else ""
         raise FloatingPointError(
@@ -395,7 +416,7 @@ def _step(model: Llama, batch: Batch, config: SFTConfig, optimizer: torch.optim.
     return {**metrics, "grad_norm": norm}, work
 
 
-def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, Work]:
+def _backward(model: Llama | LoRA, batch: Batch, config: SFTConfig) -> tuple[Metrics, Work]:
     """Add the gradient of the batch's mean loss to the parameters, pack by pack: as many packs as the tokens need."""
     metrics: Metrics = {}
     work = Work()
@@ -403,7 +424,7 @@ def _backward(model: Llama, batch: Batch, config: SFTConfig) -> tuple[Metrics, W
         work = work.and_of(pack, model.config)
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
         with ops.sums_in_fp32():
-            hidden = _hidden(model, pack, dropout)
+            hidden = _hidden(model, pack, dropout, CHECKPOINTING[config.activation_checkpointing])
             loss, part, _ = ops.logprob_loss(hidden, model.head, pack.edges, loss_of, linear)
             loss.backward()
         _add(metrics, part)

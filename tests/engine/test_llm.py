@@ -313,8 +313,6 @@ def test_device_and_dtype_are_checked_against_the_model_and_the_machine():
             LLM(MODEL, device="cuda")
     with pytest.raises(InputError, match="dtype is 'int8'; expected auto, float32"):
         LLM(MODEL, dtype="int8")
-    with pytest.raises(InputError, match="the model is float32: a model that is given live is used as it is"):
-        LLM(MODEL, dtype="bfloat16")
     with pytest.raises(InputError, match="deterministic"):
         LLM(MODEL, deterministic=False)
     with pytest.raises(InputError, match="raise kv_cache_gb"):

@@ -33,7 +33,7 @@ def healthy():
 
 @pytest.mark.parametrize("model", [None, 7, b"m", [1]])
 def test_a_model_that_is_neither_directory_nor_llama_is_named(model):
-    with pytest.raises(InputError, match=re.escape(f"model is {model!r}; expected a Llama or the path")):
+    with pytest.raises(InputError, match=re.escape(f"model is {model!r}; expected a Llama or a LoRA, or the path")):
         LLM(model)
 
 

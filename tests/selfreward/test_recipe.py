@@ -46,14 +46,14 @@ seed rounds model tokenizer init.preset init.dim init.n_layers init.n_heads init
 m1 judge_model method
 data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
-sft.clip sft.max_pack_tokens sft.dropout sft.save_every
+sft.clip sft.max_pack_tokens sft.dropout sft.save_every sft.activation_checkpointing sft.precision
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
 judge.temperature judge.top_p judge.by judge.template judge.draws judge.max_tokens judge.min_valid_draws
 pairs.allow_truncated_chosen
 dpo.lr dpo.min_lr dpo.schedule dpo.warmup_steps dpo.epochs dpo.max_steps dpo.batch_size dpo.weight_decay dpo.betas
-dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.beta dpo.loss
+dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.activation_checkpointing dpo.precision dpo.beta dpo.loss
 dpo.label_smoothing dpo.nll_weight dpo.replay_weight dpo.replay_batch_size
 gates.min_readable gates.min_pairs gates.step0_tolerance gates.parity_tolerance
 evaluation.oracle evaluation.prompts evaluation.temperature evaluation.greedy evaluation.max_tokens

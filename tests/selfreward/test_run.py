@@ -250,6 +250,7 @@ def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_pat
         "sampler.kv_cache_gb=0.05",
         "sampler.max_sequences=60",
         "dpo.save_every=3",
+        "dpo.activation_checkpointing=full",
     ]
     assert command(out, *changed, f"threads={torch.get_num_threads()}") == 0
     assert untimed_report(out) == untimed_report(finished)

@@ -1,0 +1,32 @@
+"""AdamW of bf16 parameters in Triton: the reference's bits, for whole parameters and parts of them.
+
+On a GPU as compiled, elsewhere in Triton's interpreter: the kernel handles bf16 as the bits it is made of.
+"""
+
+import pytest
+import torch
+
+from engine.kernels.adamw import AdamWStep, Place, adamw_bf16, adamw_bf16_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEP = AdamWStep(beta1=0.9, beta2=0.95, eps=1e-8, decay=0.999, rate=3e-3, root=1.7, scale=0.3)
+
+pytestmark = pytest.mark.gpu_too
+
+
+def state(count):
+    generator = torch.Generator().manual_seed(0)
+    size = 10.0 ** torch.randint(-9, 4, (4, count), generator=generator)
+    weight, grad, mean, square = torch.randn(4, count, generator=generator) * size
+    weight[::7], grad[::5], mean[::3], square[::4] = 0, 0, 0, 0
+    return [x.to(DEVICE) for x in (weight.bfloat16(), grad.bfloat16(), mean, square.abs())]
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**35 + 5])
+@pytest.mark.parametrize("count", [0, 1, 1019, 2500])
+def test_the_bits_are_the_references(first, count):
+    place, found, expected = Place(-0x1234_5678_9ABC_DEF0, 2, first), state(count), state(count)
+    adamw_bf16(*found, STEP, place)
+    adamw_bf16_reference(*expected, STEP, place)
+    for a, b in zip(found, expected):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
