@@ -33,5 +33,5 @@ def test_a_ratio_stands_beside_peers_only_and_nothing_where_nothing_was_measured
 
 def test_a_directory_without_records_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no peers-WORKLOAD-THREADS.json"):
+    with pytest.raises(SystemExit, match=r"no peers-WORKLOAD-THREADS\.json"):
         summary.main()
