@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks.throughput import measure
 from benchmarks.workloads import ABLATED, COMPARED
 from engine import InputError
 
-OTHERS = {
+OTHERS: dict[str, Callable[[Sequence[str]], int]] = {
     "kernels": kernels.main,
     "quantization": quantization.main,
     "train": partial(training.main, "train"),

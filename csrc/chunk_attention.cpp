@@ -223,8 +223,7 @@ double microseconds(const ChunkAttentionArguments& a) {
 
 void chunk_attention(const ChunkAttentionArguments& a, int threads, ChunkAttentionRun run) {
   if (a.rows == 0) return;
-  const int64_t paying = share_little() ? threads : int64_t(microseconds(a) / kWorthSharing);
-  const int64_t workers = std::clamp<int64_t>(paying, 1, threads);
+  const auto workers = int64_t(std::clamp<double>(microseconds(a) / worth_sharing(), 1, threads));
   const Work work(a);
   const ChunkAttentionKernels kernels = run(a.bf16);
   if (work.few.empty()) return fold_many(a, work, {}, workers, threads, kernels);

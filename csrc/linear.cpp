@@ -51,7 +51,7 @@ void linear(const LinearArguments& a, int threads, LinearPanels panels, double r
   // Microseconds at `rate` units a nanosecond and 40 bytes of weights a nanosecond:
   const double weights = double(count * kPanel) * double(a.units);
   const double least = std::max(double(a.rows) * weights / (rate * 1e3), 4 * weights / 40e3);
-  if (least < kWorthSharing && !share_little()) threads = 1;
+  if (least < worth_sharing()) threads = 1;
   // Pieces of neighbouring panels, so that the fetch ahead is of use; several per thread, so that none waits long.
   const int64_t pieces = threads == 1 ? 1 : (count < 8 * threads ? count : 8 * threads);
   parallel_for(pieces, threads, [&](int64_t i) { panels(a, count * i / pieces, count * (i + 1) / pieces); });

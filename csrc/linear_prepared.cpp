@@ -39,7 +39,7 @@ void linear_prepared(const float* x, int64_t depth, int64_t groups, const Linear
     section.x_scales = prepare.scales;
     section.starts = prepare.starts;
     // About 5 values a nanosecond.
-    const bool share = double(section.rows * depth) / 5e3 > kWorthSharing || share_little();
+    const bool share = double(section.rows * depth) / 5e3 > worth_sharing();
     const int64_t pieces = share ? std::min<int64_t>(section.rows, 4 * threads) : 1;
     parallel_for(pieces, threads, [&](int64_t i) {
       kernel.prepare(prepare, section.rows * i / pieces, section.rows * (i + 1) / pieces);

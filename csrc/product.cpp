@@ -89,7 +89,7 @@ Level<ProductRun> product_level(int index) { return level_at(index); }
 void product(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, int64_t rows, int64_t columns,
              int64_t depth, bool add, int threads, ProductRun run) {
   thread_local Scratch for_columns, for_rows;
-  if (double(rows) * double(columns) * double(depth) < 2e6 && !share_little()) threads = 1;  // 15 microseconds
+  if (double(rows) * double(columns) * double(depth) / 130e3 < worth_sharing()) threads = 1;  // 130 a nanosecond
   const int64_t slab = std::min(depth, kSlab), panels_at_once = std::max<int64_t>(1, kPackedColumns / (slab * kPanel));
   const int64_t sections = std::max<int64_t>(1, kPackedRows / (slab * kProductSection));
   const int64_t rows_at_once = a.transposed ? sections * kProductSection : rows;

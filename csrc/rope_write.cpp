@@ -54,7 +54,7 @@ void copy_slots(const RopeWriteArguments& a) {
 Level<RopeWriteRows> rope_write_level(int index) { return level_at(index); }
 
 void rope_write(const RopeWriteArguments& a, int threads, RopeWriteRows rows) {
-  parallel_runs(Runs(a.rows, 8 * a.dim * (a.heads + 4 * a.groups), threads), threads,
+  parallel_runs(Runs(a.rows, 16 * a.dim * (a.heads + 4 * a.groups), threads), threads,
                 [&](int64_t, int64_t first, int64_t last) { rows(a, first, last); });
   a.bf16 ? copy_slots<uint16_t>(a) : copy_slots<float>(a);
 }

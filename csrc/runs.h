@@ -9,14 +9,15 @@
 
 namespace selfreward {
 
-// [0, rows) in `count` runs of `length`. `cost`: what a row takes, in multiply-adds; a run is worth at least 2^22 of
-// them (some 100 microseconds; what only moves memory gains less by a thread than it costs), and a thread gets up to
-// four runs.
+// [0, rows) in `count` runs of `length`, up to four for each thread. `cost`: what a row takes, in multiply-adds, 42 of
+// them a nanosecond. What only moves memory gains less by another thread than a product does: it is shared from 2.5
+// times as much work on.
 struct Runs {
   int64_t rows, length, count;
   Runs(int64_t rows, int64_t cost, int threads) : rows(rows) {
-    const int64_t least = share_little() ? 1 : 1 + (int64_t{1} << 22) / std::max<int64_t>(cost, 1);
-    length = std::max(least, 1 + (rows - 1) / (int64_t{4} * threads));
+    const double shares = double(rows) * double(cost) / 42e3 / (2.5 * worth_sharing());
+    const int64_t wanted = shares < 1 ? 1 : int64_t(std::min(2 * shares, 4.0 * threads));
+    length = 1 + (rows - 1) / wanted;
     count = rows > 0 ? 1 + (rows - 1) / length : 0;
   }
 };

@@ -31,12 +31,14 @@ struct Job {
   }
 };
 
+constexpr int kLook = 200;  // microseconds
+
 // Returns when `ready` or after a while. Steps of a model call one kernel after another, so a thread that has worked
 // looks for the next call a little before it sleeps.
 template <typename Ready>
 void spin(const Ready& ready) {
   using clock = std::chrono::steady_clock;
-  for (const auto end = clock::now() + std::chrono::microseconds(50); clock::now() < end;)
+  for (const auto end = clock::now() + std::chrono::microseconds(kLook); clock::now() < end;)
     for (int i = 0; i < 16; ++i) {
       if (ready()) return;
       PAUSE();
@@ -65,6 +67,8 @@ class Pool {
     left_.wait(lock, [&] { return job.active == 0; });
   }
 
+  bool looking() const { return looking_ > 0; }
+
  private:
   bool start() {
     try {
@@ -88,7 +92,9 @@ class Pool {
       lock.lock();
       if (--job.active == 0) left_.notify_all();
       lock.unlock();
+      ++looking_;
       spin([&] { return free_ > 0; });
+      --looking_;
       lock.lock();
     }
   }
@@ -96,7 +102,8 @@ class Pool {
   std::mutex mutex_;  // guards all below, and a job's `active`; who spins reads both without it
   std::condition_variable wake_, left_;
   Job* job_ = nullptr;  // the latest call's: of calls at the same time the others go on with the threads that they have
-  std::atomic<int> free_{0};  // its seats that nobody has taken
+  std::atomic<int> free_{0};     // its seats that nobody has taken
+  std::atomic<int> looking_{0};  // threads that look for work before they sleep
   int threads_ = 0;
 };
 
@@ -120,7 +127,7 @@ namespace {
 std::atomic<bool> sharing_little{false};
 }
 
-bool share_little() { return sharing_little; }
+double worth_sharing() { return sharing_little ? 1e-6 : the_pool().looking() ? 8 : 40; }
 void set_share_little(bool share) { sharing_little = share; }
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work) {

@@ -7,17 +7,16 @@
 
 namespace selfreward {
 
-// Microseconds of work of one thread from which on a linear or attention shares it with another: it may have to wake,
-// and on a busy machine it may be stopped in mid-piece.
-constexpr double kWorthSharing = 40;
+// Microseconds of one thread's work from which on it pays to share it: few while another thread looks for work; else
+// one has to wake, and on a busy machine it may be stopped in mid-piece.
+double worth_sharing();
 
 // Calls work(i) once for every i in [0, count), on the calling thread and at most `threads` - 1 others; which thread
 // takes which i is not defined, so a result must not depend on it. `work` must not throw. Returns when all is done.
 // Calls at the same time share the threads.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work);
 
-// Whether work is shared out however little it is, for tests of what threads do to the results. Normally it is not.
-bool share_little();
+// Work is shared out however little it is, or no more; for tests of what threads do to the results.
 void set_share_little(bool share);
 
 }  // namespace selfreward

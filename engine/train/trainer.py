@@ -34,7 +34,7 @@ from engine.train.batches import (
 from engine.train.dropout import pack_dropout
 from engine.train.heldout import Heldout
 from engine.train.losses import PREFERENCE, chosen_nll, replay_loss, sequence_logps, sft_loss
-from engine.train.precision import check_parameters, check_precision, clip, computing, make_optimizer
+from engine.train.precision import check_parameters, check_precision, clip, compute_model, computing, make_optimizer
 from engine.train.state import METRICS, Progress, StateDir, identity
 from engine.train.timing import Work, peak_flops, timing_row
 from engine.tree import Edges, Pack
@@ -227,7 +227,7 @@ def train(
         seconds = time.perf_counter() - started
         timing = timing_row(done, work, seconds, peak, model.embed.device)
         if heldout and measured and heldout.due(done, len(batches)):
-            found = evaluate(model, measured, config)
+            found = evaluate(compute_model(model, config.precision), measured, config)
             heldout.note(progress, done, found)
             metrics |= {f"eval_{name}": value for name, value in found.items()}
             timing["eval_seconds"] = time.perf_counter() - started - seconds
@@ -253,7 +253,7 @@ def _save(config: SFTConfig, done: int) -> bool:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, batch: Batch, config: SFTConfig) -> Metrics:
+def evaluate(model: Llama | LoRA, batch: Batch, config: SFTConfig) -> Metrics:
     """The metrics of a batch as one step has them, without dropout; its replay rows are left out."""
     metrics: Metrics = {}
     for pack, loss_of, linear in _packs(batch, config, model.embed.device):
@@ -332,7 +332,9 @@ def _check_data(model: Llama | LoRA, rows: Rows, replay: Sequence[SFTRow], confi
         check_rows(replay, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "replay row")
 
 
-def _check_heldout(model: Llama, heldout: Any, config: SFTConfig, out_dir: str | Path | None) -> None:
+def _check_heldout(
+    model: Llama | LoRA, heldout: Any, config: SFTConfig, out_dir: str | Path | None
+) -> None:
     if not isinstance(heldout, Heldout):
         raise InputError(f"heldout is a {type(heldout).__name__}; expected a Heldout(rows, every)")
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow

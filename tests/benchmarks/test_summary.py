@@ -1,0 +1,37 @@
+"""The tables of docs/performance.md are those of the records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import summary
+
+
+def test_the_document_has_the_tables_that_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["summary"])
+    assert summary.main() == 0
+    document = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in document
+
+
+def test_a_ratio_stands_beside_peers_only_and_nothing_where_nothing_was_measured(tmp_path, capsys, monkeypatch):
+    rows = [
+        {"engine": engine, "format": "float32", "class": "float32", "tokens_per_second": speed, "our_speed": 300 / speed,
+         "share_of_flops": 0.5}
+        for engine, speed in (("selfreward", 300.0), ("vllm", 200.0))
+    ]  # fmt: skip
+    record = {"limits": {"gflops": 1.0, "gbps": 2.0}, "rows": rows}
+    (tmp_path / "peers-judging-1.json").write_text(json.dumps(record))
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
+    assert summary.main() == 0
+    out = capsys.readouterr().out
+    assert "| selfreward | float32 |  | **300** |" in out and "| vllm | float32 |  | 200 (1.50x) |" in out
+    assert "| judging | 1 | 1 | 2.0 | 50% of FLOP/s |" in out
+
+
+def test_a_directory_without_records_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no peers-WORKLOAD-THREADS\.json"):
+        summary.main()
