@@ -8,8 +8,8 @@
 // panel, which stay in the second-level cache); groups of 6 rows, 6 x 64 sums in registers. Sums of a section wait in a
 // buffer between chains.
 //
-// AMD EPYC (Zen 5: family 26, model 2; virtual, 2 cores), 2 threads, 2,048 rows x in x out, ours / torch 2.13 in GFLOP/s, in
-// turns, packing included; FMA peak in the same minute 573:
+// AMD EPYC (Zen 5: family 26, model 2; virtual, 2 cores), 2 threads, 2,048 rows x in x out, ours / torch 2.13 in
+// GFLOP/s, in turns, packing included; FMA peak in the same minute 573:
 //
 //                      768 x 2,304   768 x 768   768 x 4,096   2,048 x 768
 //   forward             399 / 221    357 / 232    458 / 223     394 / 233
@@ -40,7 +40,8 @@ constexpr int64_t kPackedColumns = int64_t{1} << 21;  // floats of b that are pa
 constexpr int64_t kPackedRows = int64_t{1} << 20;     // and of a transposed a: 4 MB
 constexpr int64_t kPackedTogether = 14 * kProductGroup;
 
-// Rows of a matrix lie thousands of bytes apart, too far for the processor to guess the next: so many ahead are asked for.
+// Rows of a matrix lie thousands of bytes apart, too far for the processor to guess the next: so many ahead are asked
+// for.
 constexpr int64_t kAhead = 8;
 
 void ask(const float* at, int64_t count) {
