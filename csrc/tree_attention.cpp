@@ -37,7 +37,7 @@ void tree_attention(const TreeAttentionArguments& a, int threads, TreeAttentionT
     const auto tokens = double(a.bounds[i + 1] - a.bounds[i]);
     pairs += tokens * tokens;
   }
-  if (pairs * double(a.heads * a.dim) < 2e6 && !share_little()) threads = 1;  // some 15 microseconds
+  if (pairs * double(a.heads * a.dim) / 130e3 < worth_sharing()) threads = 1;
   parallel_for(a.groups * a.windows, threads, [&](int64_t i) {
     thread_local Scratch scratch;
     const int64_t window = i / a.groups;

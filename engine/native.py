@@ -7,7 +7,6 @@ keeps for its backward what it was given, not what it made on the way.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,6 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 import engine._C as _C
-
-
-empty = partial(torch.empty, dtype=torch.float32)  # whatever torch's default is set to
-zeros = partial(torch.zeros, dtype=torch.float32)
 
 
 def array(x: torch.Tensor) -> Any:
@@ -33,11 +28,16 @@ def view(x: torch.Tensor) -> Any:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def _empty(*shape: Any) -> torch.Tensor:
+    """Whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, add: bool = False) -> torch.Tensor:
     """a [rows, depth] @ b [depth, columns], in `out` if there is one, or added to it. Rows of the three may lie apart, of
     a and b instead the columns. Not differentiable."""
     if out is None:
-        out = empty(len(a), b.shape[1])
+        out = _empty(len(a), b.shape[1])
     _C.product(_matrix(a), _matrix(b), view(out), add, torch.get_num_threads())
     return out
 
@@ -78,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        out = empty(x.shape)
+        out = _empty(x.shape)
         _C.rms_norm(array(x), array(weight), eps, out.numpy(), torch.get_num_threads())
         return out
 
@@ -101,7 +101,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total, out = empty(x.shape), empty(x.shape)
+        total, out = _empty(x.shape), _empty(x.shape)
         threads = torch.get_num_threads()
         _C.add_rms_norm(array(x), array(branch), array(weight), eps, total.numpy(), out.numpy(), threads)
         ctx.save_for_backward(total, weight)
@@ -122,7 +122,7 @@ class _AddRMSNorm(torch.autograd.Function):
 def _rms_norm_gradient(
     x: torch.Tensor, weight: torch.Tensor, eps: float, dy: torch.Tensor, dtotal: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dweight = empty(x.shape), empty(weight.shape)
+    dx, dweight = _empty(x.shape), _empty(weight.shape)
     added = None if dtotal is None else array(dtotal)
     threads = torch.get_num_threads()
     _C.rms_norm_gradient(array(x), array(weight), eps, array(dy), added, dx.numpy(), dweight.numpy(), threads)
@@ -138,7 +138,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
-        out = empty(len(gate_up), gate_up.shape[1] // 2)
+        out = _empty(len(gate_up), gate_up.shape[1] // 2)
         _C.swiglu(array(gate_up), out.numpy(), torch.get_num_threads())
         return out
 
@@ -146,7 +146,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> torch.Tensor:
         (gate_up,) = ctx.saved_tensors
-        out = empty(gate_up.shape)
+        out = _empty(gate_up.shape)
         _C.swiglu_gradient(array(gate_up), array(dout), out.numpy(), torch.get_num_threads())
         return out
 
@@ -170,7 +170,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
-    out = empty(x.shape)
+    out = _empty(x.shape)
     _C.rope(_rows(x), array(cos), array(sin), out.numpy(), back, torch.get_num_threads())
     return out
 
@@ -194,7 +194,8 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor, bounds: NDArray[np.int64]
     ) -> torch.Tensor:
-        out, lse = empty(q.shape), empty(q.shape[1], len(q))
+        v = v.contiguous()  # a view would keep the whole projection until the backward, three times as much
+        out, lse = _empty(q.shape), _empty(q.shape[1], len(q))
         given = _rows(q), _rows(k), _rows(v), array(end), bounds
         _C.tree_attention(*given, out.numpy(), lse.numpy(), torch.get_num_threads())
         ctx.save_for_backward(q, k, v, end, out, lse)
@@ -205,8 +206,8 @@ class _TreeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, end, out, lse = ctx.saved_tensors
-        dq, dk, dv = (empty(x.shape) for x in (q, k, v))
-        given = _rows(q), _rows(k), _rows(v), array(end), ctx.bounds, out.numpy(), lse.numpy(), array(dout)
+        dq, dk, dv = (_empty(x.shape) for x in (q, k, v))
+        given = _rows(q), _rows(k), _rows(v), array(end), ctx.bounds, view(out), view(lse), array(dout)
         _C.tree_attention_gradient(*given, dq.numpy(), dk.numpy(), dv.numpy(), torch.get_num_threads())
         return dq, dk, dv, None, None
 
@@ -232,7 +233,7 @@ class LogprobTiles:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """logp and lse. logits [N, vocab], if given, is filled for `gradients`. A target that is no token has NaN."""
         rows, ids = len(hidden), array(targets)
-        best, hit = empty(rows).fill_(-torch.inf), empty(rows).fill_(torch.nan)
+        best, hit = _empty(rows).fill_(-torch.inf), _empty(rows).fill_(torch.nan)
         total = torch.zeros(rows, dtype=torch.float64)
         for columns, tile in self._tiles(rows, len(weight), logits):
             product(hidden, weight[columns].T, tile)
@@ -253,8 +254,8 @@ class LogprobTiles:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of hidden and weight; logits, where `logprobs` has kept them, are used up."""
         if not len(hidden):
-            return zeros(hidden.shape), zeros(weight.shape)
-        grad_hidden, grad_weight = zeros(hidden.shape), empty(weight.shape)
+            return _empty(hidden.shape).zero_(), _empty(weight.shape).zero_()
+        grad_hidden, grad_weight = _empty(hidden.shape).zero_(), _empty(weight.shape)
         given = array(targets), array(lse), array(grad_logp), array(grad_lse)
         for columns, tile in self._tiles(len(hidden), len(weight), logits):
             if logits is None:
@@ -268,8 +269,8 @@ class LogprobTiles:
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """logp and the gradients of hidden and weight, for a slope of the loss that is known beforehand."""
-        grad_hidden, grad_weight = empty(hidden.shape), zeros(weight.shape)
-        logp, vocab = empty(len(hidden)), len(weight)
+        grad_hidden, grad_weight = _empty(hidden.shape), _empty(weight.shape).zero_()
+        logp, vocab = _empty(len(hidden)), len(weight)
         size = max(16, self.ROW_BYTES // (4 * vocab))
         place = self._place(min(size, len(hidden)), vocab)
         for start in range(0, len(hidden), size):
@@ -293,7 +294,7 @@ class LogprobTiles:
     def _place(self, rows: int, columns: int) -> torch.Tensor:
         """Empty. Its rows are an odd number of cache lines apart: at a distance of 8 KB they would get into each other's
         way in the caches."""
-        return empty(rows, (-(-columns // 16) | 1) * 16)[:, :columns]
+        return _empty(rows, (-(-columns // 16) | 1) * 16)[:, :columns]
 
     def _gradient(
         self, tile: torch.Tensor, columns: slice, targets: Any, lse: Any, grad_logp: Any, grad_lse: Any

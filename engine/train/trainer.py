@@ -332,9 +332,7 @@ def _check_data(model: Llama | LoRA, rows: Rows, replay: Sequence[SFTRow], confi
         check_rows(replay, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens, "replay row")
 
 
-def _check_heldout(
-    model: Llama | LoRA, heldout: Any, config: SFTConfig, out_dir: str | Path | None
-) -> None:
+def _check_heldout(model: Llama | LoRA, heldout: Any, config: SFTConfig, out_dir: str | Path | None) -> None:
     if not isinstance(heldout, Heldout):
         raise InputError(f"heldout is a {type(heldout).__name__}; expected a Heldout(rows, every)")
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 
 import engine._C as _C
-from engine import native, ops
+from engine import Llama, LlamaConfig, native, ops
 from engine.kernels.linear_logprob import linear_logprob, linear_logprob_loss, linear_logprob_reference
 from engine.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from engine.kernels.rope import rope_reference
 from engine.kernels.swiglu import swiglu_reference
 from engine.kernels.tree_attention import tree_attention_reference
+from engine.train.trainer import pack_logprobs
 from engine.tree import TokenTree
 from tests.kernels.yardstick import POISON, check, gradients, within
 
@@ -312,3 +313,54 @@ def same(n):
 def trees(end, bounds, heads=2):
     ints = np.array(end, np.int64), np.array(bounds, np.int64)
     return _C.tree_attention(f(2, heads, 4), f(2, 2, 4), f(2, 2, 4), *ints, f(2, heads, 4), f(heads, 2), 1)
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch):
+    """Choices of backends are remembered; they are forgotten around a test that sets SELFREWARD_BACKEND."""
+    monkeypatch.delenv("SELFREWARD_BACKEND", raising=False)
+    ops.choose.cache_clear()
+    yield monkeypatch
+    ops.choose.cache_clear()
+
+
+TRAINING = ("dense", "rms_norm", "add_rms_norm", "rope", "swiglu", "tree_attention")
+LOGPROBS = ("linear_logprob", "linear_logprob_loss")
+
+
+def test_the_trainer_computes_natively_in_fp32_and_by_torch_in_other_dtypes_or_where_it_is_asked_for(fresh_choice):
+    for op in (*TRAINING, *LOGPROBS):
+        assert ops.choose(op, "cpu").name == "native"
+        for dtype in (torch.float64, torch.bfloat16):
+            assert ops.choose(op, "cpu", dtype).name == "torch"
+    fresh_choice.setenv("SELFREWARD_BACKEND", "torch")
+    ops.choose.cache_clear()
+    assert {ops.choose(op, "cpu").name for op in (*TRAINING, *LOGPROBS)} == {"torch"}
+
+
+def test_a_models_logprobs_and_gradients_are_those_of_float64(fresh_choice):
+    config = LlamaConfig(48, 2, 4, 2, 12, 80, vocab_size=300, max_seq_len=128)
+    model = Llama(config).init_weights(seed=0, std=0.1)
+    trees = [
+        TokenTree(ids(70), children=(TokenTree(ids(9, 1), 1.0, 0), TokenTree(ids(20, 2), 1.0, 1))),
+        TokenTree(ids(30, 3), 1.0, 2),
+    ]
+    (pack,) = TokenTree.pack(trees, 1000)
+    slope = random(len(pack.edges))
+
+    def logps_and_gradients(dtype):
+        ops.choose.cache_clear()
+        other = Llama(config, dtype=dtype)
+        other.load_state_dict(model.state_dict())
+        logp = pack_logprobs(other, pack)
+        (logp * slope.to(logp.dtype)).sum().backward()
+        return [logp.detach(), *(p.grad for p in other.parameters())]
+
+    mine, exact = logps_and_gradients(torch.float32), logps_and_gradients(torch.float64)
+    fresh_choice.setenv("SELFREWARD_BACKEND", "torch")
+    for found, truth, theirs in zip(mine, exact, logps_and_gradients(torch.float32), strict=True):
+        within(found, truth, theirs, factor=3.0)
+
+
+def ids(count, seed=0):
+    return torch.randint(300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
