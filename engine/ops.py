@@ -714,6 +714,11 @@ def logprob_loss(
     return fn(hidden[edges.row], weight, edges.target, loss, linear)
 
 
+def held_rows(weight: torch.Tensor) -> int:
+    """How many edges `logprob_loss` takes in one pass whatever their loss is: those whose logits fit 256 MB."""
+    return _logprob.HELD_BYTES // (len(weight) * max(4, weight.itemsize))
+
+
 def gumbel_noise(
     seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
 ) -> torch.Tensor:

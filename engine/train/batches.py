@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from engine.errors import InputError
-from engine.tree import Pack, TokenTree
+from engine.tree import Edges, Pack, TokenTree
 
 REPLAY = 1 << 32  # permutations from here on order the replay rows, those below the epochs
 
@@ -182,6 +183,23 @@ def _best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
         bins[number].append(place)
         bisect.insort(rooms, (room - sizes[place], number))
     return sorted(sorted(places) for places in bins)
+
+
+def edge_groups(pack: Pack, limit: int) -> list[Edges]:
+    """The pack's edges in as few groups of neighbouring whole trees as hold at most `limit` each; a tree with more is a
+    group of its own. No loss reaches over two trees: pairs that share an answer are in one."""
+    if len(pack.edges) <= limit:
+        return [pack.edges]
+    tree = (pack.position == 0).cumsum(0)[pack.edges.row]  # [E], ascending
+    sizes = torch.unique_consecutive(tree, return_counts=True)[1].tolist()
+    counts: list[int] = []
+    for size in sizes:
+        if counts and counts[-1] + size <= limit:
+            counts[-1] += size
+        else:
+            counts.append(size)
+    columns = (pack.edges.row, pack.edges.target, pack.edges.weight, pack.edges.sequence)
+    return [Edges(*part) for part in zip(*(column.split(counts) for column in columns), strict=True)]
 
 
 def check_kinds(rows: Any, kind: type, expected: str, name: str = "row") -> None:

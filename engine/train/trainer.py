@@ -27,6 +27,7 @@ from engine.train.batches import (
     build_trees,
     check_kinds,
     check_rows,
+    edge_groups,
     pack_trees,
     replay_batch,
     row_keys,
@@ -258,8 +259,8 @@ def evaluate(model: Llama | LoRA, batch: Batch, config: SFTConfig) -> Metrics:
     metrics: Metrics = {}
     for pack, loss_of, linear in _packs(batch, config, model.embed.device):
         with ops.sums_in_fp32():
-            _, part, _ = ops.logprob_loss(_hidden(model, pack, keep), model.head, pack.edges, loss_of, linear)
-        _add(metrics, part)
+            hidden, loss = _hidden(model, pack, keep), partial(loss_of, edges=pack.edges)
+            _add(metrics, ops.logprob_loss(hidden, model.head, pack.edges, loss, linear)[1])
     return metrics
 
 
@@ -299,8 +300,11 @@ def reference_logprobs(
 
 
 def pack_logprobs(model: Llama | LoRA, pack: Pack, dropout: Dropout = keep, run: Run = plainly) -> torch.Tensor:
-    """Log-prob of every edge of a pack [E] fp32, differentiable."""
-    return ops.token_logprobs(_hidden(model, pack, dropout, run)[pack.edges.row], model.head, pack.edges.target)[0]
+    """Log-prob of every edge of a pack [E] fp32, differentiable. In the groups in which a preference loss takes them, so
+    that a policy that is its own reference has the same bits."""
+    hidden, head = _hidden(model, pack, dropout, run), model.head
+    groups = edge_groups(pack, ops.held_rows(head))
+    return torch.cat([ops.token_logprobs(hidden[edges.row], head, edges.target)[0] for edges in groups])
 
 
 def _hidden(model: Llama | LoRA, pack: Pack, dropout: Dropout, run: Run = plainly) -> torch.Tensor:
@@ -425,14 +429,31 @@ def _backward(model: Llama | LoRA, batch: Batch, config: SFTConfig) -> tuple[Met
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
         with ops.sums_in_fp32():
             hidden = _hidden(model, pack, dropout, CHECKPOINTING[config.activation_checkpointing])
-            loss, part, _ = ops.logprob_loss(hidden, model.head, pack.edges, loss_of, linear)
-            loss.backward()
-        _add(metrics, part)
+            _add(metrics, _pack_backward(hidden, model.head, pack, loss_of, linear))
     return metrics, work
 
 
-LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, Metrics]]
-PackLoss = tuple[Pack, LossOf, bool]  # the loss as a function of the per-edge log-probs; whether it is linear in them
+def _pack_backward(hidden: torch.Tensor, head: torch.Tensor, pack: Pack, loss_of: LossOf, linear: bool) -> Metrics:
+    """Add the gradient of a pack's loss to what hidden [N, dim] comes from, and to the head; the metrics.
+
+    A loss that is not linear in the log-probs takes one pass over the head only where all its logits fit. A pack with more
+    edges is taken tree by tree, as many at a time as fit; their gradients meet in a copy of hidden, whose own backward
+    comes last and once.
+    """
+    groups = [pack.edges] if linear else edge_groups(pack, ops.held_rows(head))
+    top = hidden.detach().requires_grad_() if len(groups) > 1 else hidden
+    metrics: Metrics = {}
+    for edges in groups:
+        value, part, _ = ops.logprob_loss(top, head, edges, partial(loss_of, edges=edges), linear)
+        value.backward()
+        _add(metrics, part)
+    if top is not hidden:
+        hidden.backward(top.grad)
+    return metrics
+
+
+LossOf = Callable[..., tuple[torch.Tensor, Metrics]]
+PackLoss = tuple[Pack, LossOf, bool]  # the loss of (logp, edges=...), some of the pack's trees; whether linear in logp
 
 
 def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[PackLoss]:
@@ -440,7 +461,7 @@ def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[Pa
     rows = list(zip(batch.keys, (row for _, row in batch.rows), strict=True))
     if isinstance(config, DPOConfig):
         yield from _dpo_packs([(keys, row) for keys, row in rows if isinstance(row, DPORow)], config, device)
-        loss: Callable[..., tuple[torch.Tensor, Metrics]] = partial(replay_loss, weight=config.replay_weight)
+        loss: LossOf = partial(replay_loss, weight=config.replay_weight)
         rows = list(zip(batch.replay_keys, (row for _, row in batch.replay), strict=True))
     else:
         loss = sft_loss
@@ -449,39 +470,21 @@ def _packs(batch: Batch, config: SFTConfig, device: torch.device) -> Iterator[Pa
     )
 
 
-def _sft_packs(
-    rows: list[tuple[Keys, SFTRow]],
-    loss: Callable[..., tuple[torch.Tensor, Metrics]],
-    budget: int,
-    device: torch.device,
-) -> Iterator[PackLoss]:
+def _sft_packs(rows: list[tuple[Keys, SFTRow]], loss: LossOf, budget: int, device: torch.device) -> Iterator[PackLoss]:
     """`loss` is divided by the number of all target tokens of the rows (at least 1: without targets it is 0)."""
     total = float(max(1, sum(row.targets for _, row in rows)))
     for pack in pack_trees(build_trees(rows, budget)[0], budget):
-        pack = pack.to(device)
-        yield pack, partial(loss, edges=pack.edges, total_weight=total), True
+        yield pack.to(device), partial(loss, total_weight=total), True
 
 
 def _dpo_packs(rows: list[tuple[Keys, DPORow]], config: DPOConfig, device: torch.device) -> Iterator[PackLoss]:
     trees, sequences = build_trees(rows, config.max_pack_tokens)
     reference = torch.tensor([row.reference for _, row in rows], dtype=torch.float32, device=device)  # [pairs, 2]
     pairs = torch.tensor(sequences, device=device)  # [pairs, 2]
-    chosen_tokens = sum(len(row.chosen) for _, row in rows)
+    totals = len(rows), sum(len(row.chosen) for _, row in rows)
+    loss = partial(preference_loss, sequences=pairs, reference=reference, totals=totals, config=config)
     for pack in pack_trees(trees, config.max_pack_tokens):
-        pack = pack.to(device)
-        here = torch.isin(pairs[:, 0], pack.edges.sequence)
-        yield (
-            pack,
-            partial(
-                preference_loss,
-                edges=pack.edges,
-                sequences=pairs[here],
-                reference=reference[here],
-                totals=(len(rows), chosen_tokens),
-                config=config,
-            ),
-            False,
-        )
+        yield pack.to(device), loss, False
 
 
 def preference_loss(
@@ -492,11 +495,14 @@ def preference_loss(
     totals: tuple[int, int],
     config: DPOConfig,
 ) -> tuple[torch.Tensor, Metrics]:
-    """The loss of a pack's pairs (`sequences` and `reference` [P, 2], as in `dpo_loss`) by the options of `config`.
+    """The loss of the pairs whose answers are in `edges` by the options of `config`.
 
-    totals: pairs, and target tokens of their chosen answers, of the whole batch.
+    sequences and reference [P, 2], as in `dpo_loss`, of all pairs of the batch; totals: their number, and the target tokens
+    of their chosen answers.
     """
     pairs, tokens = totals
+    here = torch.isin(sequences[:, 0], edges.sequence)
+    sequences, reference = sequences[here], reference[here]
     loss, metrics = PREFERENCE[config.loss](
         logp, edges, reference, config.beta, pairs, config.label_smoothing, sequences
     )

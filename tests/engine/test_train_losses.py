@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from engine import DPOConfig, DPORow, InputError, SFTConfig, SFTRow, reference_logprobs, train
-from engine.train.batches import build_trees, pack_trees, row_keys
+from engine.kernels import linear_logprob
+from engine.train.batches import build_trees, edge_groups, pack_trees, row_keys
 from engine.train.losses import chosen_nll, dpo_loss, ipo_loss
 from engine.train.trainer import Batch, _backward, _packs
 from engine.tree import TokenTree
@@ -79,6 +80,46 @@ def test_a_preference_loss_and_its_gradients_are_the_plain_ones(options, rows, b
     assert_close(found, expected)
     chosen = torch.stack([plain_logprob(llama, row.prompt, row.chosen) - row.reference[0] for row in rows])
     assert metrics["rewards/chosen"] == pytest.approx(BETA * chosen.mean().item(), rel=1e-9)
+
+
+@pytest.fixture
+def few_logits_at_once(monkeypatch):
+    """Twenty rows of logits fit: most trees alone, no pack."""
+    monkeypatch.setattr(linear_logprob, "HELD_BYTES", 20 * 29 * 8)
+    monkeypatch.setattr(linear_logprob._LinearLogprob, "apply", None)  # nothing is computed twice
+
+
+@each_loss
+def test_a_pack_whose_logits_do_not_fit_is_taken_tree_by_tree_in_one_pass(options, few_logits_at_once):
+    rows = preferences()
+    rows[2] = DPORow(rows[0].prompt, rows[0].chosen, rows[2].rejected, rows[2].reference)
+    llama, config = model(torch.float64), DPOConfig(beta=BETA, **options)
+    plain = plain_loss(llama, rows, **options)
+    expected = torch.autograd.grad(plain, list(llama.parameters()))
+    ((pack, *_),) = _packs(Batch.take(rows, (), config, 0, range(7)), config, torch.device("cpu"))
+    assert len(pack.edges) > 2 * 20 > 20 >= max(len(edges) for edges in edge_groups(pack, 20))
+    metrics, found, _ = backward(llama, rows, config)
+    assert metrics["loss"] == pytest.approx(plain.item(), rel=1e-12)
+    assert_close(found, expected)
+
+
+def test_groups_of_edges_are_whole_trees_that_fit_or_one_that_does_not():
+    rows = [DPORow([1, n], [3] * size, [4] * size) for n, size in enumerate((2, 3, 1, 6, 1, 1))]
+    (pack,) = pack_trees(trees(rows)[0], 99)
+    groups = edge_groups(pack, 10)
+    assert [len(edges) for edges in groups] == [10, 2, 12, 4]
+    assert torch.equal(torch.cat([edges.target for edges in groups]), pack.edges.target)
+    assert edge_groups(pack, 28) == [pack.edges]
+    assert [len(edges) for edges in edge_groups(pack, 1)] == [4, 6, 2, 12, 2, 2]
+
+
+def test_a_policy_that_is_its_reference_costs_ln_2_exactly_however_its_logits_are_grouped(monkeypatch):
+    for fitting in (1000, 20, 1):
+        monkeypatch.setattr(linear_logprob, "HELD_BYTES", fitting * 29 * 4)
+        rows = with_reference(pairs(7), reference_logprobs(model(), pairs(7)))
+        metrics, _, _ = backward(model(), rows, DPOConfig())
+        assert metrics["rewards/margins"] == metrics["rewards/chosen"] == 0
+        assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
 @pytest.mark.parametrize("budget", [24, 4096], ids=["many packs", "one pack"])
