@@ -314,9 +314,9 @@ class LLM:
         """Run all groups to their end; yields each when it is finished. Empties the list: the scheduler has them."""
         if self._asleep:
             raise InputError("this LLM is asleep; call wake() first")
-        copy_in(self._live, self.model.embed.dtype)  # is `self.model`, which now is up to date
         if self._running:
             raise InputError("this LLM is still running an earlier stream; exhaust or close it first")
+        copy_in(self._live, self.model.embed.dtype)  # is `self.model`, which now is up to date
         if self._scheduler.epoch != self.model.weight_epoch:
             self._pool.reset()  # old blocks could not be found any more; make room for new ones
             self._scheduler.epoch = self.model.weight_epoch
