@@ -32,6 +32,8 @@ void check_product() {
           check_shape(rows, columns, depth, transposed & 1, transposed & 2, (rows + columns) % 2);
   check_shape(300, 65, 7, false, false, true);
   check_shape(300, 65, 7, true, true, false);
+  check_shape(7, 65, 2100, false, false, false);  // more than a slab of the depth
+  check_shape(7, 65, 2100, true, true, true);
   check_shape(3, 0, 7, true, false, false);
 }
 
