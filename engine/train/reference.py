@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.lora import LoRA
 from engine.model import Llama
 from engine.train.batches import DPORow, check_kinds
 from engine.train.state import rows_hash, weights_hash
@@ -30,7 +31,7 @@ _SHOWN_DIFFERENCES = 5
 
 
 def cached_reference(
-    path: str | Path, model: Llama, rows: Sequence[DPORow], template_hash: str = "", max_pack_tokens: int = 4096
+    path: str | Path, model: Llama | LoRA, rows: Sequence[DPORow], template_hash: str = "", max_pack_tokens: int = 4096
 ) -> list[DPORow]:
     """The rows with their log-probs under `model`: from `path`, which is computed and written where it does not exist.
 
@@ -43,7 +44,7 @@ def cached_reference(
     return load_reference(path, model, rows, template_hash)
 
 
-def save_reference(path: str | Path, model: Llama, rows: Sequence[DPORow], template_hash: str = "") -> None:
+def save_reference(path: str | Path, model: Llama | LoRA, rows: Sequence[DPORow], template_hash: str = "") -> None:
     """Write the `reference` of every row, with the keys. The file is complete or not there, whenever the process dies."""
     check_references(rows)
     path = Path(path)
@@ -63,7 +64,9 @@ def save_reference(path: str | Path, model: Llama, rows: Sequence[DPORow], templ
         raise InputError(f"{path} cannot be written ({error}); make room or give another file") from None
 
 
-def load_reference(path: str | Path, model: Llama, rows: Sequence[DPORow], template_hash: str = "") -> list[DPORow]:
+def load_reference(
+    path: str | Path, model: Llama | LoRA, rows: Sequence[DPORow], template_hash: str = ""
+) -> list[DPORow]:
     """The rows with the file's log-probs. `model`: the reference model, or the policy before its first step.
 
     InputError: the file is damaged, has no keys, or was made with another model, template or other pairs: says which.
@@ -95,7 +98,7 @@ def load_reference(path: str | Path, model: Llama, rows: Sequence[DPORow], templ
     return referenced
 
 
-def reference_gap(model: Llama, rows: Sequence[DPORow], pairs: int = 64) -> float:
+def reference_gap(model: Llama | LoRA, rows: Sequence[DPORow], pairs: int = 64) -> float:
     """How far the log-probs of the first `pairs` rows' answers are from `reference` under `model`, at most, in nats.
 
     Before the first step of a DPO whose reference is the model itself they are rounding apart: more than 1e-3 in fp32 says
@@ -112,7 +115,7 @@ def reference_gap(model: Llama, rows: Sequence[DPORow], pairs: int = 64) -> floa
     return next((gap for gap in gaps if gap != gap), max(gaps))  # max() alone would pass over NaN
 
 
-def _keys(model: Llama, rows: Sequence[DPORow], template_hash: str) -> Iterator[dict[str, str]]:
+def _keys(model: Llama | LoRA, rows: Sequence[DPORow], template_hash: str) -> Iterator[dict[str, str]]:
     model_hash = weights_hash(model)
     for row in rows:
         data_hash = rows_hash([replace(row, reference=None)])

@@ -8,6 +8,7 @@ from scipy import stats
 from engine import _C, ops
 from engine.kernels import adamw
 from engine.kernels.adamw import AdamWStep, Place, adamw_bf16_reference, random_halves
+from engine.native import view
 
 KEY = 0x1234_5678_9ABC_DEF0
 STEP = AdamWStep(beta1=0.9, beta2=0.95, eps=1e-8, decay=0.999, rate=3e-3, root=1.7, scale=0.3)
@@ -30,7 +31,7 @@ def after(update, given, place, step=STEP):
 
 def native(level="", threads=1):
     def update(weight, grad, mean, square, step, place):
-        flat = [ops._view(x) for x in (weight, grad, mean, square)]
+        flat = [view(x) for x in (weight, grad, mean, square)]
         rest = {"beta1": step.beta1, "rest1": 1 - step.beta1, "beta2": step.beta2, "rest2": 1 - step.beta2}
         rest |= {name: getattr(step, name) for name in ("eps", "decay", "rate", "root", "scale")}
         place = place._replace(key=place.key & (2**64 - 1))
