@@ -32,11 +32,11 @@ class Case(NamedTuple):
 class Bench:
     """Times cases and writes rows."""
 
-    def __init__(self, part: str, smoke: bool, out: Path | None) -> None:
+    def __init__(self, part: str, smoke: bool, out: Path | None, minutes: float = MINUTES) -> None:
         self.part, self.smoke = part, smoke
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.deadline = time.monotonic() + 60 * MINUTES
+        self.minutes, self.deadline = minutes, time.monotonic() + 60 * minutes
         self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         self.rows: list[dict[str, Any]] = []
         self._file = None
@@ -152,7 +152,7 @@ class Bench:
         """Whether the time is; then a row says what was not begun."""
         if time.monotonic() <= self.deadline:
             return False
-        self.write(what, skipped=f"{MINUTES} minutes are over")
+        self.write(what, skipped=f"{self.minutes:g} minutes are over")
         return True
 
     def write(self, kernel: str, **values: Any) -> None:

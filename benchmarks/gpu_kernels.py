@@ -13,6 +13,7 @@ from benchmarks.gpu_bench import Bench, Case
 from engine.batch import Layout
 from engine.config import LlamaConfig
 from engine.graphs import map_tensors
+from engine.kernels import adamw as updates
 from engine.kernels import flash, linear_logprob, sample_rows, tree_attention, work_attention
 from engine.kernels import rms_norm as norms
 from engine.kernels import rope as ropes
@@ -314,6 +315,20 @@ def sampling(bench: Bench) -> Iterator[Case]:
             yield Case("sample_rows", shape, ours, {"sorted": by_sorting}, exact, moved, bound=1e-4)
 
 
+def adamw(bench: Bench) -> Iterator[Case]:
+    """Rounded stochastically, 22 bytes read and written a parameter, beside torch's fused update of fp32 parameters, 28."""
+    count = 1000 if bench.smoke else 1 << 27
+    weight, gradient = (random(bench, count, dtype=torch.bfloat16) for _ in range(2))
+    mean, square = (torch.zeros(count, device=bench.device) for _ in range(2))
+    step = updates.AdamWStep(0.9, 0.95, 1e-8, 1.0, 1e-6, 1.0, 1.0)
+    place = updates.Place(1, 0)
+    wide = random(bench, count, dtype=torch.float32, grad=True)
+    wide.grad = random(bench, count, dtype=torch.float32)
+    fused = torch.optim.AdamW([wide], lr=1e-6, weight_decay=0.0, fused=True)
+    ours = lambda: updates.adamw_bf16(weight, gradient, mean, square, step, place)  # noqa: E731
+    yield Case("adamw_bf16", f"{count}", ours, {"torch fused, fp32": fused.step}, None, 22 * count)
+
+
 MAKERS: list[Callable[[Bench], Iterator[Case]]] = [
     rms_norm,
     rope,
@@ -325,4 +340,5 @@ MAKERS: list[Callable[[Bench], Iterator[Case]]] = [
     rope_write,
     logprob,
     sampling,
+    adamw,
 ]

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from engine import InputError, NotBuiltError, Tokenizer, content_hash
+from engine import InputError, NotBuiltError, Tokenizer, backends, content_hash
 from selfreward import stages
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.inputs import check_inputs, load_tokenizer
@@ -245,6 +245,7 @@ def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> 
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "training_threads": torch.get_num_threads(),
+        "backends": backends(),
     }
 
 

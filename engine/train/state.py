@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from engine import ops
 from engine.errors import InputError
 from engine.lora import LoRA
 from engine.model import Llama
@@ -37,6 +38,10 @@ NO_NUMBERS = ("save_every", "activation_checkpointing")  # what may be another o
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN_DIFFERENCES = 10
+WHY = {
+    "threads": " (the last bits of torch's sums depend on it: torch.set_num_threads)",
+    "backends": " (the last bits depend on it: SELFREWARD_BACKEND)",
+}
 
 
 @dataclass
@@ -76,6 +81,7 @@ def identity(
         else torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "backends": ops.backends(device.type),
     }
     if isinstance(model, LoRA):
         found["lora"] = {"rank": model.rank, "alpha": model.alpha, "targets": model.targets}
@@ -262,7 +268,7 @@ def _differences(there: Any, here: Any, key: str) -> Iterator[str]:
     elif there != here and key in ("rows", "replay", "heldout.rows"):
         yield "the rows are others" if key == "rows" else f"the {key.removesuffix('.rows')} rows are others"
     elif there != here:
-        why = " (the last bits of torch's sums depend on it: torch.set_num_threads)" if key == "threads" else ""
+        why = WHY.get(key.split(".")[0], "")
         yield f"{key} was {there!r}, is {here!r}{why}"
 
 

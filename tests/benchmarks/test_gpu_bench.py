@@ -32,7 +32,7 @@ def smoke(part, tmp_path):
             "kernels",
             {
                 *("rms_norm", "rms_norm backward", "add + rms_norm", "rope", "swiglu", "swiglu backward", "rope_write"),
-                *("tree_attention", "tree_attention backward", "work_attention", "sample_rows"),
+                *("tree_attention", "tree_attention backward", "work_attention", "sample_rows", "adamw_bf16"),
                 *("linear_logprob forward", "linear_logprob recompute", "linear_logprob one pass"),
             },
         ),

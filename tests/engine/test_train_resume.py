@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import DPOConfig, Heldout, InputError, SFTConfig, SFTRow, TrainingInterrupted, clear_state, train
+from engine import DPOConfig, Heldout, InputError, SFTConfig, SFTRow, TrainingInterrupted, clear_state, ops, train
 from engine.train import state as state_module
 from tests.engine.test_train import model, pairs, with_reference
 
@@ -340,7 +340,7 @@ def test_another_config_is_refused_by_name(change, said, stopped):
     assert train(model(), rows, other_rhythm, stopped).steps == STEPS  # changes no number, so it may change
 
 
-def test_other_rows_another_model_dtype_torch_or_thread_count_are_refused_by_name(stopped, monkeypatch):
+def test_other_rows_model_dtype_torch_threads_or_kernels_are_refused_by_name(stopped, monkeypatch):
     rows, config = dpo()
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="the rows are others"):
@@ -358,6 +358,15 @@ def test_other_rows_another_model_dtype_torch_or_thread_count_are_refused_by_nam
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     with pytest.raises(InputError, match=r"threads was \d+, is 7 \(the last bits of torch's sums depend on it"):
         train(model(), rows, config, stopped)
+    monkeypatch.undo()
+    monkeypatch.setenv("SELFREWARD_BACKEND", "torch")
+    ops.choose.cache_clear()
+    try:
+        said = r"backends.rms_norm was 'native', is 'torch' \(the last bits depend on it: SELFREWARD_BACKEND"
+        with pytest.raises(InputError, match=said):
+            train(model(), rows, config, stopped)
+    finally:
+        ops.choose.cache_clear()
     assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
 
 
