@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -133,6 +134,7 @@ class Bench:
     def all(self, makers: list[Callable[[Bench], Iterator[Case]]]) -> None:
         """Every case of every maker, until the time is over; one that fails is a row, and the next is run."""
         for make in makers:
+            gc.collect()  # the models of the maker before
             try:
                 if self.over(make.__name__):
                     continue

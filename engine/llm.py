@@ -475,8 +475,8 @@ _COUNTERS = (
 def available_memory(device: torch.device) -> int:
     """Bytes that can be taken: of a GPU, or without swapping, where the page cache counts as it does in MemAvailable."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, unused
-        return torch.cuda.mem_get_info(device)[0] + kept
+        torch.cuda.empty_cache()  # what torch's allocator keeps after that lies in pieces
+        return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):

@@ -95,7 +95,8 @@ def _adamw_bf16(  # type: ignore[no-untyped-def]
     block = start // 8 + tl.arange(0, BLOCK // 8)
     low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     zero = low ^ low
-    w0, w1, w2, w3 = philox(key, high, zero + number.to(tl.uint32), low, zero)
+    key, number = tl.full((), key, tl.int64), tl.full((), number, tl.uint32)  # an argument that is 1 is a constant
+    w0, w1, w2, w3 = philox(key, high, zero + number, low, zero)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     random = tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
     at = start - first + tl.arange(0, BLOCK)

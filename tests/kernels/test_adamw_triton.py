@@ -25,7 +25,15 @@ def state(count):
 @pytest.mark.parametrize("first", [0, 5, 2**35 + 5])
 @pytest.mark.parametrize("count", [0, 1, 1019, 2500])
 def test_the_bits_are_the_references(first, count):
-    place, found, expected = Place(-0x1234_5678_9ABC_DEF0, 2, first), state(count), state(count)
+    check(count, Place(-0x1234_5678_9ABC_DEF0, 2, first))
+
+
+def test_arguments_that_are_1_which_triton_takes_as_constants():
+    check(2500, Place(1, 1, 1))
+
+
+def check(count, place):
+    found, expected = state(count), state(count)
     adamw_bf16(*found, STEP, place)
     adamw_bf16_reference(*expected, STEP, place)
     for a, b in zip(found, expected):
