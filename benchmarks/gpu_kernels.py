@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -250,6 +252,17 @@ def rope_write(bench: Bench) -> Iterator[Case]:
     )
 
 
+def others(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """The same log-probs, differentiable, from what is installed of others."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        found["F.linear_cross_entropy"] = lambda: -F.linear_cross_entropy(hidden, weight, targets, reduction="none")
+    if hidden.is_cuda and find_spec("cut_cross_entropy"):
+        cut = import_module("cut_cross_entropy").linear_cross_entropy
+        found["cut_cross_entropy"] = lambda: -cut(hidden, weight, targets, reduction="none")
+    return found
+
+
 def logprob(bench: Bench) -> Iterator[Case]:
     """`eager`: products in the dtype, logits widened, log-softmax, gather."""
     edges, dim, vocab = (5, 16, 40) if bench.smoke else (8192, 4096, 32000)
@@ -276,10 +289,17 @@ def logprob(bench: Bench) -> Iterator[Case]:
         return torch.autograd.grad(value, (hidden, weight))
 
     both = lambda: torch.autograd.grad((eager() * coefficient).sum(), (hidden, weight))  # noqa: E731
+    forward_peers, peers = {"eager": eager}, {"eager": both}
+    for name, logp in others(hidden, weight, targets).items():
+        forward_peers[name] = torch.no_grad()(logp)
+        peers[name] = lambda logp=logp: torch.autograd.grad((logp() * coefficient).sum(), (hidden, weight))  # type: ignore[misc]
+    if find_spec("liger_kernel"):  # it has the mean over tokens alone, and so no coefficients to read
+        mean = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+        peers["Liger, mean"] = lambda: torch.autograd.grad(mean(weight, hidden, targets), (hidden, weight))
     shape, cost = f"{edges} x {dim} x {vocab}", 2 * edges * dim * vocab
-    yield Case("linear_logprob forward", shape, forward, {"eager": eager}, eager, 0, cost)
-    yield Case("linear_logprob recompute", shape, recompute, {"eager": both}, both, 0, 4 * cost, bound=5e-2)
-    yield Case("linear_logprob one pass", shape, one_pass, {"eager": both}, both, 0, 3 * cost, bound=5e-2)
+    yield Case("linear_logprob forward", shape, forward, forward_peers, eager, 0, cost)
+    yield Case("linear_logprob recompute", shape, recompute, peers, both, 0, 4 * cost, bound=5e-2)
+    yield Case("linear_logprob one pass", shape, one_pass, peers, both, 0, 3 * cost, bound=5e-2)
 
 
 def sampling(bench: Bench) -> Iterator[Case]:
