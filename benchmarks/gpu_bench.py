@@ -185,7 +185,8 @@ def _quantiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def _tensors(found: Any) -> list[torch.Tensor]:
-    return [found] if isinstance(found, torch.Tensor) else [x for x in found if isinstance(x, torch.Tensor)]
+    found = found if isinstance(found, (tuple, list)) else [found]
+    return [x for x in found if isinstance(x, torch.Tensor)]
 
 
 def _line(row: dict[str, Any]) -> str:
