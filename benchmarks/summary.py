@@ -1,4 +1,5 @@
-"""`python -m benchmarks.summary [DIRECTORY]`: the records `peers-WORKLOAD-THREADS.json` of a directory as two tables."""
+"""`python -m benchmarks.summary [DIRECTORY]`: the records of a directory as tables: `peers-WORKLOAD-THREADS.json` of a CPU,
+`kernels.jsonl`, `sampler.jsonl` and `train.jsonl` of a GPU."""
 
 from __future__ import annotations
 
@@ -17,10 +18,29 @@ RESULTS = Path(__file__).parent / "results" / "amd-epyc-family26-2cores"
 def main() -> int:
     directory = Path(sys.argv[1]) if sys.argv[1:] else RESULTS
     records = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("peers-*-*.json"))}
-    if not records:
-        sys.exit(f"{directory}: no peers-WORKLOAD-THREADS.json in it")
-    print("\n".join([*speeds(records), "", *limits(records)]))
+    parts = [list(map(json.loads, path.read_text().splitlines())) for path in sorted(directory.glob("*.jsonl"))]
+    if not records and not parts:
+        sys.exit(f"{directory}: no peers-WORKLOAD-THREADS.json and no PART.jsonl in it")
+    tables = [speeds(records), limits(records)] if records else []
+    print("\n\n".join("\n".join(table) for table in (*tables, *map(gpu, parts))))
     return 0
+
+
+def gpu(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """One part of `benchmarks.gpu`. MB: taken at the most besides what was there and what is returned."""
+    limit = next(row for row in rows if row["kernel"] == "limits")
+    yield f"{limit['device']}, copy {limit['gbps']:,.0f} GB/s, products {limit['tflops']:.0f} TFLOP/s; " + ", ".join(
+        f"{name} {version}" for name, version in limit["versions"].items()
+    )
+    yield ""
+    yield f"| {limit['part']} | shape | ms | of the floor | how many times the time others take | MB |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows:
+        if row is not limit:
+            share = f"{row['share_of_floor']:.0%}" if row["share_of_floor"] else ""
+            others = ", ".join(f"{name} {peer['speedup']:.2f}" for name, peer in row.get("peers", {}).items())
+            memory = f"{row['extra_memory'] / 1e6:,.0f}"
+            yield f"| {row['kernel']} | {row['shape']} | {row['ms']:,.3f} | {share} | {others} | {memory} |"
 
 
 def speeds(records: dict[str, Any]) -> Iterator[str]:

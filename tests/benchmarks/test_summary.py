@@ -8,10 +8,13 @@ import pytest
 from benchmarks import summary
 
 
-def test_the_document_has_the_tables_that_the_command_prints(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["summary"])
+@pytest.mark.parametrize(
+    "directory,document", [(summary.RESULTS, "performance.md"), (summary.RESULTS.parent / "h200", "kernels.md")]
+)
+def test_the_document_has_the_tables_that_the_command_prints(directory, document, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["summary", str(directory)])
     assert summary.main() == 0
-    document = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / document).read_text()
     for table in capsys.readouterr().out.strip().split("\n\n"):
         assert table in document
 
@@ -33,5 +36,5 @@ def test_a_ratio_stands_beside_peers_only_and_nothing_where_nothing_was_measured
 
 def test_a_directory_without_records_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"no peers-WORKLOAD-THREADS\.json"):
+    with pytest.raises(SystemExit, match=r"no peers-WORKLOAD-THREADS\.json and no PART\.jsonl"):
         summary.main()
