@@ -20,6 +20,15 @@ def test_the_parts_are_named_and_add_up(monkeypatch, capsys):
     assert sum(float(share.strip(" %")) for _, _, share in rows) == pytest.approx(100, abs=1)
 
 
+def test_a_training_steps_operations_add_up(monkeypatch, capsys):
+    monkeypatch.setattr(profile, "random_model", lambda name: MODEL)
+    monkeypatch.setattr("sys.argv", ["profile", "train", "1"])
+    assert profile.main() == 0
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert {"_TreeAttention", "_LinearLogprobBackward", "everything else"} <= {name.strip() for name, _, _ in rows}
+    assert sum(float(share.strip(" %")) for _, _, share in rows) == pytest.approx(100, abs=1)
+
+
 @pytest.mark.parametrize("words", [[], ["sampling", "two"], ["nothing"]])
 def test_other_words_are_told_the_usage(words, monkeypatch):
     monkeypatch.setattr("sys.argv", ["profile", *words])
