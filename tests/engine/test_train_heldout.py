@@ -8,9 +8,10 @@ import torch
 
 from engine import DPOConfig, Heldout, InputError, SFTConfig, SFTRow, TrainingInterrupted, reference_logprobs, train
 from engine.train.batches import row_keys
+from engine.train.packs import Batch
 from engine.train.state import Progress
 from engine.train.timing import Work, forward_flops, peak_flops, peak_memory
-from engine.train.trainer import Batch, _backward, evaluate
+from engine.train.trainer import _backward, evaluate
 from engine.tree import TokenTree
 from tests.engine.test_train import CONFIG, model, pairs, with_reference
 from tests.engine.test_train_resume import assert_same, outcome, stop_at
