@@ -166,7 +166,7 @@ def _backward(model: Llama | LoRA, batch: Batch, config: SFTConfig) -> tuple[Met
     metrics: Metrics = {}
     work = Work()
     for pack, loss_of, linear in packs(batch, config, model.embed.device):
-        work = work.and_of(pack, model.config)
+        work = work.and_of(pack, model)
         dropout = pack_dropout(pack, config.dropout, config.seed, batch.step)
         with ops.sums_in_fp32():
             hidden = _hidden(model, pack, dropout, CHECKPOINTING[config.activation_checkpointing])
