@@ -29,6 +29,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
 
 
@@ -115,6 +116,26 @@ class DPO(SFT):
     nll_weight: Rate = 0.0  # of the chosen answers' loss beside the preference loss
     replay_weight: Rate = 0.0  # of the judge data's loss beside DPO's, which otherwise wears the judge down
     replay_batch_size: Count = 16
+
+
+class Adapters(Group):
+    """engine.LoRA, for SFT and DPO. Its learning rates are higher than those of full fine-tuning: 1e-4 is common."""
+
+    rank: Steps = 0  # 0: all weights are trained
+    alpha: Positive = 32.0
+    targets: list[Projection] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    base: Literal["fp32", "bf16"] = "fp32"  # M0's numbers, which stay as they are, and those of the exported models
+
+    @model_validator(mode="after")
+    def _on(self) -> Adapters:
+        unused = self.model_fields_set - {"rank"}
+        if unused and "rank" not in self.model_fields_set:
+            raise InputError(
+                f"{' and '.join(sorted(unused))} has no effect without rank, which is missing; set it (0: no LoRA)"
+            )
+        if not self.targets:
+            raise InputError("targets is empty; name at least one projection, or set rank to 0")
+        return self
 
 
 class Sampling(Group):
@@ -229,6 +250,7 @@ class Recipe(Group):
     method: Literal["dpo", "positives"] = "dpo"  # positives: SFT again, with the perfectly scored answers added
     data: Data = Data()
     sft: SFT = SFT()
+    lora: Adapters = Adapters()
     eft: EFT = EFT()
     prompts: Prompts
     candidates: Candidates = Candidates()
@@ -261,6 +283,12 @@ class Recipe(Group):
             raise InputError("method 'positives' does no DPO, so dpo.replay_weight has no effect; set one of them only")
         if self.dpo.replay_weight and self.data.eft is None:
             raise InputError("dpo.replay_weight needs judge data; set data.eft, or the weight to 0")
+        for name, group in (("sft", self.sft), ("dpo", self.dpo)):
+            if self.lora.rank and group.precision != "fp32":
+                raise InputError(
+                    f"{name}.precision is {group.precision!r} and lora.rank is {self.lora.rank}; adapters are fp32 in any "
+                    "case: leave it out, and set lora.base to bf16 to compute in it"
+                )
         if self.judge_model is not None and self.judge.by != "model":
             raise InputError(
                 f"judge.by is {self.judge.by!r} and judge_model is set; a judge model needs judge.by 'model'"
@@ -510,6 +538,7 @@ _EXPECTED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "a string",
+    "list_type": "a list",
     "path_type": "a path",
     "is_instance_of": "a path",
     "model_type": "a group of keys",

@@ -47,6 +47,7 @@ m1 judge_model method
 data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
 sft.clip sft.max_pack_tokens sft.dropout sft.save_every sft.activation_checkpointing sft.precision
+lora.rank lora.alpha lora.targets lora.base
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
@@ -175,6 +176,11 @@ def test_a_number_may_be_written_as(text: str, value: float, tmp_path: Path) -> 
         ("judge.min_valid_draws=4", "judge: min_valid_draws is 4, above draws (3)"),
         ("candidates.temperature=0", "candidates: temperature is 0, which makes all candidates"),
         ("sft.min_lr=1", "sft: min_lr is 1.0, above lr"),
+        ("lora.alpha=8", "lora: alpha has no effect without rank"),
+        ("lora={rank: 4, targets: []}", "lora: targets is empty"),
+        ("lora={rank: 4, targets: q_proj}", 'lora.targets is "q_proj"; expected a list'),
+        ("lora={rank: 4, targets: [q_proj, lm_head]}", "lora.targets.1 is \"lm_head\"; expected 'q_proj', 'k_proj'"),
+        ("lora.rank=-1", "lora.rank is -1; expected greater than or equal to 0"),
         ("prompts.mode=continue", "prompts: mode is 'continue' and file is"),
         ("prompts={mode: continue, file: null}", "prompts: mode 'continue' needs count"),
     ],
@@ -227,6 +233,10 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
         (["model=null", "m1=x", "dpo.replay_weight=1"], "m1 leaves SFT and EFT out"),
         (["dpo.replay_weight=1"], "dpo.replay_weight needs judge data"),
         (["method=positives", "dpo.replay_weight=1"], "method 'positives' does no DPO"),
+        (
+            ["lora.rank=4", "dpo.precision=bf16-copy"],
+            "dpo.precision is 'bf16-copy' and lora.rank is 4; adapters are fp32",
+        ),
         (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
         (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
