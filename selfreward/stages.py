@@ -248,7 +248,7 @@ def train_dpo(run: Run, k: int) -> Row:
     """M_{k+1}: DPO from M_k, with M_k as the reference, on this round's pairs."""
     pairs, options = run.rows(f"iter_{k}/pairs.jsonl"), run.recipe.dpo
     model = run.fresh(run.model(k), options.precision)
-    config = DPOConfig(**options.model_dump(), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
+    config = DPOConfig(**options.of_round(k), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
     rows = [
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]

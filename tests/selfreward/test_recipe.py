@@ -91,6 +91,17 @@ def test_training_keys_are_the_engines_options_with_its_defaults(group: Any, con
     config(**ours, seed=0)
 
 
+def test_a_list_has_a_value_for_each_round_and_a_number_is_for_all(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "rounds=3", "dpo.beta=[0.3, 0.2, 1]", "dpo.lr=[3e-6, 2e-6, 1e-6]")
+    found = [recipe.dpo.of_round(k) for k in (1, 2, 3)]
+    assert [(each["beta"], each["lr"], each["min_lr"]) for each in found] == [
+        (0.3, 3e-6, 1e-7),
+        (0.2, 2e-6, 1e-7),
+        (1.0, 1e-6, 1e-7),
+    ]
+    assert all(DPOConfig(**each) for each in found)
+
+
 @pytest.mark.parametrize("name", ["tiny", "micro", "llama2-plain", "trial"])
 def test_shipped_recipes_are_valid_and_name_a_shipped_template(name: str) -> None:
     assert name in recipe_names()
@@ -154,6 +165,11 @@ def test_a_number_may_be_written_as(text: str, value: float, tmp_path: Path) -> 
         ("dpo.beta=true", "dpo.beta is true; expected a number"),
         ("dpo.beta=.nan", "dpo.beta is NaN; expected"),
         ("dpo.beta=", "dpo.beta is null; expected a number"),
+        ("dpo.beta=[0.1, x]", 'dpo.beta.1 is "x"; expected a number'),
+        ("dpo.beta=[0.1, 0]", "dpo.beta.1 is 0; expected greater than 0"),
+        ("dpo={lr: [1e-6, 2e-6], min_lr: [1e-7, 3e-6]}", "dpo: min_lr is 3e-06, above lr (2e-06)"),
+        ("dpo={lr: [1e-6, 2e-6], min_lr: 2e-6}", "dpo: min_lr is 2e-06, above lr (1e-06)"),
+        ("sft.lr=[1e-6, 2e-6]", "sft.lr is [1e-06, 2e-06]; expected a number"),
         ("seed=1.0", "seed is 1.0; expected an integer"),
         ("seed=010", 'seed is "010"; expected an integer'),
         ("seed=true", "seed is true; expected an integer"),
@@ -237,6 +253,9 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
             ["lora.rank=4", "dpo.precision=bf16-copy"],
             "dpo.precision is 'bf16-copy' and lora.rank is 4; adapters are fp32",
         ),
+        (["dpo.beta=[0.1]"], "dpo.beta has 1 value, rounds is 2; give one for each round, or a number for all"),
+        (["dpo.lr=[]"], "dpo.lr has 0 values, rounds is 2"),
+        (["dpo.min_lr=[0, 0, 0]", "rounds=1"], "dpo.min_lr has 3 values, rounds is 1"),
         (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
         (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
@@ -323,10 +342,11 @@ def test_a_path_that_does_not_exist_names_its_key(tmp_path: Path) -> None:
 
 
 def test_the_dump_is_json_names_shipped_files_by_package_and_loads_again(tmp_path: Path) -> None:
-    recipe = Recipe.load("tiny", ["dpo.lr=1e-5", "sft.betas=[0.9, 0.99]"], check_files=False)
+    recipe = Recipe.load("tiny", ["dpo.lr=1e-5", "sft.betas=[0.9, 0.99]", "dpo.beta=[1, 0.2]"], check_files=False)
     dump = json.loads(json.dumps(recipe.dump()))
     assert dump["model"] == "package:tiny/m0" and dump["data"]["ift"] == "package:tiny/data/ift.jsonl"
     assert dump["dpo"]["lr"] == 1e-5 and dump["sft"]["betas"] == [0.9, 0.99]
+    assert dump["dpo"]["beta"] == [1.0, 0.2]
     assert Recipe.load(write(tmp_path, json.dumps(dump)), check_files=False) == recipe
 
 

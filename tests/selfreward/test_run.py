@@ -30,6 +30,9 @@ FAST = [
 ]
 
 
+UNMEASURED = ["data.heldout=null", "evaluation.oracle=null", "evaluation.greedy=false", "data.eft_heldout=null"]
+
+
 def command(out, *more):
     return main(["--quiet", "--out", str(out), *FAST, *more])
 
@@ -108,10 +111,22 @@ def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monke
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_beta_and_rate_of_a_round_are_those_of_its_place_in_the_list(finished, tmp_path):
+    """The first round as in a run with one value for all; the second one is another."""
+    out = tmp_path / "run"
+    assert command(out, "dpo.beta=[0.1, 0.4]", "dpo.lr=[3e-5, 1e-5]", *UNMEASURED) == 0
+    for name in ("iter_1/metrics.jsonl", "iter_1/model/model.safetensors", "iter_2/pairs.jsonl"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    (one, *_), (two, *_) = (rows(path / "iter_2/metrics.jsonl") for path in (finished, out))
+    assert (one["learning_rate"], two["learning_rate"]) == (3e-5, 1e-5)
+    assert one["logps/chosen"] == two["logps/chosen"] and one["grad_norm"] < 0.5 * two["grad_norm"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["prompts.cuont=3"], 2, "prompts.count"),
+        (["dpo.beta=[0.1, 0.2, 0.3]"], 2, "dpo.beta has 3 values, rounds is 2"),
         (["--recipe", "tinny"], 2, "tiny"),
         (["--recipe", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["data.ift=nowhere.jsonl"], 2, "nowhere.jsonl"),
