@@ -12,7 +12,7 @@ from engine import LoRA, load_adapter, load_checkpoint
 from engine.lora import PROJECTIONS
 from selfreward import run as run_module
 from selfreward.recipe import PACKAGE, Adapters
-from tests.selfreward.test_run import command, rows
+from tests.selfreward.test_run import UNMEASURED, command, rows
 
 M0 = PACKAGE / "tiny/m0"
 OPTIONS = [
@@ -116,8 +116,7 @@ def test_an_adapter_that_is_gone_is_named(finished, tmp_path, capsys):
 def test_a_bf16_base_is_computed_in_and_exported(tmp_path):
     """From a given M1, whose round is the first training."""
     out = tmp_path / "run"
-    assert command(out, *OPTIONS, "model=null", f"m1={M0}", "rounds=1", "lora.base=bf16", "data.heldout=null",
-                   "evaluation.oracle=null", "evaluation.greedy=false") == 0  # fmt: skip
+    assert command(out, *OPTIONS, "model=null", f"m1={M0}", "rounds=1", "lora.base=bf16", *UNMEASURED) == 0
     exported = load_file(out / "iter_1/model/model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
     adapter = load_file(out / "iter_1/adapter/adapter_model.safetensors")
