@@ -12,11 +12,12 @@ from engine.requests import CompletionOutput, RequestOutput
 from engine.sampling import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.train.batches import DPORow, SFTRow
+from engine.train.config import DPOConfig, SFTConfig
 from engine.train.heldout import Heldout
 from engine.train.losses import chosen_nll, dpo_loss, ipo_loss, sft_loss
 from engine.train.precision import compute_model
 from engine.train.reference import cached_reference, load_reference, reference_gap, save_reference
 from engine.train.state import clear_state
-from engine.train.trainer import DPOConfig, SFTConfig, TrainingInterrupted, TrainResult, reference_logprobs, train
+from engine.train.trainer import TrainingInterrupted, TrainResult, reference_logprobs, train
 from engine.train.trl import rows_from_trl
 from engine.tree import Edges, Pack, TokenTree

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from engine import LLM, InputError, Llama, Tokenizer, load_checkpoint, read_config
+from engine import LLM, InputError, Llama, LoRA, Tokenizer, load_adapter, load_checkpoint, read_config
 from selfreward.formats import read_jsonl
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
-from selfreward.state import RunDir
+from selfreward.state import RunDir, row_seed
 
 Row = dict[str, Any]
 
@@ -56,9 +56,14 @@ class Run:
         return self.recipe.model if self.recipe.model is not None else self.dir.file("m0/model")
 
     @property
+    def start(self) -> Path:
+        """The model that the run begins with: M0 or the given M1."""
+        return self.base if self.recipe.m1 is None else self.recipe.m1
+
+    @property
     def context(self) -> int:
-        """Tokens that the models of this run can see, from M0's or the given M1's config."""
-        return read_config(self.base if self.recipe.m1 is None else self.recipe.m1).max_seq_len
+        """Tokens that the models of this run can see."""
+        return read_config(self.start).max_seq_len
 
     def model(self, number: int) -> Path:
         """Directory of M_number: M1 is given or comes out of SFT, M_{k+1} out of round k."""
@@ -80,10 +85,18 @@ class Run:
                 self._loaded = (path, LLM(path, tokenizer, device="cpu", dtype="float32", **settings))
         return self._loaded[1]
 
-    def fresh(self, path: Path, precision: str) -> Llama:
-        """A copy of a model that training may change, with the parameters that it updates in this precision."""
+    def fresh(self, path: Path, precision: str) -> Llama | LoRA:
+        """A copy of a model that training may change, with the parameters that it updates in this precision: of a recipe
+        with a LoRA the model that the run begins with, and the adapters beside `path`, or new ones."""
         self._loaded = None
-        return load_checkpoint(path, torch.bfloat16 if precision == "bf16-stochastic" else torch.float32)
+        options = self.recipe.lora
+        if not options.rank:
+            return load_checkpoint(path, torch.bfloat16 if precision == "bf16-stochastic" else torch.float32)
+        base = load_checkpoint(self.start, torch.bfloat16 if options.base == "bf16" else torch.float32)
+        if path != self.start:
+            return load_adapter(base, path.with_name("adapter"))
+        seed = row_seed(self.recipe.seed, 0, "lora", 0) >> 1
+        return LoRA(base, options.rank, options.alpha, options.targets, seed)
 
     def rows(self, name: str) -> list[Row]:
         return read_jsonl(self.dir.file(name))

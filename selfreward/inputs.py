@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine import InputError, Tokenizer, read_config
+from engine import InputError, LlamaConfig, Tokenizer, read_config
 from selfreward.formats import load_ift, load_prompts, load_ranked
 from selfreward.judge import JudgeTemplate
 from selfreward.prompts import take_prompts
@@ -36,6 +36,9 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
 def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> list[str]:
     """Read every data file. InputError names what a run cannot use; the sentences returned, what it will use less of
     than one might think."""
+    dim = _start_config(recipe, tokenizer).dim
+    if recipe.lora.rank > dim:
+        raise InputError(f"lora.rank is {recipe.lora.rank}, above the model's dim ({dim}); lower it (16 is common)")
     trained = recipe.m1 is None  # else instructions and ranked answers only tell which prompts are known
     texts: dict[str, list[tuple[str, str]]] = {}  # file or template -> (row, text) of all that is tokenised
     odd = []
@@ -132,12 +135,7 @@ def _unknown(tokenizer: Tokenizer, where: str, rows: Iterable[tuple[str, str]]) 
 
 def _beyond_context(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
     """The lengths that the recipe asks for and the model cannot reach."""
-    start = recipe.model or recipe.m1
-    if start is not None:
-        context = read_config(start).max_seq_len
-    else:
-        assert recipe.init is not None
-        context = recipe.init.config(tokenizer.vocab_size).max_seq_len
+    context = _start_config(recipe, tokenizer).max_seq_len
     lengths = {
         "data.max_tokens": recipe.data.max_tokens if recipe.m1 is None else 0,
         "eft.max_tokens": recipe.eft.max_tokens if recipe.m1 is None and recipe.data.eft else 0,
@@ -150,3 +148,11 @@ def _beyond_context(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
     if not beyond:
         return []
     return [f"{', '.join(beyond)}, above the model's context of {context} tokens: longer texts are cut there"]
+
+
+def _start_config(recipe: Recipe, tokenizer: Tokenizer) -> LlamaConfig:
+    start = recipe.model or recipe.m1
+    if start is not None:
+        return read_config(start)
+    assert recipe.init is not None
+    return recipe.init.config(tokenizer.vocab_size)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from engine import PRESETS, InputError, LlamaConfig, NotBuiltError
 
@@ -29,6 +29,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FORMS = ("one value", "a value for each round")  # of a per-round key
+_form = Discriminator(lambda value: FORMS[isinstance(value, list)])
+EachRate = Annotated[Annotated[Rate, Tag(FORMS[0])] | Annotated[list[Rate], Tag(FORMS[1])], _form]
+EachPositive = Annotated[Annotated[Positive, Tag(FORMS[0])] | Annotated[list[Positive], Tag(FORMS[1])], _form]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
 
 
@@ -98,23 +103,59 @@ class SFT(Group):
 
     @model_validator(mode="after")
     def _rates(self) -> SFT:
-        if self.min_lr > self.lr:
-            raise InputError(f"min_lr is {self.min_lr}, above lr ({self.lr}); lower min_lr too")
+        for low, high in zip(_listed(self.min_lr, self.lr), _listed(self.lr, self.min_lr), strict=False):
+            if low > high:  # lists of another length than there are rounds are the recipe's to refuse
+                raise InputError(f"min_lr is {low}, above lr ({high}); lower min_lr too")
         return self
 
 
-class DPO(SFT):
-    """engine.DPOConfig without its seed."""
+def _listed(value: float | list[float], other: float | list[float]) -> list[float]:
+    """A number as often as the other key has values."""
+    if isinstance(value, list):
+        return value
+    return [value] * (len(other) if isinstance(other, list) else 1)
 
-    lr: Rate = 1e-6
-    min_lr: Rate = 1e-7
+
+class DPO(SFT):
+    """engine.DPOConfig without its seed. lr, min_lr and beta: a number, or a list with one for each round."""
+
+    lr: EachRate = 1e-6  # type: ignore[assignment]
+    min_lr: EachRate = 1e-7  # type: ignore[assignment]
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    beta: Positive = 0.1
+    beta: EachPositive = 0.1
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # how probable it is that a label is wrong
     nll_weight: Rate = 0.0  # of the chosen answers' loss beside the preference loss
     replay_weight: Rate = 0.0  # of the judge data's loss beside DPO's, which otherwise wears the judge down
     replay_batch_size: Count = 16
+
+    def by_round(self) -> dict[str, list[float]]:
+        """The keys that are lists."""
+        return {name: value for name in ("lr", "min_lr", "beta") if isinstance(value := getattr(self, name), list)}
+
+    def of_round(self, k: int) -> dict[str, Any]:
+        """The options of round `k`, from 1."""
+        return self.model_dump() | {name: values[k - 1] for name, values in self.by_round().items()}
+
+
+class Adapters(Group):
+    """engine.LoRA, for SFT and DPO. Its learning rates are higher than those of full fine-tuning: 1e-4 is common."""
+
+    rank: Steps = 0  # 0: all weights are trained
+    alpha: Positive = 32.0
+    targets: list[Projection] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    base: Literal["fp32", "bf16"] = "fp32"  # M0's numbers, which stay as they are, and those of the exported models
+
+    @model_validator(mode="after")
+    def _on(self) -> Adapters:
+        unused = self.model_fields_set - {"rank"}
+        if unused and "rank" not in self.model_fields_set:
+            raise InputError(
+                f"{' and '.join(sorted(unused))} has no effect without rank, which is missing; set it (0: no LoRA)"
+            )
+        if not self.targets:
+            raise InputError("targets is empty; name at least one projection, or set rank to 0")
+        return self
 
 
 class Sampling(Group):
@@ -229,6 +270,7 @@ class Recipe(Group):
     method: Literal["dpo", "positives"] = "dpo"  # positives: SFT again, with the perfectly scored answers added
     data: Data = Data()
     sft: SFT = SFT()
+    lora: Adapters = Adapters()
     eft: EFT = EFT()
     prompts: Prompts
     candidates: Candidates = Candidates()
@@ -261,6 +303,18 @@ class Recipe(Group):
             raise InputError("method 'positives' does no DPO, so dpo.replay_weight has no effect; set one of them only")
         if self.dpo.replay_weight and self.data.eft is None:
             raise InputError("dpo.replay_weight needs judge data; set data.eft, or the weight to 0")
+        for name, values in self.dpo.by_round().items():
+            if len(values) != self.rounds:
+                raise InputError(
+                    f"dpo.{name} has {len(values)} value{'s' * (len(values) != 1)}, rounds is {self.rounds}; give one for "
+                    "each round, or a number for all"
+                )
+        for name, group in (("sft", self.sft), ("dpo", self.dpo)):
+            if self.lora.rank and group.precision != "fp32":
+                raise InputError(
+                    f"{name}.precision is {group.precision!r} and lora.rank is {self.lora.rank}; adapters are fp32 in any "
+                    "case: leave it out, and set lora.base to bf16 to compute in it"
+                )
         if self.judge_model is not None and self.judge.by != "model":
             raise InputError(
                 f"judge.by is {self.judge.by!r} and judge_model is set; a judge model needs judge.by 'model'"
@@ -510,6 +564,7 @@ _EXPECTED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "a string",
+    "list_type": "a list",
     "path_type": "a path",
     "is_instance_of": "a path",
     "model_type": "a group of keys",
@@ -540,7 +595,7 @@ def _explained(error: ValidationError, source: _Source) -> InputError:
     """The first mistake as one sentence (an unknown key before anything else), and how many more there are."""
     mistakes = sorted(error.errors(include_url=False), key=lambda m: m["type"] != "extra_forbidden")
     first = mistakes[0]
-    parts = [str(part) for part in first["loc"]]
+    parts = [str(part) for part in first["loc"] if part not in FORMS]
     key = ".".join(parts)
     more = f" ({len(mistakes) - 1} more after this one)" if len(mistakes) > 1 else ""
     cause = first.get("ctx", {}).get("error")

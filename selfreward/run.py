@@ -66,6 +66,7 @@ keys that are often set (all of them, with their defaults: selfreward/recipe.py)
     candidates.n               answers a prompt
     judge.template             a shipped template or a .jinja file
     sft.lr, dpo.lr, dpo.beta
+    lora.rank                  adapters of this rank are trained instead of all weights
     sampler.kv_cache_gb        memory of the sampler's cache
     gates.min_pairs            below it a round is not trained
 

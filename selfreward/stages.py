@@ -15,6 +15,7 @@ from engine import (
     DPORow,
     InputError,
     Llama,
+    LoRA,
     RequestOutput,
     SamplingParams,
     SFTConfig,
@@ -25,6 +26,7 @@ from engine import (
     load_reference,
     reference_gap,
     reference_logprobs,
+    save_adapter,
     save_checkpoint,
     save_reference,
     train,
@@ -61,7 +63,7 @@ def written(stage: str, counts: Row) -> list[str]:
     if stage == "eft":
         return ["eft/train.jsonl"]
     if last == "model":
-        return [stage]
+        return [stage, *([f"{folder}/adapter"] if "lora_rank" in counts else [])]
     return [f"{stage}.jsonl"] + ([f"{folder}/dropped.jsonl"] if last == "pairs" else [])
 
 
@@ -246,15 +248,16 @@ def train_dpo(run: Run, k: int) -> Row:
     """M_{k+1}: DPO from M_k, with M_k as the reference, on this round's pairs."""
     pairs, options = run.rows(f"iter_{k}/pairs.jsonl"), run.recipe.dpo
     model = run.fresh(run.model(k), options.precision)
-    config = DPOConfig(**options.model_dump(), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
+    config = DPOConfig(**options.of_round(k), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
     rows = [
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
-    rows = _with_reference(run, k, compute_model(model, config.precision), rows, config)
-    parity = _parity(run, k, pairs, rows, options.precision)
+    computing = compute_model(model, config.precision)
+    rows = _with_reference(run, k, computing, rows, config)
+    parity = _parity(run, k, pairs, rows, computing.embed.dtype)
     replay = _eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
     steps = _train(run, model, rows, config, f"iter_{k}", replay)
-    return {"pairs": len(pairs), "steps": steps} | parity | ({"replay": len(replay)} if replay else {})
+    return {"pairs": len(pairs)} | steps | parity | ({"replay": len(replay)} if replay else {})
 
 
 def train_positives(run: Run, k: int) -> Row:
@@ -332,9 +335,15 @@ def _answer_row(run: Run, prompt: Row, output: RequestOutput | None) -> Row:
 
 
 def _train(
-    run: Run, model: Llama, rows: list[SFTRow] | list[DPORow], config: SFTConfig, folder: str, replay: list[SFTRow]
-) -> int:
-    """Train, from a saved state if the run was interrupted here, and save folder/model. Returns the number of steps."""
+    run: Run,
+    model: Llama | LoRA,
+    rows: list[SFTRow] | list[DPORow],
+    config: SFTConfig,
+    folder: str,
+    replay: list[SFTRow],
+) -> Row:
+    """Train, from a saved state if the run was interrupted here, and save folder/model; a LoRA's is the merged one, with
+    folder/adapter beside it. Returns the number of steps."""
     out = run.dir.file(folder)
     try:
         result = train(
@@ -351,17 +360,24 @@ def _train(
     except FloatingPointError as error:
         key = "dpo.lr" if isinstance(config, DPOConfig) else "sft.lr"
         raise FloatingPointError(f"{folder}/model: {error} (a changed {key} needs a new --out directory)") from None
+    counts: Row = {"steps": result.steps}
+    if isinstance(model, LoRA):
+        inside = run.start.is_relative_to(run.dir.file(""))
+        base = run.start.relative_to(run.dir.file("")) if inside else run.start  # the same bytes in every directory
+        save_adapter(model, out / "adapter", base_model=str(base))
+        counts["lora_rank"] = model.rank
+        model = model.merged()
     save_checkpoint(model, out / "model", run.tokenizer)
     clear_state(out)
-    return result.steps
+    return counts
 
 
 def _train_sft(run: Run, rows: list[SFTRow], folder: str) -> Row:
     config = SFTConfig(**run.recipe.sft.model_dump(), seed=row_seed(run.recipe.seed, 0, folder, 0) >> 1)
-    return {"rows": len(rows), "steps": _train(run, run.fresh(run.base, config.precision), rows, config, folder, [])}
+    return {"rows": len(rows)} | _train(run, run.fresh(run.base, config.precision), rows, config, folder, [])
 
 
-def _with_reference(run: Run, k: int, model: Llama, rows: list[DPORow], config: DPOConfig) -> list[DPORow]:
+def _with_reference(run: Run, k: int, model: Llama | LoRA, rows: list[DPORow], config: DPOConfig) -> list[DPORow]:
     """The rows with M_k's log-probs, which are computed once per round and stored beside the pairs."""
     path, template = run.dir.file(f"iter_{k}/reference.jsonl"), run.tokenizer.template_hash
     if not path.is_file():
@@ -372,7 +388,7 @@ def _with_reference(run: Run, k: int, model: Llama, rows: list[DPORow], config: 
     return load_reference(path, model, rows, template)
 
 
-def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow]) -> None:
+def _check_step_zero(run: Run, k: int, model: Llama | LoRA, rows: list[DPORow]) -> None:
     """The policy is the reference before step 0: its log-probs in another packing must be the cached ones."""
     worst = reference_gap(model, rows, STEP0_PAIRS)
     allowed = max(run.recipe.gates.step0_tolerance, STEP0_BF16 if model.embed.dtype == torch.bfloat16 else 0.0)
@@ -384,7 +400,7 @@ def _check_step_zero(run: Run, k: int, model: Llama, rows: list[DPORow]) -> None
         )
 
 
-def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], precision: str = "fp32") -> Row:
+def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], computed_in: torch.dtype = torch.float32) -> Row:
     """How far the sampler's log-probs of the pairs' answers are from the trainer's, in nats a token: mean and most.
 
     M_k drew the answers and M_k is the reference, so nothing but rounding may lie between them.
@@ -396,7 +412,7 @@ def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], precision: s
         for kind, trained in zip(("chosen", "rejected"), row.reference or (), strict=True)
     ]
     worst = max(gaps)  # of finite numbers: neither file can hold others
-    allowed = max(run.recipe.gates.parity_tolerance, 0.0 if precision == "fp32" else PARITY_BF16)
+    allowed = max(run.recipe.gates.parity_tolerance, PARITY_BF16 if computed_in == torch.bfloat16 else 0.0)
     if worst > allowed:
         raise GateError(
             f"round {k}: the sampler's log-probs of an answer are {worst:.1e} nats a token from the trainer's, allowed are "

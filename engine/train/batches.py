@@ -50,6 +50,7 @@ class DPORow:
 
 
 Row = SFTRow | DPORow
+Rows = Sequence[SFTRow] | Sequence[DPORow]
 Keys = tuple[int, ...]  # of a row's prompt and of each of its answers
 
 

@@ -24,7 +24,7 @@ from engine.model import Llama
 from engine.train.adamw import StochasticAdamW
 
 if TYPE_CHECKING:
-    from engine.train.trainer import SFTConfig
+    from engine.train.config import SFTConfig
 
 M = TypeVar("M", bound=Llama | LoRA)
 PRECISIONS = ("fp32", "bf16-copy", "bf16-stochastic")

@@ -22,8 +22,9 @@ from engine.errors import InputError
 from engine.lora import LoRA
 from engine.model import Llama
 from engine.train.batches import DPORow, check_kinds
+from engine.train.checks import check_references
 from engine.train.state import rows_hash, weights_hash
-from engine.train.trainer import check_references, reference_logprobs
+from engine.train.trainer import reference_logprobs
 
 CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
 KEYS = ("model_hash", "template_hash", "data_hash")

@@ -29,7 +29,8 @@ from engine import (
     tree_attend,
 )
 from engine.lora import PROJECTIONS
-from engine.train.trainer import Batch, _backward
+from engine.train.packs import Batch
+from engine.train.trainer import _backward
 from tests.engine.test_train import pairs, with_reference
 from tests.engine.test_train_precision import one_thread  # noqa: F401 (a fixture, used by all)
 from tests.engine.test_train_resume import stop_at

@@ -11,18 +11,10 @@ from engine.config import LlamaConfig
 from engine.errors import InputError
 from engine.model import Llama, tree_attend
 from engine.train.batches import DPORow, SFTRow, batch_order, dpo_tree
+from engine.train.config import DPOConfig, SFTConfig, learning_rate
 from engine.train.losses import dpo_loss, sequence_logps
-from engine.train.trainer import (
-    Batch,
-    DPOConfig,
-    SFTConfig,
-    _backward,
-    _packs,
-    learning_rate,
-    pack_logprobs,
-    reference_logprobs,
-    train,
-)
+from engine.train.packs import Batch, packs
+from engine.train.trainer import _backward, pack_logprobs, reference_logprobs, train
 from engine.tree import TokenTree
 
 CONFIG = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=29, max_seq_len=64)
@@ -131,7 +123,7 @@ def gradient(rows, numbers, dtype, **options):
     return (
         metrics,
         torch.cat([p.grad.flatten() for p in llama.parameters()]),
-        len(list(_packs(batch, config, llama.embed.device))),
+        len(list(packs(batch, config, llama.embed.device))),
     )
 
 
@@ -141,12 +133,12 @@ def test_one_pack_many_packs_and_eight_batches_of_one_have_the_same_gradient(kin
     rows = with_reference(pairs(8), [(-9.0, -8.0)] * 8)
     if kind == "sft":
         rows = [SFTRow(row.prompt, row.chosen) for row in rows]
-    whole, expected, packs = gradient(rows, range(8), dtype)
-    assert packs == 1
+    whole, expected, count = gradient(rows, range(8), dtype)
+    assert count == 1
     assert expected.abs().max() > 0.05  # beside which the tolerances are small
     for budget, at_least in ((40, 2), (22, 4)):
-        metrics, found, packs = gradient(rows, range(8), dtype, max_pack_tokens=budget)
-        assert packs >= at_least
+        metrics, found, count = gradient(rows, range(8), dtype, max_pack_tokens=budget)
+        assert count >= at_least
         assert (found - expected).abs().max() <= tolerance
         assert metrics == pytest.approx(whole, rel=tolerance, abs=tolerance)
     alone = [gradient(rows, [number], dtype) for number in range(8)]

@@ -10,7 +10,8 @@ from engine import DPOConfig, DPORow, InputError, SFTConfig, SFTRow, reference_l
 from engine.kernels import linear_logprob
 from engine.train.batches import build_trees, edge_groups, pack_trees, row_keys
 from engine.train.losses import chosen_nll, dpo_loss, ipo_loss
-from engine.train.trainer import Batch, _backward, _packs
+from engine.train.packs import Batch, packs
+from engine.train.trainer import _backward
 from engine.tree import TokenTree
 from tests.engine.test_train import model, pairs, plain_logprob, with_reference
 
@@ -96,7 +97,7 @@ def test_a_pack_whose_logits_do_not_fit_is_taken_tree_by_tree_in_one_pass(option
     llama, config = model(torch.float64), DPOConfig(beta=BETA, **options)
     plain = plain_loss(llama, rows, **options)
     expected = torch.autograd.grad(plain, list(llama.parameters()))
-    ((pack, *_),) = _packs(Batch.take(rows, (), config, 0, range(7)), config, torch.device("cpu"))
+    ((pack, *_),) = packs(Batch.take(rows, (), config, 0, range(7)), config, torch.device("cpu"))
     assert len(pack.edges) > 2 * 20 > 20 >= max(len(edges) for edges in edge_groups(pack, 20))
     metrics, found, _ = backward(llama, rows, config)
     assert metrics["loss"] == pytest.approx(plain.item(), rel=1e-12)
@@ -220,7 +221,7 @@ def test_dropout_of_a_row_does_not_depend_on_what_it_is_packed_with():
         config = DPOConfig(dropout=0.3)
         batch = Batch.take(rows, (), config, 3, numbers, (row_keys(rows), []))
         masks = {}
-        for pack, *_ in _packs(batch, config, torch.device("cpu")):
+        for pack, *_ in packs(batch, config, torch.device("cpu")):
             for key, position, token in zip(pack.key.tolist(), pack.position.tolist(), pack.tokens.tolist()):
                 assert masks.setdefault((key, position), token) == token
         found.append(masks)

@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from engine import DPOConfig, InputError, Llama, LlamaConfig, SFTRow, TrainingInterrupted, train
 from engine.train.batches import sft_tree
-from engine.train.trainer import CHECKPOINTING, SFTConfig, pack_logprobs
+from engine.train.config import CHECKPOINTING, SFTConfig
+from engine.train.trainer import pack_logprobs
 from engine.tree import TokenTree
 from tests.engine.test_train import model, pairs, with_reference
 from tests.engine.test_train_resume import stop_at

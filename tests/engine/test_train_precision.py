@@ -19,10 +19,11 @@ from engine import (
     reference_logprobs,
     train,
 )
+from engine.train import checks
 from engine.train import precision as precision_module
-from engine.train import trainer
+from engine.train.packs import Batch
 from engine.train.precision import computing
-from engine.train.trainer import Batch, _backward
+from engine.train.trainer import _backward
 from tests.engine.test_train import pairs, with_reference
 from tests.engine.test_train_resume import stop_at
 
@@ -76,7 +77,7 @@ def test_200_dpo_steps_go_as_far_as_in_fp32_and_rounded_to_nearest_they_stay_whe
     along = lambda change: float(change @ direction / (direction @ direction))
     for mode in ("bf16-copy", "bf16-stochastic"):
         assert abs(along(moved(mode)) - 1) <= 0.1
-    for module in (trainer, precision_module):
+    for module in (checks, precision_module):
         monkeypatch.setattr(module, "check_parameters", lambda *_: None)  # which refuses what comes now
     assert abs(along(moved("nearest"))) <= 0.1
 

@@ -8,7 +8,8 @@ import torch
 from engine import DPOConfig, DPORow, InputError, SFTConfig, SFTRow, train
 from engine.train import trainer
 from engine.train.batches import batch_order, replay_batch
-from engine.train.trainer import Batch, _backward
+from engine.train.packs import Batch
+from engine.train.trainer import _backward
 from tests.engine.test_train import model, pairs, plain_logprob, with_reference
 
 REPLAY = [SFTRow(row.prompt, row.rejected) for row in pairs(5)]

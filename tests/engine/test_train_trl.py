@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine import DPOConfig, DPORow, load_checkpoint, reference_logprobs, save_checkpoint
-from engine.train.trainer import Batch, _backward
+from engine.train.packs import Batch
+from engine.train.trainer import _backward
 from tests.engine.test_train import model, pairs
 
 pytest.importorskip("trl")

@@ -47,6 +47,7 @@ m1 judge_model method
 data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
 sft.clip sft.max_pack_tokens sft.dropout sft.save_every sft.activation_checkpointing sft.precision
+lora.rank lora.alpha lora.targets lora.base
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
@@ -88,6 +89,17 @@ def test_training_keys_are_the_engines_options_with_its_defaults(group: Any, con
     theirs = {field.name: field.default for field in dataclasses.fields(config) if field.name != "seed"}
     assert ours == theirs
     config(**ours, seed=0)
+
+
+def test_a_list_has_a_value_for_each_round_and_a_number_is_for_all(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "rounds=3", "dpo.beta=[0.3, 0.2, 1]", "dpo.lr=[3e-6, 2e-6, 1e-6]")
+    found = [recipe.dpo.of_round(k) for k in (1, 2, 3)]
+    assert [(each["beta"], each["lr"], each["min_lr"]) for each in found] == [
+        (0.3, 3e-6, 1e-7),
+        (0.2, 2e-6, 1e-7),
+        (1.0, 1e-6, 1e-7),
+    ]
+    assert all(DPOConfig(**each) for each in found)
 
 
 @pytest.mark.parametrize("name", ["tiny", "micro", "llama2-plain", "trial"])
@@ -153,6 +165,11 @@ def test_a_number_may_be_written_as(text: str, value: float, tmp_path: Path) -> 
         ("dpo.beta=true", "dpo.beta is true; expected a number"),
         ("dpo.beta=.nan", "dpo.beta is NaN; expected"),
         ("dpo.beta=", "dpo.beta is null; expected a number"),
+        ("dpo.beta=[0.1, x]", 'dpo.beta.1 is "x"; expected a number'),
+        ("dpo.beta=[0.1, 0]", "dpo.beta.1 is 0; expected greater than 0"),
+        ("dpo={lr: [1e-6, 2e-6], min_lr: [1e-7, 3e-6]}", "dpo: min_lr is 3e-06, above lr (2e-06)"),
+        ("dpo={lr: [1e-6, 2e-6], min_lr: 2e-6}", "dpo: min_lr is 2e-06, above lr (1e-06)"),
+        ("sft.lr=[1e-6, 2e-6]", "sft.lr is [1e-06, 2e-06]; expected a number"),
         ("seed=1.0", "seed is 1.0; expected an integer"),
         ("seed=010", 'seed is "010"; expected an integer'),
         ("seed=true", "seed is true; expected an integer"),
@@ -175,6 +192,11 @@ def test_a_number_may_be_written_as(text: str, value: float, tmp_path: Path) -> 
         ("judge.min_valid_draws=4", "judge: min_valid_draws is 4, above draws (3)"),
         ("candidates.temperature=0", "candidates: temperature is 0, which makes all candidates"),
         ("sft.min_lr=1", "sft: min_lr is 1.0, above lr"),
+        ("lora.alpha=8", "lora: alpha has no effect without rank"),
+        ("lora={rank: 4, targets: []}", "lora: targets is empty"),
+        ("lora={rank: 4, targets: q_proj}", 'lora.targets is "q_proj"; expected a list'),
+        ("lora={rank: 4, targets: [q_proj, lm_head]}", "lora.targets.1 is \"lm_head\"; expected 'q_proj', 'k_proj'"),
+        ("lora.rank=-1", "lora.rank is -1; expected greater than or equal to 0"),
         ("prompts.mode=continue", "prompts: mode is 'continue' and file is"),
         ("prompts={mode: continue, file: null}", "prompts: mode 'continue' needs count"),
     ],
@@ -227,6 +249,13 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
         (["model=null", "m1=x", "dpo.replay_weight=1"], "m1 leaves SFT and EFT out"),
         (["dpo.replay_weight=1"], "dpo.replay_weight needs judge data"),
         (["method=positives", "dpo.replay_weight=1"], "method 'positives' does no DPO"),
+        (
+            ["lora.rank=4", "dpo.precision=bf16-copy"],
+            "dpo.precision is 'bf16-copy' and lora.rank is 4; adapters are fp32",
+        ),
+        (["dpo.beta=[0.1]"], "dpo.beta has 1 value, rounds is 2; give one for each round, or a number for all"),
+        (["dpo.lr=[]"], "dpo.lr has 0 values, rounds is 2"),
+        (["dpo.min_lr=[0, 0, 0]", "rounds=1"], "dpo.min_lr has 3 values, rounds is 1"),
         (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
         (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
@@ -313,10 +342,11 @@ def test_a_path_that_does_not_exist_names_its_key(tmp_path: Path) -> None:
 
 
 def test_the_dump_is_json_names_shipped_files_by_package_and_loads_again(tmp_path: Path) -> None:
-    recipe = Recipe.load("tiny", ["dpo.lr=1e-5", "sft.betas=[0.9, 0.99]"], check_files=False)
+    recipe = Recipe.load("tiny", ["dpo.lr=1e-5", "sft.betas=[0.9, 0.99]", "dpo.beta=[1, 0.2]"], check_files=False)
     dump = json.loads(json.dumps(recipe.dump()))
     assert dump["model"] == "package:tiny/m0" and dump["data"]["ift"] == "package:tiny/data/ift.jsonl"
     assert dump["dpo"]["lr"] == 1e-5 and dump["sft"]["betas"] == [0.9, 0.99]
+    assert dump["dpo"]["beta"] == [1.0, 0.2]
     assert Recipe.load(write(tmp_path, json.dumps(dump)), check_files=False) == recipe
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from selfreward import run as run_module
-from selfreward.recipe import recipe_keys
+from selfreward.recipe import PACKAGE, recipe_keys
 from selfreward.run import main
 
 FAST = [
@@ -28,6 +28,9 @@ FAST = [
     "evaluation.prompts=20",
     "evaluation.judge_groups=8",
 ]
+
+
+UNMEASURED = ["data.heldout=null", "evaluation.oracle=null", "evaluation.greedy=false", "data.eft_heldout=null"]
 
 
 def command(out, *more):
@@ -108,10 +111,26 @@ def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monke
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_beta_and_rate_of_a_round_are_those_of_its_place_in_the_list(tmp_path, monkeypatch):
+    given = []
+
+    def noted(model, data, config, *rest, real=run_module.stages.train, **options):
+        given.append((config.beta, config.lr))
+        return real(model, data, config, *rest, **options)
+
+    monkeypatch.setattr(run_module.stages, "train", noted)
+    lists = ["dpo.beta=[0.1, 0.4]", "dpo.lr=[3e-5, 1e-5]", "prompts.count=12"]
+    assert command(tmp_path / "run", "model=null", f"m1={PACKAGE / 'tiny/m0'}", *lists, *UNMEASURED) == 0
+    assert given == [(0.1, 3e-5), (0.4, 1e-5)]
+    logged = [rows(tmp_path / f"run/iter_{k}/metrics.jsonl")[0]["learning_rate"] for k in (1, 2)]
+    assert logged == [3e-5, 1e-5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["prompts.cuont=3"], 2, "prompts.count"),
+        (["dpo.beta=[0.1, 0.2, 0.3]"], 2, "dpo.beta has 3 values, rounds is 2"),
         (["--recipe", "tinny"], 2, "tiny"),
         (["--recipe", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["data.ift=nowhere.jsonl"], 2, "nowhere.jsonl"),
