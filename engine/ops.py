@@ -386,9 +386,9 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _always, _logprob.linear_logprob),
     ),
     "linear_logprob_loss": (
-        Backend("triton", _triton, partial(_logprob.linear_logprob_loss, tiles=_logprob.TRITON)),
-        Backend("native", _native_training, partial(_logprob.linear_logprob_loss, tiles=_NATIVE_TILES)),
-        Backend("torch", _always, _logprob.linear_logprob_loss),
+        Backend("triton", _triton, partial(_logprob.linear_logprob_losses, tiles=_logprob.TRITON)),
+        Backend("native", _native_training, partial(_logprob.linear_logprob_losses, tiles=_NATIVE_TILES)),
+        Backend("torch", _always, _logprob.linear_logprob_losses),
     ),
     "linear": (
         Backend("native", _native, _native_linear),
@@ -695,28 +695,36 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight.float())
 
 
+Loss = Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+
+
 def logprob_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    edges: Edges,
-    loss: Callable[[torch.Tensor], tuple[torch.Tensor, Any]],
-    linear: bool = False,
+    hidden: torch.Tensor, weight: torch.Tensor, edges: Edges, loss: Loss, linear: bool = False
 ) -> tuple[torch.Tensor, Any, torch.Tensor]:
     """A loss over the log-probs of a pack's edges -> its value, its metrics, logp [E] fp32 (detached).
 
     hidden [N, dim], weight [vocab, dim] (the head). loss maps logp [E] to (scalar, metrics), as the losses in
     `engine/train/losses.py` do once their other arguments are bound, and depends on weights through logp alone. The
-    value is differentiable in hidden and weight, once. linear: the loss is linear in logp, as SFT's is (the value is NaN
-    if that turns out to be untrue). Loss and gradients are computed in one pass over the head's tiles where all logits
-    fit 256 MB or the loss is linear, elsewhere as in `token_logprobs`; logp has the same bits in either case.
+    value is differentiable in hidden and weight, once; no gradient is computed that nobody asks for. linear: the loss is
+    linear in logp, as SFT's is (the value is NaN if that turns out to be untrue). Loss and gradients are computed in one
+    pass over the head's tiles where all logits fit 256 MB or the loss is linear, elsewhere each tile is made twice; logp
+    has the same bits in either case.
     """
+    value, (metrics,), logp = logprob_losses(hidden, weight, [(edges, loss)], linear)
+    return value, metrics, logp
+
+
+def logprob_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, parts: Sequence[tuple[Edges, Loss]], linear: bool = False
+) -> tuple[torch.Tensor, list[Any], torch.Tensor]:
+    """The sum of several losses, each over edges of its own, as one call of `logprob_loss` for each would have it -> the
+    sum, the metrics of each, logp of all. In the memory of one, and the gradients' once: a loss that is a sum over pairs
+    is given in parts of `group_rows` edges, which is as fast (kernels/linear_logprob.py)."""
     fn = choose("linear_logprob_loss", hidden.device.type, hidden.dtype).fn
-    return fn(hidden[edges.row], weight, edges.target, loss, linear)
+    return fn(hidden, weight, [(edges.row, edges.target, loss) for edges, loss in parts], linear)
 
 
-def held_rows(weight: torch.Tensor) -> int:
-    """How many edges `logprob_loss` takes in one pass whatever their loss is: those whose logits fit 256 MB."""
-    return _logprob.HELD_BYTES // (len(weight) * max(4, weight.itemsize))
+group_rows = _logprob.group_rows  # how many edges a part of `logprob_losses` has, or those of one pair if that has more
 
 
 def gumbel_noise(
