@@ -1,10 +1,12 @@
 """The tiled log-prob op against all logits at once, with gradients through both outputs; the loss in one pass."""
 
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine import logprob_loss, native, ops
 from engine.kernels import linear_logprob as op
@@ -217,6 +219,64 @@ def multiplications(run, monkeypatch):
         patch.setattr(native, "product", counted)
         run()
     return products.count
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors made inside that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.live, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+def extra(rows, vocab, schedule, tiles, dim=8):
+    """Bytes besides the gradients, of pairs of 64 rows."""
+    hidden, weight, targets = inputs(rows, dim, vocab, torch.float32)
+    with Peak() as peak:
+        peak.seen.update(x.untyped_storage()._cdata for x in (hidden, weight, targets))
+        if schedule == "recompute":
+            value = linear_logprob(hidden, weight, targets, tiles)[0].sum()
+        else:
+            linear = schedule == "sft"
+            loss = (lambda logp: (logp.sum(), None)) if linear else (lambda logp: (logp.sigmoid().sum(), None))
+            parts = [(ids, targets[ids], loss) for ids in torch.arange(rows).split(rows if linear else 64)]
+            value = op.linear_logprob_losses(hidden, weight, parts, linear, tiles)[0]
+        value.backward()
+    return peak.peak - hidden.nbytes - weight.nbytes
+
+
+@pytest.mark.parametrize("name", ["torch", "native"])
+@pytest.mark.parametrize("schedule", ["pairs", "sft", "recompute"])
+def test_memory_grows_with_the_rows_and_with_the_vocabulary_only_up_to_the_tile_budget(name, schedule, monkeypatch):
+    """Besides dX and dW, tiles of 64 rows of 4,000 logits: pairs of 64 rows hold that much, however many there are. For
+    a row some numbers (its hidden state twice, what is known of it); for twice the vocabulary nothing: a pair that is over
+    the budget then is made twice."""
+    budget = 64 * 4000 * 4
+    monkeypatch.setattr(op, "GROUP_BYTES", budget)
+    monkeypatch.setattr(op, "HELD_BYTES", budget)
+    monkeypatch.setattr(native.LogprobTiles, "ROW_BYTES", budget)
+    monkeypatch.setattr(native.LogprobTiles, "COLUMNS", 128)
+    tiles = native.LogprobTiles() if name == "native" else TorchTiles(budget)
+    few, many, most = (extra(rows, 4000, schedule, tiles) for rows in (128, 512, 1024))
+    a_row = 4 * 128 + 200 if (name, schedule) == ("native", "recompute") else 200  # its tile is all rows x COLUMNS
+    assert few <= 1.2 * budget + 128 * a_row
+    assert many - few <= 384 * a_row and most - many <= 512 * a_row
+    assert extra(512, 8000, schedule, tiles) <= many + 0.1 * budget
 
 
 SCHEDULES = {  # the loss, whether it is called linear, the limit in rows, and products of all rows, dim and vocab

@@ -391,6 +391,17 @@ def peak(rows, dim, vocab, dtype, run):
     return seen.peak - sum(x.grad.nbytes for x in leaves if x.grad is not None)
 
 
+@pytest.fixture
+def sizes_without_memory():
+    """torch 2.11 has a product with another dtype's result whose shape it cannot tell without computing it."""
+    a = torch.empty(2, 2, dtype=torch.bfloat16, device="meta")
+    out = torch.empty(2, 2, device="meta")
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except TypeError as error:
+        pytest.skip(f"this torch cannot add to a product on device meta: {error}")
+
+
 SCHEDULES = {
     "forward": lambda h, w, t: linear_logprob(h.detach(), w.detach(), t, TRITON),
     "recompute": lambda h, w, t: sum(x.sum() for x in linear_logprob(h, w, t, TRITON)).backward(),
@@ -402,7 +413,9 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("dim", "vocab"), [(4096, 32000), (8192, 32000), (4096, 32001), (64, 111)])
-def test_peak_memory_is_what_the_formula_says_and_a_tenth_of_eager(dim, vocab, dtype, schedule, monkeypatch):
+def test_peak_memory_is_what_the_formula_says_and_a_tenth_of_eager(
+    dim, vocab, dtype, schedule, monkeypatch, sizes_without_memory
+):
     for name in ("_logprob", "_gradient"):
         monkeypatch.setattr(op, name, NotLaunched())
     rows = 2048 if schedule == "held" else 8192
@@ -415,7 +428,9 @@ def test_peak_memory_is_what_the_formula_says_and_a_tenth_of_eager(dim, vocab, d
         assert found <= 16 * rows * vocab / 10 + 40 * rows
 
 
-def test_recompute_takes_a_tenth_of_eager_code_that_keeps_no_tensor_longer_than_it_must(monkeypatch):
+def test_recompute_takes_a_tenth_of_eager_code_that_keeps_no_tensor_longer_than_it_must(
+    monkeypatch, sizes_without_memory
+):
     for name in ("_logprob", "_gradient"):
         monkeypatch.setattr(op, name, NotLaunched())
     sizes = 8192, 4096, 32000, torch.bfloat16
