@@ -16,7 +16,7 @@ is not asked for (a LoRA's head is frozen) costs no product.
 
 On a CPU, N = 2040 (4 pairs of 2 x 255), dim = 768, vocab = 32000, fp32, 2 threads of AMD EPYC (Zen 5). Floor of one pass:
 6 N dim vocab = 301 GFLOP, 0.56 s at the 542 GFLOP/s of its multiply-adds; logits and their gradients written once and read
-twice, 0.5 GB; for each of four groups the head packed twice and dW read and written, 2.4 GB. A group has to hold its
+twice, 1.6 GB; for each of four groups the head packed twice and dW read and written, 2.4 GB. A group has to hold its
 logits, a pair's 65 MB, until its slope is known; so groups of one pair or of GROUP_BYTES, one in the place of the other,
 add to one dW. `python -m benchmarks logprob`, beside a load (time over eager's, MB besides dX and dW): one pass 0.40, 70;
 recompute 0.40, 35; eager 1, 685. As one part, in another run, 0.48 and 275 against 0.42. torch's own products have a row's
