@@ -2,7 +2,8 @@
 
 Every way (drivers/drive_train.py) is a process of its own that does a step when it is told to and else sleeps; in every
 round each does the same step in turn. A step is forward and backward of 4 pairs of 2 x 256 tokens, without and with a
-prompt that is half of them; the optimiser is left out. All must agree about the loss and the gradients' norm. Memory is
+prompt that is half of them; the optimiser is left out. `selfreward` is the engine with its head in one pass, `recompute`
+with its tiles made twice. All must agree about the loss and the gradients' norm. Memory is
 the highest resident size during a step less that before it (`logprob`: less the two gradients that come out as well).
 """
 
@@ -27,7 +28,8 @@ from benchmarks.options import bad_target, bad_threads
 from engine import InputError
 
 DRIVER = Path(__file__).parent / "drivers" / "drive_train.py"
-OURS = "selfreward"
+OURS = "selfreward"  # the head in one pass
+RECOMPUTE = "recompute"  # the head's other schedule
 PEERS = {"eager": "torch", "linear_cross_entropy": "torch", "liger": "liger_kernel", "trl": "trl"}  # what each needs
 WORK = {
     "train": {"no shared prompt": (0, 256), "prompt half of the tokens": (128, 128)},
@@ -79,7 +81,7 @@ def pythons(kind: str, names: Sequence[str], directory: Path | None) -> dict[str
             print(
                 f"{name} left out: no {PEERS[name]} here; --peers-dir names a directory with train/bin/python that has it"
             )
-    return {OURS: sys.executable, **found}
+    return {OURS: sys.executable, RECOMPUTE: sys.executable, **found}
 
 
 def measure(kind: str, model_name: str, names: dict[str, str], rounds: int, threads: int) -> dict[str, Any]:
@@ -152,6 +154,44 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def verdicts(kind: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether the bars are met, a line each; those for which a way was not measured are left out."""
+    lines = []
+    for work in dict.fromkeys(row["work"] for row in rows):
+        ways = {row["way"]: row for row in rows if row["work"] == work}
+        peers = {name: row for name, row in ways.items() if name not in (OURS, RECOMPUTE)}
+        if kind == "logprob":
+            if eager := peers.pop("eager", None):
+                lines += [
+                    _line(work, ours, "eager", _times(ways[ours], eager), time, ways[ours]["peak"] / eager["peak"], 0.1)
+                    for ours, time in ((OURS, 1.0), (RECOMPUTE, 1.35))
+                ]
+            for ours in (OURS, RECOMPUTE):
+                lines += [
+                    _line(work, ours, name, _times(ways[ours], row), 1.0, ways[ours]["peak"] / row["peak"], 1.0)
+                    for name, row in peers.items()
+                ]
+        elif peers:
+            time = max(_times(ways[OURS], row) for row in peers.values())
+            smallest = min(row["peak"] for row in peers.values())
+            most = 1.0 if work == "no shared prompt" else 1 / 1.2  # 0.9 of the ratio of tokens, 4/3
+            lines.append(_line(work, OURS, "the best peers", time, most, ways[OURS]["peak"] / smallest, 1.0))
+    return lines
+
+
+def _times(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Our time over theirs, of the same round."""
+    return statistics.median(a / b for a, b in zip(ours["all_seconds"], theirs["all_seconds"], strict=True))
+
+
+def _line(work: str, ours: str, theirs: str, time: float, most_time: float, memory: float, most_memory: float) -> str:
+    met = "met" if time <= most_time and memory <= most_memory else "NOT met"
+    return (
+        f"{met}: {work}, {ours} beside {theirs}: time {time:.2f} (bar {most_time:.2f}), "
+        f"memory {memory:.3f} (bar {most_memory:.1f})"
+    )
+
+
 def main(kind: str, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {kind}", description=__doc__)
     parser.add_argument("--model", default="110M", choices=sorted(MODELS))
@@ -175,6 +215,7 @@ def main(kind: str, words: Sequence[str]) -> int:
     command = f"python -m benchmarks {kind} --model {given.model} --rounds {given.rounds} --threads {given.threads}"
     result = {"command": f"{command} --peers {','.join(list(names)[1:])}", "machine": machine(), **measured}
     print(table(result))
+    print("", *verdicts(kind, result["rows"]), sep="\n")
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

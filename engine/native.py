@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 import engine._C as _C
+from engine.kernels.linear_logprob import BOTH, Gradients, Pair, Wanted, at_once_by_rows
 
 
 def array(x: torch.Tensor) -> Any:
@@ -226,11 +227,11 @@ class LogprobTiles:
     """
 
     COLUMNS = 2048
-    ROW_BYTES = 64 << 20  # logits of a tile of rows, where the slope of the loss is known beforehand
+    ROW_BYTES = 48 << 20  # logits of a tile of rows, where the slope of the loss is known beforehand
 
     def logprobs(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pair:
         """logp and lse. logits [N, vocab], if given, is filled for `gradients`. A target that is no token has NaN."""
         rows, ids = len(hidden), array(targets)
         best, hit = _empty(rows).fill_(-torch.inf), _empty(rows).fill_(torch.nan)
@@ -251,52 +252,43 @@ class LogprobTiles:
         grad_logp: torch.Tensor,
         grad_lse: torch.Tensor,
         logits: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of hidden and weight; logits, where `logprobs` has kept them, are used up."""
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> Gradients:
+        """Those of hidden and weight; logits, where `logprobs` has kept them, are used up."""
+        add = total is not None
+        grad_hidden = _empty(hidden.shape).zero_() if wanted[0] else None
+        grad_weight = (total if add else _empty(weight.shape)) if wanted[1] else None
         if not len(hidden):
-            return _empty(hidden.shape).zero_(), _empty(weight.shape).zero_()
-        grad_hidden, grad_weight = _empty(hidden.shape).zero_(), _empty(weight.shape)
+            return grad_hidden, grad_weight if grad_weight is None or add else grad_weight.zero_()
         given = array(targets), array(lse), array(grad_logp), array(grad_lse)
         for columns, tile in self._tiles(len(hidden), len(weight), logits):
             if logits is None:
                 product(hidden, weight[columns].T, tile)
-            self._gradient(tile, columns, *given)
-            product(tile, weight[columns], grad_hidden, add=True)
-            product(tile.T, hidden, grad_weight[columns])
+            _C.logprob_gradient(view(tile), given[0], columns.start, *given[1:], torch.get_num_threads())
+            if grad_hidden is not None:
+                product(tile, weight[columns], grad_hidden, add=True)
+            if grad_weight is not None:
+                product(tile.T, hidden, grad_weight[columns], add)
         return grad_hidden, grad_weight
 
     def at_once(
-        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """logp and the gradients of hidden and weight, for a slope of the loss that is known beforehand."""
-        grad_hidden, grad_weight = _empty(hidden.shape), _empty(weight.shape).zero_()
-        logp, vocab = _empty(len(hidden)), len(weight)
-        size = max(16, self.ROW_BYTES // (4 * vocab))
-        place = self._place(min(size, len(hidden)), vocab)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, min(start + size, len(hidden)))
-            logits, slope = place[: rows.stop - rows.start], array(grad_logp[rows])
-            logp[rows], lse = self.logprobs(hidden[rows], weight, targets[rows], logits)
-            self._gradient(logits, slice(0, vocab), array(targets[rows]), lse.numpy(), slope, np.zeros_like(slope))
-            product(logits, weight, grad_hidden[rows])
-            product(logits.T, hidden[rows], grad_weight, add=True)
-        return logp, grad_hidden, grad_weight
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        grad_logp: torch.Tensor,
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """logp and the gradients, for a slope of the loss that is known beforehand."""
+        return at_once_by_rows(self, hidden, weight, targets, grad_logp, wanted, total, self.ROW_BYTES)
 
     def _tiles(self, rows: int, vocab: int, logits: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor]]:
-        place = self._place(rows, min(self.COLUMNS, vocab)) if logits is None else None
+        """Columns and the place of their logits: in `logits`, or each in the place of the one before. Its rows are an odd
+        number of cache lines apart: at a distance of 8 KB they would get into each other's way in the caches."""
+        width = min(self.COLUMNS, vocab)
+        place = _empty(rows, (-(-width // 16) | 1) * 16) if logits is None else logits
         for start in range(0, vocab, self.COLUMNS):
             columns = slice(start, min(start + self.COLUMNS, vocab))
-            if place is not None:
-                yield columns, place[:, : columns.stop - start]
-            elif logits is not None:
-                yield columns, logits[:, columns]
-
-    def _place(self, rows: int, columns: int) -> torch.Tensor:
-        """Empty. Its rows are an odd number of cache lines apart: at a distance of 8 KB they would get into each other's
-        way in the caches."""
-        return _empty(rows, (-(-columns // 16) | 1) * 16)[:, :columns]
-
-    def _gradient(
-        self, tile: torch.Tensor, columns: slice, targets: Any, lse: Any, grad_logp: Any, grad_lse: Any
-    ) -> None:
-        _C.logprob_gradient(view(tile), targets, columns.start, lse, grad_logp, grad_lse, torch.get_num_threads())
+            yield columns, place[:, : columns.stop - start] if logits is None else logits[:, columns]

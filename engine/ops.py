@@ -15,9 +15,7 @@ the extension's compiler, do not promise that.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import accumulate
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 import engine._C as _C
-from engine import native
+from engine import native, native_rows
 from engine.errors import InputError
 from engine.kernels import adamw as _adamw
 from engine.kernels import chunk_attention as _chunk
@@ -37,7 +35,6 @@ from engine.kernels import dropout as _dropout
 from engine.kernels import flash as _flash
 from engine.kernels import gumbel as _gumbel
 from engine.kernels import jit as _jit
-from engine.kernels import linear as _linear
 from engine.kernels import linear_bf16 as _linear_bf16
 from engine.kernels import linear_int8 as _linear_int8
 from engine.kernels import linear_logprob as _logprob
@@ -53,10 +50,11 @@ from engine.kernels import work_attention as _work
 from engine.kernels.adamw import AdamWStep, Place
 from engine.kernels.sample import DrawRules, Draws
 from engine.kernels.work_attention import Work
-from engine.native import array, view
+from engine.native_rows import PackedWeight
 from engine.tree import Edges
 
 sums_in_fp32 = _logprob.sums_in_fp32  # a context: products of 16 bits are summed in fp32 only
+rows_from = native_rows.rows_from  # a context: where those kernels write
 Recording = _C.Recording  # of the native kernels' calls: engine/replay.py
 tiles = _work.tiles  # the wide and the narrow items of a work list
 ragged = _sample.ragged  # lists of ids, one per row, as the offsets and ids of `DrawRules`
@@ -77,25 +75,6 @@ class Backend(NamedTuple):
     name: str
     why_not: Callable[[Case], str | None]
     fn: Callable[..., Any]
-
-
-class _Rows(threading.local):
-    """Where the native kernels of the sampler's forward write their rows."""
-
-    empty: Callable[[Sequence[int]], torch.Tensor] = staticmethod(partial(torch.empty, dtype=torch.float32))
-
-
-_rows = _Rows()
-
-
-@contextmanager
-def rows_from(empty: Callable[[Sequence[int]], torch.Tensor]) -> Iterator[None]:
-    """In this thread, the memory of those rows is what `empty(shape)` returns, fp32 and contiguous."""
-    before, _rows.empty = _rows.empty, empty
-    try:
-        yield
-    finally:
-        _rows.empty = before
 
 
 def _always(case: Case) -> str | None:
@@ -127,116 +106,6 @@ def _native_training(case: Case) -> str | None:
     return _native(case)
 
 
-def _native_gumbel_noise(
-    seeds: torch.Tensor, positions: torch.Tensor, candidates: torch.Tensor, stream: int, vocab: int
-) -> torch.Tensor:
-    out = torch.empty(len(seeds), vocab, dtype=torch.float32)
-    _C.gumbel_noise(
-        seeds.numpy().view("uint64"),
-        positions.numpy().astype("uint32"),
-        candidates.numpy().astype("uint32"),
-        stream,
-        out.numpy(),
-    )
-    return out
-
-
-def _native_dropout_mask(
-    key: int, segments: torch.Tensor, positions: torch.Tensor, site: int, units: int, threshold: int
-) -> torch.Tensor:
-    out = torch.empty(len(segments), units, dtype=torch.bool)
-    _C.dropout_mask(
-        key & 0xFFFFFFFFFFFFFFFF,
-        segments.numpy().view("uint64"),
-        positions.numpy().astype("uint32"),
-        site,
-        threshold,
-        out.numpy(),
-    )
-    return out
-
-
-def _native_adamw_bf16(
-    weight: torch.Tensor, grad: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: AdamWStep, place: Place
-) -> None:
-    w, g, m, s = (view(x.view(-1)) for x in (weight, grad, mean, square))
-    _C.adamw_bf16(
-        w, g, m, s, place.key & 0xFFFFFFFFFFFFFFFF, place.number, place.first,
-        step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2,
-        step.eps, step.decay, step.rate, step.root, step.scale, torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, threads: int) -> torch.Tensor:
-    out = _rows.empty(x.shape)
-    _C.rms_norm(array(x), array(weight), eps, out.numpy(), threads)
-    return out
-
-
-def _native_add_rms_norm(
-    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float, threads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    total, out = _rows.empty(x.shape), _rows.empty(x.shape)
-    _C.add_rms_norm(array(x), array(branch), array(weight), eps, total.numpy(), out.numpy(), threads)
-    return total, out
-
-
-def _native_embed(tokens: torch.Tensor, table: torch.Tensor, threads: int) -> torch.Tensor:
-    out = _rows.empty((len(tokens), table.shape[1]))
-    _C.embed(array(tokens), array(table), out.numpy(), threads)
-    return out
-
-
-def _native_swiglu(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
-    rows, width = gate_up.shape
-    out = _rows.empty((rows, width // 2))
-    _C.swiglu(array(gate_up), out.numpy(), threads)
-    return out
-
-
-def _native_chunk_attention(
-    q: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    items: torch.Tensor,
-    positions: torch.Tensor,
-    threads: int,
-) -> torch.Tensor:
-    out = _rows.empty(q.shape)
-    pages = view(key_pages), view(value_pages)  # not contiguous is an error
-    _C.chunk_attention(array(q), *pages, array(items), array(positions), out.numpy(), threads)
-    return out
-
-
-def _native_rope_write(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    slots: torch.Tensor,
-    copies: torch.Tensor,
-    threads: int,
-) -> torch.Tensor:
-    out = _rows.empty(q.shape)
-    rows = view(q), view(k), view(v)  # views of one tensor: only rows are contiguous
-    pages = view(key_pages), view(value_pages)
-    _C.rope_write(*rows, array(cos), array(sin), *pages, array(slots), array(copies), out.numpy(), threads)
-    return out
-
-
-def _native_sample(logits: torch.Tensor, rules: DrawRules, threads: int) -> Draws:
-    rows = len(logits)
-    raw, sampled, labels = (torch.empty(n, dtype=torch.float32) for n in (rows, rows, len(rules.label_ids)))
-    draws = Draws(torch.empty(rows, dtype=torch.int64), raw, sampled, labels)
-    columns: Any = {name: value if name == "vocab" else array(value) for name, value in rules._asdict().items()}
-    columns.update((name, value.numpy()) for name, value in draws._asdict().items())
-    _C.sample(array(logits), threads=threads, **columns)
-    return draws
-
-
 def _without_threads(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A torch reference in the place of a kernel whose last argument is `threads`: torch has a setting of its own."""
     return lambda *given: fn(*given[:-1])
@@ -264,40 +133,6 @@ def _flash_why_not(name: str, case: Case) -> str | None:
     if case.asked != name:
         return f"not measured beside the project's own kernel yet: SELFREWARD_BACKEND={name} asks for it"
     return _flash.why_not(name, case.device, case.dtype, case.causal)
-
-
-class PackedWeight(NamedTuple):
-    """A linear's weight as its op wants it: panels of 64 outputs for the native backends, itself for the references."""
-
-    op: str  # "linear", "linear_bf16" or "linear_int8"
-    outputs: int
-    weight: torch.Tensor | None  # [outputs, depth]; None: only the panels are there
-    panels: NDArray[Any] | None  # [ceil(outputs / 64), ...], as csrc/linear.h has them
-    scales: NDArray[np.float32] | None = None  # [ceil(outputs / 64) * 64], of int8
-
-    def bytes(self) -> int:
-        return sum(x.nbytes for x in (self.panels, self.scales) if x is not None)
-
-
-def _native_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
-    assert packed.panels is not None
-    out = _rows.empty((len(x), packed.outputs))
-    _C.linear(array(x), packed.panels, out.numpy(), threads)
-    return out
-
-
-def _native_linear_bf16(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
-    assert packed.panels is not None
-    out = _rows.empty((len(x), packed.outputs))
-    _C.linear_bf16(array(x), packed.panels, out.numpy(), threads)
-    return out
-
-
-def _native_linear_int8(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
-    assert packed.panels is not None and packed.scales is not None
-    out = _rows.empty((len(x), packed.outputs))
-    _C.linear_int8(array(x), packed.panels, packed.scales, out.numpy(), threads)
-    return out
 
 
 def _torch_linear(x: torch.Tensor, packed: PackedWeight, threads: int) -> torch.Tensor:
@@ -350,25 +185,25 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     "rms_norm_rows": (
         Backend("triton", _triton, _without_threads(_rms_norm.rms_norm)),
-        Backend("native", _native_fp32, _native_rms_norm),
+        Backend("native", _native_fp32, native_rows.rms_norm),
         Backend("torch", _always, _without_threads(_rms_norm.rms_norm_reference)),
     ),
     "add_rms_norm_rows": (
         Backend("triton", _triton, _without_threads(_rms_norm.add_rms_norm)),
-        Backend("native", _native_fp32, _native_add_rms_norm),
+        Backend("native", _native_fp32, native_rows.add_rms_norm),
         Backend("torch", _always, _without_threads(_rms_norm.add_rms_norm_reference)),
     ),
     "embed_rows": (
-        Backend("native", _native, _native_embed),
+        Backend("native", _native, native_rows.embed),
         Backend("torch", _always, _without_threads(lambda tokens, table: F.embedding(tokens, table).float())),
     ),
     "swiglu_rows": (
         Backend("triton", _triton, _without_threads(_swiglu.swiglu)),
-        Backend("native", _native_fp32, _native_swiglu),
+        Backend("native", _native_fp32, native_rows.swiglu),
         Backend("torch", _always, _without_threads(_swiglu.swiglu_reference)),
     ),
     "chunk_attention": (
-        Backend("native", _native_fp32, _native_chunk_attention),
+        Backend("native", _native_fp32, native_rows.chunk_attention),
         Backend("torch", _always, _without_threads(_chunk.chunk_attention_reference)),
     ),
     "work_attention": (
@@ -377,7 +212,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     "rope_write": (
         Backend("triton", _triton, _without_threads(_rope_write.rope_write)),
-        Backend("native", _native_fp32, _native_rope_write),
+        Backend("native", _native_fp32, native_rows.rope_write),
         Backend("torch", _always, _without_threads(_rope_write.rope_write_reference)),
     ),
     "linear_logprob": (
@@ -386,38 +221,38 @@ OPS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _always, _logprob.linear_logprob),
     ),
     "linear_logprob_loss": (
-        Backend("triton", _triton, partial(_logprob.linear_logprob_loss, tiles=_logprob.TRITON)),
-        Backend("native", _native_training, partial(_logprob.linear_logprob_loss, tiles=_NATIVE_TILES)),
-        Backend("torch", _always, _logprob.linear_logprob_loss),
+        Backend("triton", _triton, partial(_logprob.linear_logprob_losses, tiles=_logprob.TRITON)),
+        Backend("native", _native_training, partial(_logprob.linear_logprob_losses, tiles=_NATIVE_TILES)),
+        Backend("torch", _always, _logprob.linear_logprob_losses),
     ),
     "linear": (
-        Backend("native", _native, _native_linear),
+        Backend("native", _native, native_rows.linear),
         Backend("torch", _always, _torch_linear),
     ),
     "linear_bf16": (
-        Backend("native", _native, _native_linear_bf16),
+        Backend("native", _native, native_rows.linear_bf16),
         Backend("torch", _always, _torch_linear_bf16),
     ),
     "linear_int8": (
-        Backend("native", _native, _native_linear_int8),
+        Backend("native", _native, native_rows.linear_int8),
         Backend("torch", _always, _torch_linear_int8),
     ),
     "gumbel_noise": (
-        Backend("native", _native, _native_gumbel_noise),
+        Backend("native", _native, native_rows.gumbel_noise),
         Backend("torch", _always, _gumbel.gumbel_noise_reference),
     ),
     "sample_rows": (
         Backend("triton", _triton, _without_threads(_sample_rows.sample_rows)),
-        Backend("native", _native_fp32, _native_sample),
+        Backend("native", _native_fp32, native_rows.sample),
         Backend("torch", _always, _without_threads(_sample.sample_reference)),
     ),
     "adamw_bf16": (
         Backend("triton", _triton, _adamw.adamw_bf16),
-        Backend("native", _native, _native_adamw_bf16),
+        Backend("native", _native, native_rows.adamw_bf16),
         Backend("torch", _always, _adamw.adamw_bf16_reference),
     ),
     "dropout_mask": (
-        Backend("native", _native, _native_dropout_mask),
+        Backend("native", _native, native_rows.dropout_mask),
         Backend("torch", _always, _dropout.dropout_mask_reference),
     ),
 }
@@ -643,37 +478,14 @@ def pack_linear(weight: torch.Tensor, quantization: str | None = None) -> Packed
             f"the weight of a sampler's linear is {weight.dtype}; expected torch.float32 or torch.bfloat16"
         )
     op = "linear_int8" if quantization else "linear" if weight.dtype == torch.float32 else "linear_bf16"
-    outputs, depth = weight.shape
     if choose(op, weight.device.type).name != "native":
-        return PackedWeight(op, outputs, weight, None)
-    count = -(-outputs // _linear.PANEL)
-    panels: NDArray[Any]
-    scales = None
-    if op == "linear":
-        panels = np.empty((count, depth, _linear.PANEL), np.float32)
-    elif op == "linear_bf16":
-        panels = np.empty((count, -(-depth // 2), _linear.PANEL, 2), np.uint16)
-    else:
-        padded = -(-depth // _linear_int8.GROUP) * _linear_int8.GROUP
-        panels = np.empty((count, padded // 4, _linear.PANEL, 4), np.uint8)
-        scales = np.empty(count * _linear.PANEL, np.float32)
-    panels[-1].fill(0)  # what stands behind the last output is not used, but a subnormal number there would take time
-    packed = PackedWeight(op, outputs, None, panels, scales)
+        return PackedWeight(op, len(weight), weight, None)
+    packed = native_rows.panels(op, *weight.shape)
     repack_linear(packed, weight)
     return packed
 
 
-def repack_linear(packed: PackedWeight, weight: torch.Tensor, first: int = 0) -> None:
-    """Replace the outputs from `first` on by weight [rows, depth] of any floating-point dtype."""
-    assert packed.panels is not None
-    panels = packed.panels
-    if packed.op == "linear_bf16":
-        _C.linear_pack_bf16(array(weight.to(torch.bfloat16)), panels, first)
-    elif packed.op == "linear":
-        _C.linear_pack(array(weight.float()), panels, first)
-    else:
-        assert packed.scales is not None
-        _C.linear_pack_int8(array(weight.float()), panels, packed.scales, first)
+repack_linear = native_rows.repack_linear  # replaces some outputs of a weight that `pack_linear` has packed
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, threads: int = 1) -> torch.Tensor:
@@ -695,28 +507,36 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight.float())
 
 
+Loss = Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+
+
 def logprob_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    edges: Edges,
-    loss: Callable[[torch.Tensor], tuple[torch.Tensor, Any]],
-    linear: bool = False,
+    hidden: torch.Tensor, weight: torch.Tensor, edges: Edges, loss: Loss, linear: bool = False
 ) -> tuple[torch.Tensor, Any, torch.Tensor]:
     """A loss over the log-probs of a pack's edges -> its value, its metrics, logp [E] fp32 (detached).
 
     hidden [N, dim], weight [vocab, dim] (the head). loss maps logp [E] to (scalar, metrics), as the losses in
     `engine/train/losses.py` do once their other arguments are bound, and depends on weights through logp alone. The
-    value is differentiable in hidden and weight, once. linear: the loss is linear in logp, as SFT's is (the value is NaN
-    if that turns out to be untrue). Loss and gradients are computed in one pass over the head's tiles where all logits
-    fit 256 MB or the loss is linear, elsewhere as in `token_logprobs`; logp has the same bits in either case.
+    value is differentiable in hidden and weight, once; no gradient is computed that nobody asks for. linear: the loss is
+    linear in logp, as SFT's is (the value is NaN if that turns out to be untrue). Loss and gradients are computed in one
+    pass over the head's tiles where all logits fit 256 MB or the loss is linear, elsewhere each tile is made twice; logp
+    has the same bits in either case.
     """
+    value, (metrics,), logp = logprob_losses(hidden, weight, [(edges, loss)], linear)
+    return value, metrics, logp
+
+
+def logprob_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, parts: Sequence[tuple[Edges, Loss]], linear: bool = False
+) -> tuple[torch.Tensor, list[Any], torch.Tensor]:
+    """The sum of several losses, each over edges of its own, as one call of `logprob_loss` for each would have it -> the
+    sum, the metrics of each, logp of all. In the memory of one, and the gradients' once: a loss that is a sum over pairs
+    is given in parts of `group_rows` edges, which is as fast (kernels/linear_logprob.py)."""
     fn = choose("linear_logprob_loss", hidden.device.type, hidden.dtype).fn
-    return fn(hidden[edges.row], weight, edges.target, loss, linear)
+    return fn(hidden, weight, [(edges.row, edges.target, loss) for edges, loss in parts], linear)
 
 
-def held_rows(weight: torch.Tensor) -> int:
-    """How many edges `logprob_loss` takes in one pass whatever their loss is: those whose logits fit 256 MB."""
-    return _logprob.HELD_BYTES // (len(weight) * max(4, weight.itemsize))
+group_rows = _logprob.group_rows  # how many edges a part of `logprob_losses` has, or those of one pair if that has more
 
 
 def gumbel_noise(

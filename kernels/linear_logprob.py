@@ -9,9 +9,19 @@ hidden [N, dim], weight [vocab, dim], targets [N] int64 -> logp [N], lse [N], fp
 those that count: a caller leaves ignored tokens out before it comes here.
 
 Two schedules. *Recompute*, `linear_logprob`: the forward saves hidden, targets and lse; the backward makes each tile of
-logits again. 8 N dim vocab FLOPs, any gradient of both results. *One pass*, `linear_logprob_loss`: the slope of the loss
+logits again. 8 N dim vocab FLOPs, any gradient of both results. *One pass*, `linear_logprob_losses`: the slope of the loss
 is known while the logits are there, so that nothing is made again. That is so where all logits fit HELD_BYTES, and where
-the loss is linear in logp. Size alone decides. Both take the same tiles of rows, so logp is the same bits.
+the loss is linear in logp. Size alone decides. Both take the same tiles of rows, so logp is the same bits. A gradient that
+is not asked for (a LoRA's head is frozen) costs no product.
+
+On a CPU, N = 2040 (4 pairs of 2 x 255), dim = 768, vocab = 32000, fp32, 2 threads of AMD EPYC (Zen 5). Floor of one pass:
+6 N dim vocab = 301 GFLOP, 0.56 s at the 542 GFLOP/s of its multiply-adds; logits and their gradients written once and read
+twice, 1.6 GB; for each of four groups the head packed twice and dW read and written, 2.4 GB. A group has to hold its
+logits, a pair's 65 MB, until its slope is known; so groups of one pair or of GROUP_BYTES, one in the place of the other,
+add to one dW. `python -m benchmarks logprob`, beside a load (time over eager's, MB besides dX and dW): one pass 0.40, 70;
+recompute 0.40, 35; eager 1, 685. As one part, in another run, 0.48 and 275 against 0.42. torch's own products have a row's
+tile as large as it may be: pairs in tiles of 16 / 32 / 48 / 64 MB took 2.1 / 1.3 / 1.6 / 0.99 of eager, recompute 2.6 / 1.8
+/ 1.7 / 1.2; native SFT in 32 / 48 / 64 MB 0.39 / 0.44 / 0.38 with 42 / 59 / 80 MB.
 
 Where the products run, on a GPU. At N = 8192, dim = 4096, vocab = 32000 in bf16 a product is 2.15 TFLOP: 2.7 ms at the
 790 TFLOP/s that cuBLAS reaches, 3.6 to 4.3 ms at the 500 to 600 of Triton's own. fp32 logits that go through memory cost
@@ -34,7 +44,7 @@ schedule. `memory` is the formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,11 +54,18 @@ from torch.autograd.function import once_differentiable
 
 from .jit import acc, jit, power_of_two, tl
 
-TILE_BYTES = 64 << 20  # logits held at once on a CPU
-HELD_BYTES = 256 << 20  # all logits of a call are held for its backward if they fit: 2097 rows of 32000
+TILE_BYTES = 64 << 20  # logits that are made at once on a CPU
+GROUP_BYTES = 64 << 20  # and that wait there for the slope of a loss, unless one pair has more: 524 rows of 32000
+HELD_BYTES = 256 << 20  # logits that wait at all, rather than being made again: 2097 rows of 32000
 Pair = tuple[torch.Tensor, torch.Tensor]
+Wanted = tuple[bool, bool]  # whether the gradient of hidden is asked for, and that of weight
+BOTH = (True, True)
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]  # those that are wanted
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # targets, lse, and the gradients of logp and lse
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+Part = tuple[
+    torch.Tensor | None, torch.Tensor, Loss
+]  # rows of hidden (None: all, of an only part), targets, their loss
 
 
 def linear_logprob_reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Pair:
@@ -72,10 +89,12 @@ class TorchTiles:
         logp = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
         lse = torch.empty_like(logp)
         head = weight.to(logp.dtype)
-        for rows in _tiles(len(hidden), len(weight), self.tile_bytes, logp.dtype):
-            tile = self._logprob_tile(hidden[rows].to(logp.dtype), head, targets[rows], logp[rows], lse[rows])
-            if logits is not None:
-                logits[rows] = tile
+        for rows, tile in self._tiles(hidden, head, logits):
+            torch.mm(hidden[rows].to(logp.dtype), head.T, out=tile)
+            for piece in _pieces(rows):
+                some = tile[piece.start - rows.start : piece.stop - rows.start]
+                torch.logsumexp(some, dim=-1, out=lse[piece])
+                logp[piece] = some.gather(1, targets[piece, None]).squeeze(1) - lse[piece]
         return logp, lse
 
     def gradients(
@@ -87,51 +106,73 @@ class TorchTiles:
         grad_logp: torch.Tensor,
         grad_lse: torch.Tensor,
         logits: torch.Tensor | None = None,
-    ) -> Pair:
-        """Gradients of hidden and weight; logits, where `logprobs` has kept them, are used up."""
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> Gradients:
+        """Those of hidden, and of weight still in fp32; logits, where `logprobs` has kept them, are used up."""
+        for_hidden, for_weight = wanted
         head = weight.to(lse.dtype)
-        grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device)
-        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        for rows in _tiles(len(hidden), len(weight), self.tile_bytes, lse.dtype):
+        grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device) if for_hidden else None
+        if for_weight and total is None:
+            total = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        for rows, tile in self._tiles(hidden, head, logits):
             x = hidden[rows].to(lse.dtype)
-            tile = x @ head.T if logits is None else logits[rows]
-            grad_logits = self._gradient_tile(tile, targets[rows], lse[rows], grad_logp[rows], grad_lse[rows])
-            grad_hidden[rows] = grad_logits @ head
-            grad_weight.addmm_(grad_logits.T, x)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+            if logits is None:
+                torch.mm(x, head.T, out=tile)
+            for piece in _pieces(rows):
+                some, scale = tile[piece.start - rows.start : piece.stop - rows.start], grad_lse - grad_logp
+                some.sub_(lse[piece, None]).exp_().mul_(scale[piece, None])
+                some.scatter_add_(1, targets[piece, None], grad_logp[piece, None])
+            if grad_hidden is not None:
+                torch.mm(tile, head, out=grad_hidden[rows])
+            if for_weight and total is not None:
+                total.addmm_(tile.T, x)
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), total
 
     def at_once(
-        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """logp and the gradients of hidden and weight, for a slope of the loss that is known beforehand."""
-        logp, lse = torch.empty_like(grad_logp), torch.empty_like(grad_logp)
-        head = weight.to(logp.dtype)
-        grad_hidden = torch.empty(hidden.shape, dtype=logp.dtype, device=hidden.device)
-        grad_weight = torch.zeros(weight.shape, dtype=logp.dtype, device=weight.device)
-        for rows in _tiles(len(hidden), len(weight), self.tile_bytes, logp.dtype):
-            x, slope = hidden[rows].to(logp.dtype), grad_logp[rows]
-            tile = self._logprob_tile(x, head, targets[rows], logp[rows], lse[rows])
-            grad_logits = self._gradient_tile(tile, targets[rows], lse[rows], slope, torch.zeros_like(slope))
-            grad_hidden[rows] = grad_logits @ head
-            grad_weight.addmm_(grad_logits.T, x)
-        return logp, grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        grad_logp: torch.Tensor,
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """logp and the gradients, for a slope of the loss that is known beforehand."""
+        return at_once_by_rows(self, hidden, weight, targets, grad_logp, wanted, total, self.tile_bytes)
 
-    @staticmethod
-    def _logprob_tile(
-        x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor
-    ) -> torch.Tensor:
-        logits = x @ head.T  # [tile, vocab]
-        torch.logsumexp(logits, dim=-1, out=lse)
-        logp.copy_(logits.gather(1, targets[:, None]).squeeze(1) - lse)
-        return logits
+    def _tiles(
+        self, hidden: torch.Tensor, head: torch.Tensor, logits: torch.Tensor | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows and the place of their logits: in `logits`, or each in the place of the one before."""
+        size = min(len(hidden), _tile_rows(len(head), self.tile_bytes, head.dtype))
+        place = _matrix(size, len(head), head.dtype, head.device) if logits is None else logits
+        for rows in _slices(0, len(hidden), size):
+            yield rows, place[: rows.stop - rows.start] if logits is None else logits[rows]
 
-    @staticmethod
-    def _gradient_tile(
-        logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, grad_logp: torch.Tensor, grad_lse: torch.Tensor
-    ) -> torch.Tensor:
-        grad_logits = torch.exp(logits.sub_(lse[:, None]))  # softmax [tile, vocab]
-        grad_logits.mul_((grad_lse - grad_logp)[:, None])
-        return grad_logits.scatter_add_(1, targets[:, None], grad_logp[:, None])
+
+def at_once_by_rows(
+    tiles: Tiles,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    grad_logp: torch.Tensor,
+    wanted: Wanted,
+    total: torch.Tensor | None,
+    tile_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`at_once` where dW can be added to: the logits of a tile of rows are held, and made gradients at once."""
+    logp, zero = torch.empty_like(grad_logp), torch.zeros_like(grad_logp)
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    size = min(max(1, len(hidden)), _tile_rows(len(weight), tile_bytes, logp.dtype))
+    place = _matrix(size, len(weight), logp.dtype, hidden.device)
+    for rows in _slices(0, max(1, len(hidden)), size):  # one that is empty, where there are none
+        x, ids, logits = hidden[rows], targets[rows], place[: len(targets[rows])]
+        logp[rows], lse = tiles.logprobs(x, weight, ids, logits)
+        part, total = tiles.gradients(x, weight, ids, lse, grad_logp[rows], zero[rows], logits, wanted, total)
+        if grad_hidden is not None and part is not None:
+            grad_hidden[rows] = part
+    return logp, grad_hidden, total
 
 
 @jit
@@ -238,28 +279,38 @@ class TritonTiles:
         grad_logp: torch.Tensor,
         grad_lse: torch.Tensor,
         logits: torch.Tensor | None = None,
-    ) -> Pair:
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> Gradients:
         if not len(hidden):
-            return torch.zeros_like(hidden), torch.zeros_like(weight)
-        grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device)
-        grad_weight = torch.empty_like(weight)
+            return _zeros(hidden, weight, wanted, total)
+        grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device) if wanted[0] else None
+        grad_weight = (torch.empty_like(weight) if total is None else total) if wanted[1] else None
         given = targets, lse, grad_logp.contiguous(), grad_lse.contiguous()
-        self._columns(hidden, weight, given, grad_weight, grad_hidden=grad_hidden, logits=logits)
-        return grad_hidden.to(hidden.dtype), grad_weight
+        self._columns(hidden, weight, given, grad_weight, total is not None, grad_hidden=grad_hidden, logits=logits)
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
     def at_once(
-        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        grad_logp: torch.Tensor,
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         logp, lse, zero = torch.empty_like(grad_logp), torch.empty_like(grad_logp), torch.zeros_like(grad_logp)
         if not len(hidden):
-            return logp, torch.zeros_like(hidden), torch.zeros_like(weight)
+            return logp, *_zeros(hidden, weight, wanted, total)
         given = targets, lse, grad_logp.contiguous(), zero
-        grad_hidden, kept = self._rows(hidden, weight, given, logp)
-        grad_weight = torch.empty_like(weight)  # not before the tile of rows is gone
-        first = kept.shape[1]
-        _product(kept.T, hidden, grad_weight[:first])
+        grad_hidden, kept = self._rows(hidden, weight, given, logp, wanted)
+        if not wanted[1]:
+            return logp, grad_hidden, None
+        grad_weight = torch.empty_like(weight) if total is None else total  # not before the tile of rows is gone
+        first, add = kept.shape[1], total is not None
+        _product(kept.T, hidden, grad_weight[:first], add)
         del kept
-        self._columns(hidden, weight, given, grad_weight, first=first)
+        self._columns(hidden, weight, given, grad_weight, add, first=first)
         return logp, grad_hidden, grad_weight
 
     def kept(self, vocab: int) -> int:
@@ -283,25 +334,29 @@ class TritonTiles:
             yield rows, tile
 
     def _rows(
-        self, hidden: torch.Tensor, weight: torch.Tensor, given: Given, logp: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tile by tile logp, lse (in `given`) and gradients -> dX, and the gradients of the logits that are kept."""
-        dim, first, device = hidden.shape[1], self.kept(len(weight)), hidden.device
+        self, hidden: torch.Tensor, weight: torch.Tensor, given: Given, logp: torch.Tensor, wanted: Wanted
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Tile by tile logp, lse (in `given`) and gradients -> dX, and those of the logits that are kept for dW."""
+        dim, first, device = hidden.shape[1], self.kept(len(weight)) if wanted[1] else 0, hidden.device
         size = self.row_tile(len(hidden), len(weight), logp.dtype)
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         kept = torch.empty(len(hidden), first, dtype=hidden.dtype, device=device)
-        others = _matrix(size, len(weight) - first, hidden.dtype, device)
-        sums = torch.empty(size, dim, dtype=logp.dtype, device=device)
+        rest = len(weight) - first if wanted[0] else 0  # of no use but for dX
+        others = _matrix(size, rest, hidden.dtype, device)
+        sums = torch.empty(size if wanted[0] else 0, dim, dtype=logp.dtype, device=device)
         for rows, tile in self._row_tiles(hidden, weight):
             targets, lse, grad_logp, grad_lse = (x[rows] for x in given)
             _run_logprob(tile, targets, logp[rows], lse)
-            total, other = sums[: len(tile)], others[: len(tile)]
             if first:
                 _run_gradient(tile[:, :first], targets, lse, grad_logp, grad_lse, kept[rows], 0)
-                _product(kept[rows], weight[:first], total)
+            if grad_hidden is None:
+                continue
+            summed, other = sums[: len(tile)], others[: len(tile)]
+            if first:
+                _product(kept[rows], weight[:first], summed)
             _run_gradient(tile[:, first:], targets, lse, grad_logp, grad_lse, other, first)
-            _product(other, weight[first:], total, add=first > 0)
-            grad_hidden[rows] = total
+            _product(other, weight[first:], summed, add=first > 0)
+            grad_hidden[rows] = summed
         return grad_hidden, kept
 
     def _columns(
@@ -309,12 +364,14 @@ class TritonTiles:
         hidden: torch.Tensor,
         weight: torch.Tensor,
         given: Given,
-        grad_weight: torch.Tensor,
+        grad_weight: torch.Tensor | None,
+        add: bool = False,
         first: int = 0,
         grad_hidden: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
     ) -> None:
-        """dW of the columns from `first` on, and dX, their sum, if asked for; from logits that are held or made again."""
+        """dW of the columns from `first` on (added, if so asked) and dX, their sum, where there is a place for them; from
+        logits that are held or made again."""
         wide, device, width = _wide(hidden), hidden.device, min(self.columns, len(weight))
         again = 0 if logits is not None else min(self.rows, len(hidden))
         place = torch.empty(again, width, dtype=wide, device=device)
@@ -331,11 +388,16 @@ class TritonTiles:
                 _run_gradient(tile, targets, lse, grad_logp, grad_lse, grad[rows], block.start)
                 if grad_hidden is not None:
                     _product(grad[rows], weight[block], grad_hidden[rows], add=block.start > first)
-            _product(grad.T, hidden, grad_weight[block])
+            if grad_weight is not None:
+                _product(grad.T, hidden, grad_weight[block], add)
 
 
 class Tiles(Protocol):
-    """Where the products run and in which pieces: the tiles above, and those of `engine/native.py`."""
+    """Where the products run and in which pieces: the tiles above, and those of `engine/native.py`.
+
+    Of the gradients only those that are wanted come back, and no product is made for another. total: dW of what came
+    before, as it came back from there; this one's is added to it in place. Its dtype is the tiles' own: a caller rounds.
+    """
 
     def logprobs(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor | None = None
@@ -350,11 +412,19 @@ class Tiles(Protocol):
         grad_logp: torch.Tensor,
         grad_lse: torch.Tensor,
         logits: torch.Tensor | None = None,
-    ) -> Pair: ...
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> Gradients: ...
 
     def at_once(
-        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, grad_logp: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        grad_logp: torch.Tensor,
+        wanted: Wanted = BOTH,
+        total: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]: ...
 
 
 TORCH, TRITON = TorchTiles(), TritonTiles()
@@ -376,31 +446,94 @@ def linear_logprob_loss(
     linear: bool = False,
     tiles: Tiles = TORCH,
 ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """`loss` of the log-probs -> its value (differentiable in hidden and weight), its metrics, logp [N] (detached).
+    """`linear_logprob_losses` of one loss, of all rows of hidden: its value, its metrics, logp [N]."""
+    value, (metrics,), logp = linear_logprob_losses(hidden, weight, [(None, targets, loss)], linear, tiles)
+    return value, metrics, logp
 
-    loss maps logp [N] to (scalar, anything) and depends on the weights through logp alone. linear: its slope is the same
-    at every logp, as SFT's is; it is then asked for at logp = 0, before there are logits, and once more at the end: if the
-    answers differ the value is NaN, not a wrong gradient. One pass where the logits fit HELD_BYTES or the loss is linear,
-    recompute otherwise. In one pass the gradients are there before the backward, which scales and gives them away: once.
+
+def linear_logprob_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    parts: Sequence[Part],
+    linear: bool = False,
+    tiles: Tiles = TORCH,
+) -> tuple[torch.Tensor, list[Any], torch.Tensor]:
+    """Losses of log-probs -> their sum (differentiable in hidden and weight), the metrics of each, all logp (detached).
+
+    A loss maps logp [n] of its part to (scalar, anything) and depends on the weights through logp alone. linear: its slope
+    is the same at every logp, as SFT's is; it is then asked for at logp = 0, before there are logits, and once more at the
+    end: if the answers differ the value is NaN, not a wrong gradient. One pass for a part whose logits fit HELD_BYTES or
+    whose loss is linear, recompute for others. Parts come one after the other, each in the place of the one before, and
+    add to the same gradients, which are there before the backward: it scales and gives them away, once.
     """
-    wide = _wide(hidden)
-    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    fits = len(hidden) * len(weight) * wide.itemsize <= HELD_BYTES
-    if not differentiable or not (fits or linear):
-        logp = linear_logprob(hidden, weight, targets, tiles)[0]
-        return *loss(logp), logp.detach()
+    wanted = hidden.requires_grad, weight.requires_grad
+    if not (torch.is_grad_enabled() and any(wanted)):
+        with torch.no_grad():
+            logps = [tiles.logprobs(_take(hidden, rows), weight, targets)[0] for rows, targets, _ in parts]
+        values, metrics = zip(*(loss(logp) for (_, _, loss), logp in zip(parts, logps, strict=True)), strict=True)
+        return sum(values[1:], values[0]), list(metrics), torch.cat(logps)
+    run = _OnePass(hidden, weight, linear, tiles, wanted)
     with torch.no_grad():
-        if fits:
-            logits = _matrix(len(hidden), len(weight), wide, hidden.device)
-            logp, lse = tiles.logprobs(hidden, weight, targets, logits)
-            value, metrics, slope = _slope(loss, logp)
-            gradients = [*tiles.gradients(hidden, weight, targets, lse, slope, torch.zeros_like(slope), logits)]
-        else:
-            promised = _slope(loss, torch.zeros(len(hidden), dtype=wide, device=hidden.device))[2]
-            logp, *gradients = tiles.at_once(hidden, weight, targets, promised)
-            value, metrics, slope = _slope(loss, logp)
-            value = torch.where((slope == promised).all(), value, float("nan"))
-    return _Given.apply(hidden, weight, value, *gradients), metrics, logp
+        place = _held(hidden, len(weight), linear, [len(targets) for _, targets, _ in parts])
+        found = [run.add(part, place) for part in parts]
+        del place
+        values, metrics, found_logps = zip(*found, strict=True)
+        grad_weight = None if run.grad_weight is None else run.grad_weight.to(weight.dtype)
+        value = sum(values[1:], values[0])
+    return _Given.apply(hidden, weight, value, run.grad_hidden, grad_weight), list(metrics), torch.cat(found_logps)
+
+
+@dataclass
+class _OnePass:
+    """The gradients of the parts so far."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    linear: bool
+    tiles: Tiles
+    wanted: Wanted
+    grad_hidden: torch.Tensor | None = None
+    grad_weight: torch.Tensor | None = None
+
+    def add(self, part: Part, place: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """A part's value, metrics and logp. Its logits wait in `place` if they fit, and else are made again."""
+        rows, targets, loss = part
+        x = _take(self.hidden, rows)
+        if self.linear and len(x) > len(place):
+            return self._at_once(x, part)
+        logits = place[: len(x)] if len(x) <= len(place) else None
+        logp, lse = self.tiles.logprobs(x, self.weight, targets, logits)
+        value, metrics, slope = _slope(loss, logp)
+        given = x, self.weight, targets, lse, slope, torch.zeros_like(slope), logits
+        grad_x, self.grad_weight = self.tiles.gradients(*given, self.wanted, self.grad_weight)
+        self._add_hidden(rows, grad_x)
+        return value, metrics, logp
+
+    def _at_once(self, x: torch.Tensor, part: Part) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        rows, targets, loss = part
+        promised = _slope(loss, torch.zeros(len(x), dtype=_wide(x), device=x.device))[2]
+        given = x, self.weight, targets, promised
+        logp, grad_x, self.grad_weight = self.tiles.at_once(*given, self.wanted, self.grad_weight)
+        self._add_hidden(rows, grad_x)
+        value, metrics, slope = _slope(loss, logp)
+        return torch.where((slope == promised).all(), value, float("nan")), metrics, logp
+
+    def _add_hidden(self, rows: torch.Tensor | None, grad_x: torch.Tensor | None) -> None:
+        if grad_x is None or rows is None:
+            self.grad_hidden = grad_x
+            return
+        if self.grad_hidden is None:
+            self.grad_hidden = torch.zeros_like(self.hidden)
+        _add_rows(self.grad_hidden, rows, grad_x)
+
+
+def _add_rows(x: torch.Tensor, rows: torch.Tensor, added: torch.Tensor) -> None:
+    """x[rows] += added, where a row may count more than once. In one order: with several threads torch's `index_put_` on a CPU
+    adds as they come, and `index_add_` on a GPU."""
+    if x.device.type == "cpu":
+        x.index_add_(0, rows, added)
+    else:
+        x.index_put_((rows,), added, accumulate=True)
 
 
 def _slope(loss: Loss, logp: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
@@ -425,7 +558,10 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *ctx.tiles.gradients(*ctx.saved_tensors, grad_logp, grad_lse), None, None
+        weight = ctx.saved_tensors[1]
+        wanted = ctx.needs_input_grad[:2]
+        grad_hidden, grad_weight = ctx.tiles.gradients(*ctx.saved_tensors, grad_logp, grad_lse, wanted=wanted)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 class _Given(torch.autograd.Function):
@@ -437,8 +573,8 @@ class _Given(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         value: torch.Tensor,
-        grad_hidden: torch.Tensor,
-        grad_weight: torch.Tensor,
+        grad_hidden: torch.Tensor | None,
+        grad_weight: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.gradients = grad_hidden, grad_weight
         return value.clone()
@@ -448,13 +584,39 @@ class _Given(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were given away by its first backward: compute it again")
-        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        return (
-            grad_hidden.mul_(upstream) if for_hidden else None,
-            grad_weight.mul_(upstream) if for_weight else None,
-            *(None, None, None),
-        )
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if x is None else x.mul_(upstream) for x in gradients), None, None, None
+
+
+def group_rows(weight: torch.Tensor) -> int:
+    """How many rows a part may have for the least memory at full speed: a caller makes parts of several losses of them."""
+    return _group_bytes(weight.device) // (len(weight) * _wide(weight).itemsize)
+
+
+def _group_bytes(device: torch.device) -> int:
+    return min(GROUP_BYTES, HELD_BYTES) if device.type == "cpu" else HELD_BYTES
+
+
+def _held(hidden: torch.Tensor, vocab: int, linear: bool, sizes: Sequence[int]) -> torch.Tensor:
+    """Where logits wait for the slope of their loss, one part's after the other's: [rows of the longest that fits, vocab]."""
+    limit = _group_bytes(hidden.device) if linear else HELD_BYTES
+    fitting = [rows for rows in sizes if rows * vocab * _wide(hidden).itemsize <= limit]
+    return _matrix(max(fitting, default=0), vocab, _wide(hidden), hidden.device)
+
+
+def _take(hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return hidden if rows is None else hidden[rows]
+
+
+def _zeros(hidden: torch.Tensor, weight: torch.Tensor, wanted: Wanted, total: torch.Tensor | None) -> Gradients:
+    """Of no rows."""
+    grad_weight = torch.zeros_like(weight) if total is None else total
+    return torch.zeros_like(hidden) if wanted[0] else None, grad_weight if wanted[1] else None
+
+
+def _pieces(rows: slice) -> list[slice]:
+    """Of a tile of torch's, so that what goes over its logits again and again finds them in a cache."""
+    return _slices(rows.start, rows.stop, 16)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -463,10 +625,6 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 def _tile_rows(vocab: int, tile_bytes: int, dtype: torch.dtype, multiple: int = 1) -> int:
     return max(16, tile_bytes // (vocab * dtype.itemsize) // multiple * multiple)
-
-
-def _tiles(rows: int, vocab: int, tile_bytes: int, dtype: torch.dtype) -> list[slice]:
-    return _slices(0, rows, _tile_rows(vocab, tile_bytes, dtype))
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:

@@ -105,7 +105,7 @@ def test_only_the_op_table_and_the_native_functions_import_kernels_and_the_exten
     importers = {
         str(path.relative_to(ROOT)) for path in sources("engine", "selfreward") if any(map(device_code, imports(path)))
     }
-    assert importers == {"engine/native.py", "engine/ops.py"}
+    assert importers == {"engine/native.py", "engine/native_rows.py", "engine/ops.py"}
 
 
 def test_kernels_import_torch_and_triton_only():

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from benchmarks.models import random_model
 from engine import Llama, TokenTree, ops, save_checkpoint
 from engine.model import tree_attend
+from engine.tree import Edges
 
 BETA = 0.1
 Work = dict[str, int]
@@ -74,7 +76,7 @@ def predicting(hidden: torch.Tensor, tokens: torch.Tensor, work: Work) -> tuple[
 
 
 class Selfreward:
-    """This engine: prompts once, no padding, `token_logprobs`."""
+    """This engine as its trainer does it: prompts once, no padding, the head in one pass, a pair's tile at a time."""
 
     def hidden(self, model: Llama, tokens: Sequences, work: Work) -> Any:
         split, trees = work["prompt"], []
@@ -83,6 +85,22 @@ class Selfreward:
             trees.extend([TokenTree(chosen[:split].tolist(), children=tuple(answers))] if split else answers)
         (pack,) = TokenTree.pack(trees, 1 << 20)
         return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains)), pack.edges
+
+    def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        rows, edges = hidden
+        sizes = torch.unique_consecutive(edges.sequence // 2, return_counts=True)[1].tolist()
+        columns = (edges.row, edges.target, edges.weight, edges.sequence)
+        pairs = [Edges(*part) for part in zip(*(column.split(sizes) for column in columns), strict=True)]
+        losses = [partial(self._pair, edges=pair, pairs=work["pairs"]) for pair in pairs]
+        return ops.logprob_losses(rows, model.head, list(zip(pairs, losses, strict=True)))[0]
+
+    @staticmethod
+    def _pair(logp: torch.Tensor, edges: Edges, pairs: int) -> tuple[torch.Tensor, None]:
+        return dpo(torch.zeros(2).index_add(0, edges.sequence % 2, logp)) / pairs, None
+
+
+class Recompute(Selfreward):
+    """The head through `token_logprobs`, which knows nothing of the loss: every tile is made twice."""
 
     def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
         rows, edges = hidden
@@ -152,6 +170,7 @@ class Trl:
 
 WAYS: dict[str, Any] = {
     "selfreward": Selfreward,
+    "recompute": Recompute,
     "eager": Eager,
     "linear_cross_entropy": LinearCrossEntropy,
     "liger": Liger,

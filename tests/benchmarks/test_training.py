@@ -19,7 +19,8 @@ def model():
 def test_every_way_has_the_same_loss_and_gradients(model, kind, prompt, answer):
     work = {"pairs": 2, "prompt": prompt, "answer": answer, "seed": 1}
     found = {
-        name: [kind(drive_train.WAYS[name](), model, work)] for name in ("selfreward", "eager", "linear_cross_entropy")
+        name: [kind(drive_train.WAYS[name](), model, work)]
+        for name in ("selfreward", "recompute", "eager", "linear_cross_entropy")
     }
     training.check_agreement(found)
     assert found["selfreward"][0]["norm"] > 0
@@ -35,9 +36,43 @@ def test_flops_are_those_of_products_with_weights(model):
     assert training.flops_of("logprob", model, 0, 256) == 8 * 255 * 6 * model.head.numel()
 
 
+def row(way, seconds, peak, work="all tokens"):
+    return {"work": work, "way": way, "all_seconds": seconds, "peak": peak}
+
+
+def test_bars_are_met_in_time_and_in_memory_or_not():
+    rows = [row("selfreward", [1.0, 1.0], 70), row("recompute", [1.3, 1.3], 40), row("eager", [1.0, 1.2], 700)]
+    assert [line.split(":")[0] for line in training.verdicts("logprob", rows)] == ["met", "met"]
+    rows += [row("liger", [2.0, 2.0], 60), row("linear_cross_entropy", [1.2, 1.2], 80)]
+    assert [line.split(":")[0] for line in training.verdicts("logprob", rows)[2:]] == [
+        "NOT met",
+        "met",
+        "met",
+        "NOT met",
+    ]
+    assert "time 0.50 (bar 1.00), memory 1.167 (bar 1.0)" in training.verdicts("logprob", rows)[2]
+    rows[0]["peak"] = 71
+    assert training.verdicts("logprob", rows)[0].startswith("NOT met: all tokens, selfreward beside eager")
+
+
+def test_a_whole_step_is_held_against_the_fastest_peer_and_the_smallest():
+    half = "prompt half of the tokens"
+    for work, seconds, peak, met in (
+        ("no shared prompt", 1.0, 50, True),
+        ("no shared prompt", 1.01, 50, False),
+        ("no shared prompt", 1.0, 51, False),
+        (half, 0.83, 50, True),
+        (half, 0.84, 50, False),
+    ):
+        rows = [row("selfreward", [seconds], peak, work), row("recompute", [9.0], 9, work)]
+        (line,) = training.verdicts("train", [*rows, row("a", [1.0], 90, work), row("b", [2.0], 50, work)])
+        assert line.startswith("met" if met else "NOT met")
+    assert training.verdicts("train", rows) == []
+
+
 def test_a_peer_that_is_missing_is_left_out_by_name_and_an_unknown_one_is_an_error(capsys, monkeypatch):
     monkeypatch.setitem(training.PEERS, "liger", "no_such_package")
-    assert list(training.pythons("train", ["eager", "liger"], None)) == ["selfreward", "eager"]
+    assert list(training.pythons("train", ["eager", "liger"], None)) == ["selfreward", "recompute", "eager"]
     assert "liger left out: no no_such_package here" in capsys.readouterr().out
     with pytest.raises(InputError, match="peer is 'vllm'"):
         training.pythons("train", ["vllm"], None)

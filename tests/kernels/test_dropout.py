@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from engine import _C, ops
+from engine import _C, native_rows, ops
 from engine.kernels.dropout import dropout_mask_reference
 
 N = 40
@@ -18,7 +18,7 @@ def both(**changes):
     """The mask by either backend, after asserting that they agree."""
     given = BASE | changes
     threshold = min(round(given.pop("rate") * 2**32), 2**32 - 1)
-    native = ops._native_dropout_mask(**given, threshold=threshold)
+    native = native_rows.dropout_mask(**given, threshold=threshold)
     assert torch.equal(native, dropout_mask_reference(**given, threshold=threshold))
     return native
 
