@@ -122,15 +122,16 @@ class Eager:
 
 
 class LinearCrossEntropy(Eager):
-    """torch's, in chunks as it chooses them, called for each sequence, whose sum it gives."""
+    """torch's, in chunks as it chooses them, once for all tokens: a call for each sequence, whose sum it can give, keeps a
+    gradient of the head for each (2,040 tokens: 11.9 s and 789 MB instead of 3.7 and 107)."""
 
     def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
+        rows, targets = predicting(hidden, tokens, work)
         options = torch.nn.LinearCrossEntropyOptions()
-        sums = [
-            F.linear_cross_entropy(row, model.head, target, reduction="sum", options=options)
-            for row, target in zip(*predicting(hidden, tokens, work), strict=True)
-        ]
-        return dpo(-torch.stack(sums))
+        nll = F.linear_cross_entropy(
+            rows.flatten(0, 1), model.head, targets.flatten(), reduction="none", options=options
+        )
+        return dpo(-nll.view(targets.shape).sum(1))
 
 
 class Liger(Eager):
