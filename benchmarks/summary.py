@@ -1,17 +1,19 @@
-"""`python -m benchmarks.summary [DIRECTORY]`: the records of a directory as tables: `peers-WORKLOAD-THREADS.json` of a CPU,
-`kernels.jsonl`, `sampler.jsonl` and `train.jsonl` of a GPU."""
+"""`python -m benchmarks.summary [DIRECTORY]`: the records of a directory as tables: of a CPU `peers-WORKLOAD-THREADS.json`,
+`train-2.json` and `logprob-2.json`, of a GPU `kernels.jsonl`, `sampler.jsonl` and `train.jsonl`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import training
 from benchmarks.peers import OURS
 from benchmarks.workloads import COMPARED
 
+TRAINING = ("train-2.json", "logprob-2.json")
 RESULTS = Path(__file__).parent / "results" / "amd-epyc-family26-2cores"
 
 
@@ -19,9 +21,11 @@ def main() -> int:
     directory = Path(sys.argv[1]) if sys.argv[1:] else RESULTS
     records = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("peers-*-*.json"))}
     parts = [list(map(json.loads, path.read_text().splitlines())) for path in sorted(directory.glob("*.jsonl"))]
+    training_records = [json.loads((directory / name).read_text()) for name in TRAINING if (directory / name).is_file()]
     if not records and not parts:
         sys.exit(f"{directory}: no peers-WORKLOAD-THREADS.json and no PART.jsonl in it")
-    tables = [speeds(records), limits(records)] if records else []
+    tables: list[Iterable[str]] = [speeds(records), limits(records)] if records else []
+    tables += [[training.table(record)] for record in training_records]
     print("\n\n".join("\n".join(table) for table in (*tables, *map(gpu, parts))))
     return 0
 

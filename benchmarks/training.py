@@ -213,7 +213,8 @@ def main(kind: str, words: Sequence[str]) -> int:
     except InputError as error:
         parser.error(str(error))
     command = f"python -m benchmarks {kind} --model {given.model} --rounds {given.rounds} --threads {given.threads}"
-    result = {"command": f"{command} --peers {','.join(list(names)[1:])}", "machine": machine(), **measured}
+    others = ",".join(name for name in names if name not in (OURS, RECOMPUTE))
+    result = {"command": f"{command} --peers {others}", "machine": machine(), **measured}
     print(table(result))
     print("", *verdicts(kind, result["rows"]), sep="\n")
     if given.json:
