@@ -16,7 +16,7 @@
 //   gradient of x       412 / 224    349 / 233    477 / 234     431 / 226
 //   gradient of W       374 / 224    319 / 226    383 / 228     382 / 214
 //
-// Packing on every call costs 2 to 4% of 2,048 rows; a cache of packed weights would have to be
+// Packing on every call costs, by its bytes, 2 to 4% of 2,048 rows; a cache of packed weights would have to be
 // told of every update.
 
 #include "product.h"
