@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,7 @@ def save_adapter(lora: LoRA, directory: str | Path, base_model: str = "") -> Non
     with replacing(Path(directory), CONFIG) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, str(temporary / TENSORS), metadata={"format": "pt"})
+        shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors makes its file for the owner alone
 
 
 def load_adapter(base: Llama, directory: str | Path) -> LoRA:

@@ -288,6 +288,7 @@ def test_an_adapter_that_was_saved_is_the_same_when_it_is_loaded(tmp_path):
         again = load_adapter(base(), tmp_path / "adapter")
         assert (again.rank, again.alpha, again.targets) == (lora.rank, lora.alpha, lora.targets)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), lora.parameters(), strict=True))
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1  # all for whom the umask lets
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("mine")
     with pytest.raises(InputError, match="notes holds files but no"):
