@@ -318,13 +318,12 @@ class LLM:
         """Run all groups to their end; yields each when it is finished. Empties the list: the scheduler has them."""
         if self._asleep:
             raise InputError("this LLM is asleep; call wake() first")
-        if self.model.embed.dtype != self._dtype:
-            raise InputError(
-                f"the model was converted from {self._dtype} to {self.model.embed.dtype} since this LLM was made: make a new one"
-            )
         if self._running:
             raise InputError("this LLM is still running an earlier stream; exhaust or close it first")
-        copy_in(self._live, self.model.embed.dtype)  # is `self.model`, which now is up to date
+        if self.model.embed.dtype != self._dtype or copy_in(self._live, self._dtype) is not self.model:
+            raise InputError(
+                f"the model was converted from {self._dtype} to {self._live.embed.dtype} since this LLM was made: make a new one"
+            )
         if self._scheduler.epoch != self.model.weight_epoch:
             self._pool.reset()  # old blocks could not be found any more; make room for new ones
             self._scheduler.epoch = self.model.weight_epoch

@@ -456,7 +456,8 @@ def token_logprobs(
     """Log-probability of each target and the log of the softmax's sum, fp32, without holding all logits.
 
     hidden [N, dim], weight [vocab, dim] (the head), targets [N] int64 in [0, vocab) -> logp [N], lse [N].
-    Differentiable in hidden and weight, through both outputs. Pass `hidden[edges.row]` for the edges of a pack.
+    Differentiable in hidden and weight, through both outputs. For the edges of a pack pass
+    `F.embedding(edges.row, hidden)`: in the backward of `hidden[edges.row]` torch's threads on a CPU add as they come.
     """
     return choose("linear_logprob", hidden.device.type, hidden.dtype).fn(hidden, weight, targets)
 

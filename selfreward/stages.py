@@ -395,7 +395,8 @@ def _check_step_zero(run: Run, k: int, model: Llama | LoRA, rows: list[DPORow]) 
     if not worst <= allowed:
         raise GateError(
             f"round {k}: before step 0 the policy's log-probs differ from the cached reference by {worst:.2e} nats a "
-            f"sequence, allowed are {allowed:.0e}: the model or its numbers changed; start the "
+            f"sequence, allowed are {allowed:.0e} (gates.step0_tolerance; with bf16 at least {STEP0_BF16}): more "
+            "than rounding, and long answers in bf16 round more, says that the model or its numbers changed; then start the "
             "round again in a new directory"
         )
 

@@ -28,6 +28,9 @@ def check_data(model: Llama | LoRA, rows: Rows, replay: Sequence[SFTRow], config
     kind = DPORow if isinstance(config, DPOConfig) else SFTRow
     check_kinds(rows, kind, f"{type(config).__name__} trains on {kind.__name__}")
     check_parameters(model, config.precision)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            raise InputError(f"{name} asks for no gradient; all parameters are trained: ask for it, or train a LoRA")
     check_rows(rows, model.config.vocab_size, model.config.max_seq_len, config.max_pack_tokens)
     check_references([row for row in rows if isinstance(row, DPORow)])
     weight = config.replay_weight if isinstance(config, DPOConfig) else 0.0

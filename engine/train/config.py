@@ -61,6 +61,8 @@ class SFTConfig:
         _check_integer("seed", self.seed, low=0)
         for name in ("lr", "min_lr", "weight_decay"):
             _check_number(name, getattr(self, name), lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+        if self.min_lr > self.lr and self.schedule != "constant":
+            raise InputError(f"min_lr is {self.min_lr}, above lr ({self.lr}), which falls to it; lower min_lr too")
         _check_number("dropout", self.dropout, lambda x: 0 <= x < 1, "a rate of at least 0 and below 1")
         _check_number("clip", self.clip, lambda x: x > 0, "a gradient norm above 0 (inf: never clip)")
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2 or not all(map(_is_beta, self.betas)):

@@ -32,9 +32,11 @@ def replay_loss(
 
 
 def sequence_logps(logp: torch.Tensor, edges: Edges, sequences: torch.Tensor) -> torch.Tensor:
-    """Sum of weight * logp over the edges of each of `sequences` [S] (sorted ids) -> [S], summed in edge order."""
-    place = torch.searchsorted(sequences, edges.sequence)
-    return torch.zeros(len(sequences), dtype=logp.dtype, device=logp.device).index_add(0, place, logp * edges.weight)
+    """Sum of weight * logp over the edges of each of `sequences` [S] (sorted ids) -> [S], summed in one order: on a GPU
+    `index_add` would add as its threads come."""
+    place, values = torch.searchsorted(sequences, edges.sequence), logp * edges.weight
+    sums = torch.zeros(len(sequences), dtype=logp.dtype, device=logp.device)
+    return sums.index_put((place,), values, accumulate=True) if sums.is_cuda else sums.index_add(0, place, values)
 
 
 def dpo_loss(

@@ -100,11 +100,22 @@ def rows_hash(rows: Sequence[SFTRow | DPORow]) -> str:
 
 
 def weights_hash(model: Llama | LoRA) -> str:
-    """A hash of the sums of all bit patterns of each parameter, a LoRA's base among them: exact in any order, at the speed
-    of memory. It tells models apart that were mistaken for each other, not ones made to deceive."""
+    """A hash of all that a model's log-probs depend on: its config, a LoRA's rank, alpha and targets, and two sums over the
+    bit patterns of each parameter, a LoRA's base among them. In one sum rows count by their place, in the other columns,
+    so that the same numbers in another order are another model; exact in any order of adding, at the speed of memory.
+    It tells models apart that were mistaken for each other, not ones made to deceive."""
     parameters = [*model.parameters(), *(model.base.parameters() if isinstance(model, LoRA) else ())]
-    sums = [p.detach().view(_BITS[p.element_size()]).sum(dtype=torch.int64).item() for p in parameters]
-    return hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
+    found: list[Any] = [asdict(model.config), [_sums(p.detach()) for p in parameters]]
+    if isinstance(model, LoRA):
+        found.append([model.rank, model.alpha, list(model.targets)])
+    return hashlib.blake2b(repr(found).encode(), digest_size=16).hexdigest()
+
+
+def _sums(x: torch.Tensor) -> list[int]:
+    """Of the bits of x [..., columns], rows and columns counted by their place; whole numbers modulo 2^64."""
+    bits = x.view(_BITS[x.element_size()]).view(-1, x.shape[-1] if x.ndim > 1 else 1)
+    places = torch.arange(1, max(bits.shape) + 1, device=x.device)
+    return [int((bits.sum(dim=1 - side, dtype=torch.int64) * places[: bits.shape[side]]).sum()) for side in range(2)]
 
 
 class StateDir:

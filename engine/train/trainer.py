@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from engine import ops
 from engine.lora import LoRA
@@ -230,7 +231,7 @@ def pack_logprobs(model: Llama | LoRA, pack: Pack, dropout: Dropout = keep, run:
     that a policy that is its own reference has the same bits."""
     hidden, head = _hidden(model, pack, dropout, run), model.head
     groups = edge_groups(pack, ops.group_rows(head))
-    return torch.cat([ops.token_logprobs(hidden[edges.row], head, edges.target)[0] for edges in groups])
+    return torch.cat([ops.token_logprobs(F.embedding(edges.row, hidden), head, edges.target)[0] for edges in groups])
 
 
 def _hidden(model: Llama | LoRA, pack: Pack, dropout: Dropout, run: Run = plainly) -> torch.Tensor:
