@@ -466,6 +466,17 @@ def test_a_model_that_is_converted_behind_the_llms_back_is_named():
         llm.generate([[1, 2]])
 
 
+def test_a_model_that_is_converted_to_its_copys_dtype_is_named():
+    """The copy that this LLM samples would not be written again."""
+    model = random_llama(small_config())
+    llm = LLM(model, dtype="bfloat16")
+    llm.generate([[1, 2]])
+    model.bfloat16()
+    model.weights_changed()
+    with pytest.raises(InputError, match=r"to torch\.bfloat16 since this LLM was made: make a new one"):
+        llm.generate([[1, 2]])
+
+
 def test_what_a_generator_of_tensors_raises_is_told():
     def tensors():
         raise ValueError("no broadcast")

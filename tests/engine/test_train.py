@@ -193,6 +193,13 @@ def test_every_row_is_visited_once_an_epoch_in_an_order_of_its_own():
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
+@pytest.mark.parametrize("config,options", [(SFTConfig, {"lr": 1e-6}), (DPOConfig, {"lr": 5e-8})])
+def test_a_rate_that_would_rise_is_refused(config, options):
+    with pytest.raises(InputError, match=r"min_lr is [\d.e-]+, above lr \([\d.e-]+\), which falls to it"):
+        config(**options)
+    assert config(**options, schedule="constant").lr == options["lr"]
+
+
 def test_a_non_finite_step_is_refused_before_it_touches_the_weights():
     llama = model()
     with torch.no_grad():

@@ -189,6 +189,14 @@ def test_other_precisions_are_refused_by_name(precision, said):
         compute_model(start(), precision)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_parameter_that_asks_for_no_gradient_is_refused_rather_than_trained_in_the_copy(mode):
+    llama = start(mode)
+    llama.embed.requires_grad_(False)
+    with pytest.raises(InputError, match="embed asks for no gradient; all parameters are trained"):
+        train(llama, rows(mode), DPOConfig(lr=1e-4, precision=mode, max_steps=1))
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision", "said"),
     [

@@ -10,6 +10,8 @@ import torch
 from engine import (
     DPORow,
     InputError,
+    Llama,
+    LoRA,
     SFTRow,
     cached_reference,
     load_reference,
@@ -57,6 +59,48 @@ def test_a_cache_of_something_else_is_an_error_that_says_what_and_stays_as_it_is
     with pytest.raises(InputError, match=f"reference.jsonl holds the reference of something else: .*{said}"):
         cached_reference(cache, model().init_weights(weights, std=0.2), rows, template)
     assert cache.read_bytes() == before
+
+
+def other_rope():
+    llama = model()
+    return Llama(replace(llama.config, rope_theta=500.0)), llama
+
+
+def turned_rows():
+    """As a checkpoint is read whose RoPE is laid out the other way: the same rows, elsewhere."""
+    llama = model()
+    with torch.no_grad():
+        qkv = llama.blocks[0].attention.qkv
+        qkv.copy_(qkv.flip(0))
+    return llama, llama
+
+
+def turned_columns():
+    llama = model()
+    with torch.no_grad():
+        llama.head.copy_(llama.head.flip(1))
+    return llama, llama
+
+
+@pytest.mark.parametrize("other", [other_rope, turned_rows, turned_columns])
+def test_the_same_numbers_in_another_place_or_under_another_config_are_another_model(other, cache):
+    changed, weights = other()
+    changed.load_state_dict(weights.state_dict())
+    with pytest.raises(InputError, match="the model's weights had the hash"):
+        cached_reference(cache, changed, pairs(), "template")
+
+
+def test_a_loras_alpha_is_part_of_the_model(tmp_path):
+    def adapted(alpha):
+        lora = LoRA(model(), rank=2, alpha=alpha)
+        with torch.no_grad():
+            for number, parameter in enumerate(lora.parameters()):
+                parameter.fill_(0.01 * (number + 1))
+        return lora
+
+    cached_reference(tmp_path / "reference.jsonl", adapted(4.0), pairs(), "template")
+    with pytest.raises(InputError, match="the model's weights had the hash"):
+        cached_reference(tmp_path / "reference.jsonl", adapted(40.0), pairs(), "template")
 
 
 @pytest.mark.parametrize(

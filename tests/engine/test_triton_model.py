@@ -4,7 +4,7 @@ without a GPU."""
 import pytest
 import torch
 
-from engine import ops
+from engine import DPOConfig, ops, train
 from engine.train.batches import DPORow
 from engine.train.trainer import pack_logprobs, reference_logprobs
 from engine.tree import TokenTree
@@ -49,6 +49,18 @@ def test_loss_and_every_gradient_are_torchs(branches, backend):
     for name, gradient in found.items():
         bound = 1e-4 * max(1.0, theirs[name].abs().max().item())
         assert (gradient - theirs[name]).abs().max().item() <= bound, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="atomics are a GPU's")
+def test_two_trainings_have_the_same_bits():
+    rows = [DPORow([3] * 40, [6, 7] * 20, [8, 9, 10] * 15, reference=(-1.0, -1.0))] * 8
+    found = []
+    for _ in range(2):
+        model = random_llama(CONFIG, seed=1).to("cuda")
+        train(model, rows, DPOConfig(lr=1e-3, min_lr=1e-3, batch_size=8, epochs=3))
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_reference_log_probs_are_the_policys_numbers(backend):
