@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,6 +178,21 @@ def test_every_option_changes_the_result(change):
         train(llama, rows, DPOConfig(**options))
         results.append(torch.cat([p.detach().flatten() for p in llama.parameters()]))
     assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor], ids=["tuple", "numpy", "torch"])
+def test_tokens_may_be_any_sequence_of_ints_with_the_same_bits(kind):
+    ends = []
+    for made in (list, kind):
+        llama = model()
+        preferences = [DPORow(made(r.prompt), made(r.chosen), made(r.rejected)) for r in pairs()]
+        values = reference_logprobs(llama, preferences)
+        train(llama, with_reference(preferences, values), DPOConfig(lr=1e-3, batch_size=2))
+        train(llama, [SFTRow(made(r.prompt), made(r.chosen)) for r in pairs()], SFTConfig(lr=1e-3, batch_size=2))
+        ends.append((values, torch.cat([p.detach().flatten() for p in llama.parameters()])))
+    assert ends[0][0] == ends[1][0] and torch.equal(ends[0][1], ends[1][1])
+    with pytest.raises(InputError, match="row 0: completion has no tokens"):
+        train(model(), [SFTRow(kind([1]), kind(()))], SFTConfig())
 
 
 def test_learning_rate_warms_up_and_ends_at_min_lr():
