@@ -69,6 +69,10 @@ def test_a_cache_of_something_else_is_an_error_that_says_what_and_stays_as_it_is
             "does not say what it is of: no model_hash, template",
         ),
         ('{"ref_chosen_logps": NaN, "ref_rejected_logps": -2.0, KEYS}', "row 0: reference is .*expected two finite"),
+        (
+            '{"ref_chosen_logps": -1, "ref_rejected_logps": -2, "model_hash": [1], "template_hash": {}, "data_hash": []}',
+            r"weights had the hash \[1\], now .*; the template had the hash {}, now template; the tokens of pair 0",
+        ),
         ("\xff", "cannot be read"),
     ],
 )
@@ -111,6 +115,16 @@ def test_the_gap_of_a_model_to_its_own_reference_is_rounding_and_to_another_is_n
     with torch.no_grad():
         broken.head[3] = math.nan
     assert math.isnan(reference_gap(broken, rows))
+
+
+def test_a_reference_of_no_rows_is_named(tmp_path):
+    for asked in (
+        lambda: reference_gap(model(), []),
+        lambda: reference_logprobs(model(), []),
+        lambda: cached_reference(tmp_path / "reference.jsonl", model(), []),
+    ):
+        with pytest.raises(InputError, match="there are no rows; give at least one"):
+            asked()
 
 
 # ---- TRL's formats -----------------------------------------------------------------------------------------------------
