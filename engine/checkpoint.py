@@ -114,18 +114,18 @@ def save_checkpoint(
 
 
 @contextmanager
-def replacing(directory: Path, mark: str) -> Iterator[Path]:
+def replacing(directory: Path, mark: str, what: str = "a checkpoint") -> Iterator[Path]:
     """A temporary directory beside `directory`, which takes its place, whole and on the disk, when the block ends.
 
-    What stands there is replaced if it is nothing, empty or has a file called `mark`. InputError where that is not so, or
-    the directory cannot be written; then what stood there stays.
+    What stands there is replaced if it is nothing, empty or has a file called `mark`, as `what` has. InputError where that
+    is not so, or the directory cannot be written; then what stood there stays.
     """
     directory = directory.resolve()  # through a symbolic link: the link stays, what it points to is replaced
     temporary = _beside(directory, "tmp")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _finish_interrupted_save(directory)
-        _check_replaceable(directory, mark)
+        _check_replaceable(directory, mark, what)
         temporary.mkdir()
         yield temporary
         _swap(temporary, directory)
@@ -346,13 +346,14 @@ def _finish_interrupted_save(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _check_replaceable(directory: Path, mark: str) -> None:
+def _check_replaceable(directory: Path, mark: str, what: str) -> None:
     if not directory.exists():
         return
     if not directory.is_dir():
-        raise InputError(f"{directory} is a file; a checkpoint is a directory: choose another name")
+        raise InputError(f"{directory} is a file; {what} is a directory: choose another name")
     if any(directory.iterdir()) and not (directory / mark).is_file():
-        raise InputError(f"{directory} holds files but no checkpoint and would be replaced whole; choose another name")
+        kind = what.split()[-1]
+        raise InputError(f"{directory} holds files but no {kind} and would be replaced whole; choose another name")
 
 
 def _swap(temporary: Path, directory: Path) -> None:

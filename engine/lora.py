@@ -252,7 +252,7 @@ def save_adapter(lora: LoRA, directory: str | Path, base_model: str = "") -> Non
     for name, adapter in lora.adapters():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.A.detach()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.B.detach()
-    with replacing(Path(directory), CONFIG) as temporary:
+    with replacing(Path(directory), CONFIG, "an adapter") as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, str(temporary / TENSORS), metadata={"format": "pt"})
         shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors makes its file for the owner alone
@@ -300,7 +300,7 @@ def _check_shape(config: LlamaConfig, rank: Any, alpha: Any, targets: Any) -> No
 def _place(hf_name: str) -> tuple[int, str]:
     """Layer and projection of HF's model.layers.0.self_attn.q_proj.weight."""
     parts = hf_name.split(".")
-    return (int(parts[2]), parts[4]) if len(parts) == 6 else (-1, "")
+    return (int(parts[2]), parts[4]) if len(parts) == 6 and parts[2].isdecimal() else (-1, "")
 
 
 def _read_tensors(directory: Path) -> Mapping[str, torch.Tensor]:
@@ -327,6 +327,8 @@ def _targets(tensors: Mapping[str, torch.Tensor], config: LlamaConfig, path: Pat
                 f"{', '.join(PROJECTIONS)}); is it of another model?"
             )
         found.setdefault(projection, set()).add(layer)
+    if not found:
+        raise CheckpointError(f"{path} holds no adapters; copy it again")
     for projection, layers in found.items():
         if len(layers) != config.n_layers:
             missing = min(set(range(config.n_layers)) - layers)

@@ -32,7 +32,7 @@ class TokenTree:
     key: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tokens:
+        if len(self.tokens) == 0:
             raise InputError("a TokenTree segment has no tokens; leave empty segments out")
         if not isinstance(self.weight, (int, float)) and len(self.weight) != len(self.tokens):
             raise InputError(f"a TokenTree segment of {len(self.tokens)} tokens has {len(self.weight)} loss weights")

@@ -99,6 +99,11 @@ def build_eft(run: Run) -> Row:
             f"({reasons({name: counts[name] for name in REFUSED if counts[name]})}): {_eft_advice(run, counts)}, or set "
             f"eft.required=false{' and dpo.replay_weight=0' if recipe.dpo.replay_weight else ''} to go without judge data"
         )
+    if recipe.dpo.replay_weight and not _eft_rows(run, recipe.dpo.max_pack_tokens)[0]:
+        raise GateError(
+            f"all {len(rows)} rows of judge data are longer than dpo.max_pack_tokens ({recipe.dpo.max_pack_tokens}): raise "
+            "it, or set dpo.replay_weight=0, in a new --out directory"
+        )
     return {"groups": len(groups), "train": len(rows), "heldout": len(heldout), **counts}
 
 

@@ -217,7 +217,7 @@ def check_rows(
 ) -> None:
     """Raise InputError naming the first row that cannot be trained on; `kind` is what the message calls it."""
     if not rows:
-        raise InputError("there are no rows to train on")
+        raise InputError(f"there are no {kind}s; give at least one")
     for number, row in enumerate(rows):
         answers = _answers(row)
         for name, ids in {"prompt": row.prompt, **answers}.items():

@@ -58,7 +58,7 @@ class SFTConfig:
         if self.save_every is not None:
             _check_integer("save_every", self.save_every, " (None: when stopped and at the end)")
         _check_integer("warmup_steps", self.warmup_steps, low=0)
-        _check_integer("seed", self.seed, low=0)
+        _check_integer("seed", self.seed, " and below 2^63", low=0, below=1 << 63)
         for name in ("lr", "min_lr", "weight_decay"):
             _check_number(name, getattr(self, name), lambda x: 0 <= x < math.inf, "a finite number of at least 0")
         if self.min_lr > self.lr and self.schedule != "constant":
@@ -94,8 +94,7 @@ class DPOConfig(SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_number("beta", self.beta, lambda x: 0 < x < math.inf, "a finite number above 0")
-        if self.loss not in PREFERENCE:
-            raise InputError(f"loss is {self.loss!r}; expected one of {', '.join(PREFERENCE)}")
+        _check_choice("loss", self.loss, PREFERENCE)
         expected = "a probability of at least 0 and below 0.5"
         _check_number("label_smoothing", self.label_smoothing, lambda x: 0 <= x < 0.5, expected)
         for name in ("nll_weight", "replay_weight"):
@@ -109,8 +108,8 @@ def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def _check_integer(name: str, value: Any, otherwise: str = "", low: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+def _check_integer(name: str, value: Any, otherwise: str = "", low: int = 1, below: float = math.inf) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < below:
         raise InputError(f"{name} is {value!r}; expected an integer of at least {low}{otherwise}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ class Heldout:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}; expected an integer of at least 1")
-        if self.by not in MEASURES:
+        if not isinstance(self.by, str) or self.by not in MEASURES:
             raise InputError(f"by is {self.by!r}; expected one of {', '.join(MEASURES)}")
 
     def due(self, step: int, steps: int) -> bool:
@@ -47,10 +46,10 @@ class Heldout:
         return step % self.every == 0 or step == steps
 
     def note(self, progress: Progress, step: int, metrics: Mapping[str, float]) -> None:
-        """What was measured after `step`. A number that is not finite is no better than any."""
+        """What was measured after `step`: finite numbers."""
         value = metrics[self.by]
         better = progress.best is None or MEASURES[self.by] * value > MEASURES[self.by] * progress.best
-        if better and math.isfinite(value):
+        if better:
             progress.best, progress.best_step, progress.stale = value, step, 0
         else:
             progress.stale += 1

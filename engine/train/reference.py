@@ -78,9 +78,9 @@ def load_reference(
     expected = list(_keys(model, rows, template_hash))
     differences = [] if len(lines) == len(rows) else [f"it has {len(lines)} pairs, there are {len(rows)}"]
     for key, what in (("model_hash", "the model's weights"), ("template_hash", "the template")):
-        found, now = {line[key] for line in lines}, {keys[key] for keys in expected}
+        found, now = {str(line[key]) for line in lines}, {keys[key] for keys in expected}
         if lines and found != now:
-            differences.append(f"{what} had the hash {', '.join(sorted(map(str, found)))}, now {', '.join(now)}")
+            differences.append(f"{what} had the hash {', '.join(sorted(found))}, now {', '.join(now)}")
     others = [
         number for number, (line, keys) in enumerate(zip(lines, expected, strict=False))
         if line["data_hash"] != keys["data_hash"]

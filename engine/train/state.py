@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from engine.train.batches import DPORow, SFTRow
 FORMAT = 2
 STATE, METRICS, TIMING = "state.json", "metrics.jsonl", "timing.jsonl"
 NO_NUMBERS = ("save_every", "activation_checkpointing")  # what may be another on a resume
+KINDS = {"format": int, "step": int, "weight_epoch": int, "weights": dict, "checksum": str, "best_checksum": str,
+         "progress": dict, "training": dict}  # fmt: skip
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN_DIFFERENCES = 10
@@ -256,15 +258,25 @@ def _read(path: Path) -> dict[str, Any]:
         state = json.loads(path.read_text())
         if state["format"] != FORMAT:
             raise _damaged(path, f"its format is {state['format']!r}, this version reads {FORMAT}")
-        whole = {"step": int, "weight_epoch": int, "weights": dict, "checksum": str, "progress": dict, "training": dict}
-        wrong = [name for name, kind in whole.items() if not isinstance(state[name], kind)]
+        wrong = next(_wrong(state, KINDS), "")
+        wrong = wrong or next(_wrong(state["weights"], dict.fromkeys(("start", "now", "best"), str), "weights."), "")
+        wrong = wrong or next(_wrong(state["progress"], get_type_hints(Progress), "progress."), "")
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, repr(error)) from None
     if wrong:
-        raise _damaged(path, f"{wrong[0]} is {state[wrong[0]]!r}")
+        raise _damaged(path, wrong)
     return state
+
+
+def _wrong(found: dict[str, Any], kinds: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """One phrase per entry that is missing, of another kind, or unknown."""
+    for name in dict.fromkeys([*kinds, *found]):
+        if name not in found:
+            yield f"{place}{name} is missing"
+        elif name not in kinds or not isinstance(found[name], kinds[name]):
+            yield f"{place}{name} is {found[name]!r}"
 
 
 def _damaged(path: Path, why: str) -> InputError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,8 @@ from engine.train.state import METRICS, Progress, StateDir, identity
 from engine.train.timing import Work, peak_flops, timing_row
 from engine.tree import Pack
 
+_SHOWN_ROWS = 10
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -59,6 +61,8 @@ class TrainingInterrupted(Exception):
         self.step, self.steps = step, steps
 
 
+@torch.inference_mode(False)  # also where the caller has turned gradients off
+@torch.enable_grad()
 def train(
     model: Llama | LoRA,
     rows: Rows,
@@ -76,7 +80,8 @@ def train(
 
     Writes `metrics.jsonl` (one row a step, TRL's names) and `timing.jsonl` (tokens and seconds a step, and what follows
     from them: engine/train/timing.py) into `out_dir`; calls `on_step(step, steps, metrics)`. A step whose loss or gradient
-    is not finite raises FloatingPointError before it touches the weights. Raises the model's weight epoch once a step.
+    is not finite raises FloatingPointError before it touches the weights; so do held-out rows whose measure is not. Raises the
+    model's weight epoch once a step, and leaves no gradients on it.
 
     The state in `out_dir/state`, saved every `config.save_every` steps, after every measurement of `heldout` and the last
     step, and when `should_stop()`, asked after every step, is true (then TrainingInterrupted), lets the same call go on
@@ -117,7 +122,7 @@ def train(
         seconds = time.perf_counter() - started
         timing = timing_row(done, work, seconds, peak, model.embed.device)
         if heldout and measured and heldout.due(done, len(batches)):
-            found = evaluate(compute_model(model, config.precision), measured, config)
+            found = _measure(compute_model(model, config.precision), measured, config, done)
             heldout.note(progress, done, found)
             metrics |= {f"eval_{name}": value for name, value in found.items()}
             timing["eval_seconds"] = time.perf_counter() - started - seconds
@@ -132,7 +137,6 @@ def train(
             state.save(done)
         if stop:
             raise TrainingInterrupted(done, len(batches), state.out_dir if state else None)
-    optimizer.zero_grad(set_to_none=True)
     if state and state.keep_best and progress.best_step not in (None, done):
         state.load_best()
     return TrainResult(done, state.out_dir / METRICS if state else None, model.weight_epoch, progress.best_step)
@@ -147,17 +151,20 @@ def _step(
 ) -> tuple[Metrics, Work]:
     """One update: its metrics and what it took."""
     optimizer.zero_grad(set_to_none=True)
-    with computing(model, config.precision) as compute:
-        metrics, work = _backward(compute, batch, config)
-    norm = clip(model, optimizer, config.clip)
-    if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
-        replayed = f" and replay rows {[number for number, _ in batch.replay]}" if batch.replay else ""
-        raise FloatingPointError(
-            f"step {batch.step + 1}: loss {metrics['loss']}, gradient norm {norm}, on rows "
-            f"{[number for number, _ in batch.rows]}{replayed}; "
-            "the weights were not touched: lower the learning rate or look at those rows"
-        )
-    optimizer.step()
+    try:
+        with computing(model, config.precision) as compute:
+            metrics, work = _backward(compute, batch, config)
+        norm = clip(model, optimizer, config.clip)
+        if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
+            replayed = f" and replay rows {[number for number, _ in batch.replay]}" if batch.replay else ""
+            raise FloatingPointError(
+                f"step {batch.step + 1}: loss {metrics['loss']}, gradient norm {norm}, on rows "
+                f"{[number for number, _ in batch.rows]}{replayed}; "
+                "the weights were not touched: lower the learning rate or look at those rows"
+            )
+        optimizer.step()
+    finally:
+        optimizer.zero_grad(set_to_none=True)  # whatever ends the training, 4 bytes a parameter are free again
     model.weights_changed()
     return {**metrics, "grad_norm": norm}, work
 
@@ -200,6 +207,24 @@ def evaluate(model: Llama | LoRA, batch: Batch, config: SFTConfig) -> Metrics:
             hidden, loss = _hidden(model, pack, keep), partial(loss_of, edges=pack.edges)
             _add(metrics, ops.logprob_loss(hidden, model.head, pack.edges, loss, linear)[1])
     return metrics
+
+
+def _measure(model: Llama | LoRA, batch: Batch, config: SFTConfig, step: int) -> Metrics:
+    """`evaluate` the held-out rows after `step`. A number that is not finite would be no measure, and no JSON."""
+    found = evaluate(model, batch, config)
+    wrong = next((name for name, value in found.items() if not math.isfinite(value)), None)
+    if wrong is None:
+        return found
+    rows = []
+    for (number, row), keys in zip(batch.rows, batch.keys, strict=True):
+        alone = evaluate(model, replace(batch, rows=[(number, row)], keys=[keys]), config)
+        if not all(map(math.isfinite, alone.values())):
+            rows.append(number)
+    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    raise FloatingPointError(
+        f"step {step}: on held-out rows {rows[:_SHOWN_ROWS]}{more} {wrong} is {found[wrong]}; the model holds the weights "
+        "after that step: lower the learning rate or look at those rows"
+    )
 
 
 def _add(metrics: Metrics, part: Metrics) -> None:

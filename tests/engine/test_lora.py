@@ -291,8 +291,10 @@ def test_an_adapter_that_was_saved_is_the_same_when_it_is_loaded(tmp_path):
     assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1  # all for whom the umask lets
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("mine")
-    with pytest.raises(InputError, match="notes holds files but no"):
+    with pytest.raises(InputError, match="notes holds files but no adapter and would be replaced whole"):
         save_adapter(lora, tmp_path / "notes")
+    with pytest.raises(InputError, match=r"a\.txt is a file; an adapter is a directory"):
+        save_adapter(lora, tmp_path / "notes/a.txt")
 
 
 def hf_logits(model):
@@ -362,6 +364,11 @@ def edit_tensors(directory, change):
             lambda d: edit_tensors(d, lambda t: t.update({NAME.replace("q_proj", "x"): t[NAME].clone()})),
             "x.lora_A.weight is no",
         ),
+        (
+            lambda d: edit_tensors(d, lambda t: t.update({NAME.replace("1", "x"): t[NAME].clone()})),
+            r"layers\.x\.self_attn\.q_proj\.lora_A\.weight is no adapter",
+        ),
+        (lambda d: edit_tensors(d, lambda t: t.clear()), r"adapter_model\.safetensors holds no adapters"),
         (
             lambda d: edit_tensors(d, lambda t: t.update({NAME.replace("1", "2"): t[NAME].clone()})),
             r"layers\.2\..* is no",

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -179,6 +180,21 @@ def test_every_option_changes_the_result(change):
     assert not torch.equal(*results)
 
 
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor], ids=["tuple", "numpy", "torch"])
+def test_tokens_may_be_any_sequence_of_ints_with_the_same_bits(kind):
+    ends = []
+    for made in (list, kind):
+        llama = model()
+        preferences = [DPORow(made(r.prompt), made(r.chosen), made(r.rejected)) for r in pairs()]
+        values = reference_logprobs(llama, preferences)
+        train(llama, with_reference(preferences, values), DPOConfig(lr=1e-3, batch_size=2))
+        train(llama, [SFTRow(made(r.prompt), made(r.chosen)) for r in pairs()], SFTConfig(lr=1e-3, batch_size=2))
+        ends.append((values, torch.cat([p.detach().flatten() for p in llama.parameters()])))
+    assert ends[0][0] == ends[1][0] and torch.equal(ends[0][1], ends[1][1])
+    with pytest.raises(InputError, match="row 0: completion has no tokens"):
+        train(model(), [SFTRow(kind([1]), kind(()))], SFTConfig())
+
+
 def test_learning_rate_warms_up_and_ends_at_min_lr():
     config = SFTConfig(lr=1.0, min_lr=0.1, warmup_steps=2, schedule="cosine")
     rates = [learning_rate(config, step, 10) for step in range(10)]
@@ -209,6 +225,17 @@ def test_a_non_finite_step_is_refused_before_it_touches_the_weights():
     with pytest.raises(FloatingPointError, match=r"step 1: .* on rows \[0\]"):
         train(llama, [SFTRow([1, 2], [3])], SFTConfig())
     assert torch.equal(before, llama.embed)
+    assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_training_where_gradients_are_off_is_training(without):
+    inside, outside = model(), model()
+    rows = [SFTRow(row.prompt, row.chosen) for row in pairs()]
+    with without():
+        train(inside, rows, SFTConfig(lr=1e-3, batch_size=2))
+    train(outside, rows, SFTConfig(lr=1e-3, batch_size=2))
+    assert all(torch.equal(a, b) for a, b in zip(inside.parameters(), outside.parameters(), strict=True))
 
 
 def test_weights_written_behind_the_engines_back_are_noticed():
@@ -289,7 +316,8 @@ def test_a_path_is_not_a_model():
     [
         {"lr": "1e-3"}, {"min_lr": None}, {"weight_decay": True}, {"warmup_steps": 1.5}, {"epochs": "2"}, {"epochs": 1.0},
         {"batch_size": None}, {"max_steps": "3"}, {"save_every": 2.5}, {"clip": "1"}, {"dropout": "0.1"}, {"seed": -1},
-        {"seed": "0"}, {"schedule": 3}, {"betas": 0.9}, {"betas": (0.9,)}, {"betas": ("a", "b")}, {"betas": (0.9, 1.0)},
+        {"seed": "0"}, {"seed": 2**63}, {"loss": ["ipo"]}, {"loss": {}},
+        {"schedule": 3}, {"betas": 0.9}, {"betas": (0.9,)}, {"betas": ("a", "b")}, {"betas": (0.9, 1.0)},
         {"beta": "0.1"}, {"replay_weight": None}, {"replay_batch_size": 2.0},
     ],
     ids=str,
@@ -299,6 +327,10 @@ def test_an_option_of_another_type_is_named_with_what_was_expected(bad):
     with pytest.raises(InputError) as caught:
         DPOConfig(**bad)
     assert str(caught.value).startswith(f"{name} is {value!r}; expected ")
+
+
+def test_the_largest_seed_trains():
+    train(model(), [SFTRow([1], [2])], SFTConfig(seed=2**63 - 1, dropout=0.1))
 
 
 def test_sums_follow_the_sequences_that_are_in_the_pack():

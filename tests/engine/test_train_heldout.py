@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,15 +143,30 @@ def test_interrupted_anywhere_it_ends_with_the_same_best_weights_and_lines(patie
 def test_the_measure_can_be_the_accuracy_and_the_first_of_equals_is_the_best():
     held = Heldout(pairs(1), every=1, by="rewards/accuracies")
     progress = Progress()
-    for step, value in enumerate((0.5, 0.75, 0.75, float("nan"), 0.5), start=1):
+    for step, value in enumerate((0.5, 0.75, 0.75, 0.7, 0.5), start=1):
         held.note(progress, step, {"loss": -step, "rewards/accuracies": value})
     assert progress == Progress(0, best=0.75, best_step=2, stale=3)
-    assert Heldout([], every=1, patience=3).gives_up(progress) and not Heldout([], every=1, patience=4).gives_up(
-        progress
-    )
-    first = Progress()
-    held.note(first, 1, {"rewards/accuracies": float("nan")})
-    assert first.best_step is None
+    gives_up = lambda patience: Heldout([], every=1, patience=patience).gives_up(progress)
+    assert gives_up(3) and not gives_up(4)
+
+
+@pytest.mark.parametrize("by", ["loss", "rewards/accuracies"])
+def test_a_measure_that_is_not_finite_names_the_step_and_the_rows_and_what_was_saved_stays(by, tmp_path):
+    """Token 28 stands in one held-out row only, and its embedding is no number."""
+    llama = model()
+    with torch.no_grad():
+        llama.embed[28] = float("nan")
+    llama.weights_changed()
+    plain = lambda count: [replace(row, prompt=[3, 4], chosen=[5], rejected=[6, 7]) for row in pairs(count)]
+    held = plain(3)
+    held[1] = replace(held[1], prompt=[3, 28])
+    config = DPOConfig(batch_size=2, lr=1e-3, save_every=1)
+    given = with_reference(plain(6), [(-9.0, -8.0)] * 6), config, tmp_path
+    said = r"step 2: on held-out rows \[1\] loss is nan; the model holds the weights after that step"
+    with pytest.raises(FloatingPointError, match=said):
+        train(llama, *given, heldout=Heldout(with_reference(held, [(-9.0, -8.0)] * 3), 2, keep_best=True, by=by))
+    assert json.loads((tmp_path / "state/state.json").read_text())["step"] == 1
+    assert len(logged(tmp_path)) == 1 and all(parameter.grad is None for parameter in llama.parameters())
 
 
 def test_other_heldout_rows_or_options_are_refused_by_name(tmp_path):
@@ -164,12 +181,20 @@ def test_other_heldout_rows_or_options_are_refused_by_name(tmp_path):
 
 
 def test_mistakes_are_named(tmp_path):
-    for bad in ({"every": 0}, {"every": "2"}, {"every": 1, "patience": 0}, {"every": 1, "by": "accuracy"}):
+    for bad in (
+        {"every": 0},
+        {"every": "2"},
+        {"every": 1, "patience": 0},
+        {"every": 1, "by": "accuracy"},
+        {"every": 1, "by": []},
+    ):
         name = list(bad)[-1]
-        with pytest.raises(InputError, match=f"^{name} is {bad[name]!r}; expected"):
+        with pytest.raises(InputError, match=f"^{name} is {re.escape(repr(bad[name]))}; expected"):
             Heldout(HELD, **bad)
     with pytest.raises(InputError, match="held-out row 0 is a DPORow; SFTConfig trains on SFTRow"):
         run(tmp_path, Heldout(pairs(), every=1))
+    with pytest.raises(InputError, match="there are no held-out rows; give at least one"):
+        run(tmp_path, Heldout([], every=1))
     with pytest.raises(InputError, match="held-out row 1: completion has no tokens"):
         run(tmp_path, Heldout([HELD[0], SFTRow([1], [])], every=1))
     with pytest.raises(InputError, match="held-out row 0 has no reference log-probs"):

@@ -113,6 +113,10 @@ def test_a_loras_alpha_is_part_of_the_model(tmp_path):
             "does not say what it is of: no model_hash, template",
         ),
         ('{"ref_chosen_logps": NaN, "ref_rejected_logps": -2.0, KEYS}', "row 0: reference is .*expected two finite"),
+        (
+            '{"ref_chosen_logps": -1, "ref_rejected_logps": -2, "model_hash": [1], "template_hash": {}, "data_hash": []}',
+            r"weights had the hash \[1\], now .*; the template had the hash {}, now template; the tokens of pair 0",
+        ),
         ("\xff", "cannot be read"),
     ],
 )
@@ -157,6 +161,16 @@ def test_the_gap_of_a_model_to_its_own_reference_is_rounding_and_to_another_is_n
     assert math.isnan(reference_gap(broken, rows))
 
 
+def test_a_reference_of_no_rows_is_named(tmp_path):
+    for asked in (
+        lambda: reference_gap(model(), []),
+        lambda: reference_logprobs(model(), []),
+        lambda: cached_reference(tmp_path / "reference.jsonl", model(), []),
+    ):
+        with pytest.raises(InputError, match="there are no rows; give at least one"):
+            asked()
+
+
 # ---- TRL's formats -----------------------------------------------------------------------------------------------------
 
 
@@ -198,16 +212,28 @@ def test_text_is_tokenised_with_bos_and_eos_and_messages_get_the_chat_layout(tok
     assert [*row.prompt, *row.chosen] == tokenizer.chat([*chat["prompt"], *chat["chosen"]])
 
 
+IDS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+
+
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ([{"text": "a"}], "record 0 has text; expected prompt with chosen and rejected"),
-        ([{}], "record 0 has nothing"),
-        ([{"prompt": "a", "completion": "b"}], "record 0 is text; give the model's Tokenizer"),
+        ([{"text": "a"}], "record 0: its columns are text; expected prompt with chosen and rejected"),
+        ([{}], "record 0: it has no columns; expected prompt"),
+        ([{"prompt": "a", "completion": "b"}], "record 0: prompt needs the model's Tokenizer"),
         ([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, {"input_ids": [1, 2], "completion_mask": [0, 1]}],
          "some records are preferences and some are not"),
         ([{"input_ids": [1, 2], "completion_mask": [0, 0]}], "record 0: completion_mask has no 1 behind the first of the 2"),
         ([{"input_ids": [1, 2, 3], "completion_mask": [0, 1]}], "record 0: completion_mask"),
+        ([IDS, IDS | {"prompt_ids": 3}], "record 1: prompt_ids is 3; expected a list of token ids"),
+        ([IDS | {"chosen_ids": "copy a"}], "record 0: chosen_ids is 'copy a'; expected a list of token ids"),
+        ([IDS | {"rejected_ids": [1, "a"]}], r"record 0: rejected_ids is \[1, 'a'\]; expected a list of token ids"),
+        ([{"input_ids": [1, 2], "completion_mask": 1}], "record 0: completion_mask is 1; expected a list of 0 and 1"),
+        ([IDS | {"ref_chosen_logps": "x", "ref_rejected_logps": -1.0}], "record 0: ref_chosen_logps is 'x'; expected a number"),
+        ([IDS | {"ref_chosen_logps": -1.0, "ref_rejected_logps": [2]}], r"record 0: ref_rejected_logps is \[2\]; expected a"),
+        ([IDS, [1, 2]], "record 1 is a list; expected a mapping of columns"),
+        (["prompt"], "record 0 is a str; expected a mapping of columns"),
+        ([{1: 2}], "record 0: its columns are 1; expected"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )  # fmt: skip
@@ -220,5 +246,53 @@ def test_messages_of_another_shape_are_named(tokenizer):
     question = [{"role": "user", "content": "copy a"}]
     with pytest.raises(InputError, match=r"record 0: completion is .*; expected one message of the assistant"):
         rows_from_trl([{"prompt": question, "completion": question}], tokenizer)
-    with pytest.raises(InputError, match="record 0: prompt is a int; expected text or a list of messages"):
+    with pytest.raises(InputError, match="record 0: prompt is 3; expected text or a list of messages"):
         rows_from_trl([{"prompt": 3, "completion": "a"}], tokenizer)
+
+
+def asked(content):
+    return {"prompt": [{"role": "user", "content": "copy a"}, content], "completion": " a"}
+
+
+def answered(content):
+    return {"prompt": "copy a", "completion": [{"role": "assistant"} | content]}
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (answered({"content": None}), "completion: the content of message 0 is None; expected text"),
+        (answered({}), "completion: message 0 has no content"),
+        (answered({"content": 3}), "completion: the content of message 0 is 3; expected text"),
+        (
+            answered({"content": [{"type": "image"}]}),
+            r"completion: the content of message 0 is \[{'type': 'image'}\]; expected text",
+        ),
+        (
+            answered({"content": [{"type": "text", "text": None}]}),
+            "completion: the content of message 0 is .* expected text",
+        ),
+        (answered({"content": []}), r"completion: the content of message 0 is \[\]; expected text"),
+        (answered({"content": "a", "role": "user"}), "completion is .*; expected one message of the assistant"),
+        (asked({"role": "assistant", "content": None}), "prompt: the content of message 1 is None; expected text"),
+        (asked({"content": "a"}), "prompt: message 1 has no role"),
+        (asked({"role": 3, "content": "a"}), "prompt: the role of message 1 is 3; expected text"),
+        (asked("a"), r"prompt is \[.*; expected text or a list of messages"),
+        (asked({"role": "user", "content": "a"}), "message 1 has the role 'user'; expected 'assistant'"),
+    ],
+)
+def test_what_is_no_text_in_a_message_is_named_and_never_made_into_text(record, said, tokenizer):
+    with pytest.raises(InputError, match=f"^record 1: {said}"):
+        rows_from_trl([{"prompt": "copy a", "completion": " a"}, record], tokenizer)
+
+
+def test_text_in_parts_is_the_text(tokenizer):
+    parts = [{"type": "text", "text": "copy"}, {"type": "text", "text": " a"}]
+    whole, in_parts = ({"prompt": [{"role": "user", "content": content}], "completion": [
+        {"role": "assistant", "content": content}]} for content in ("copy a", parts))  # fmt: skip
+    assert rows_from_trl([in_parts], tokenizer) == rows_from_trl([whole], tokenizer)
+
+
+def test_a_text_that_the_tokenizer_refuses_is_named(tokenizer):
+    with pytest.raises(InputError, match=r"^record 1: .* cannot continue with 'b': begin the segment with a space"):
+        rows_from_trl([{"prompt": "copy a", "completion": text} for text in (" a", "b")], tokenizer)

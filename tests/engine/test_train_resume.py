@@ -406,6 +406,33 @@ def test_a_damaged_state_json_is_named(content, stopped):
         train(model(), *dpo(), stopped)
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda state: state.pop("best_checksum"), "best_checksum is missing"),
+        (lambda state: state.update(best_checksum=3), "best_checksum is 3"),
+        (lambda state: state["weights"].pop("best"), "weights.best is missing"),
+        (lambda state: state["weights"].update(start=["x"]), r"weights.start is \['x'\]"),
+        (lambda state: state["progress"].pop("stale"), "progress.stale is missing"),
+        (lambda state: state["progress"].update(more=1), "progress.more is 1"),
+        (lambda state: state["progress"].update(num_tokens="9"), "progress.num_tokens is '9'"),
+        (lambda state: state["progress"].update(num_tokens=None), "progress.num_tokens is None"),
+        (lambda state: state["progress"].update(best_step=1.5), "progress.best_step is 1.5"),
+        (lambda state: state["progress"].update(best="low"), "progress.best is 'low'"),
+        (lambda state: state.update(weight_epoch=None), "weight_epoch is None"),
+    ],
+)
+def test_damage_inside_state_json_is_named(damage, said, stopped):
+    path = stopped / "state/state.json"
+    state = json.loads(path.read_text())
+    damage(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(
+        InputError, match=rf"state.json is damaged \(.*{said}.*\); remove .*state and train from the start"
+    ):
+        train(model(), *dpo(), stopped)
+
+
 def test_a_full_disk_is_one_sentence_and_keeps_the_old_state(tmp_path, monkeypatch):
     rows, config = sft()
 

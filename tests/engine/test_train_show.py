@@ -43,7 +43,12 @@ def test_the_command_prints_rows_of_a_file_with_their_text(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("[]", "line 1 is no JSON object"), ("{", "line 1 is no JSON"), ("{}", "record 0 has nothing")],
+    [
+        ("[]", "line 1 is no JSON object"),
+        ("{", "line 1 is no JSON"),
+        ("{}", "record 0: it has no columns"),
+        ('{"prompt_ids": 3, "chosen_ids": [1], "rejected_ids": [1]}', "record 0: prompt_ids is 3"),
+    ],
 )
 def test_a_file_of_something_else_is_one_sentence(content, said, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"

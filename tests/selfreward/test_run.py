@@ -360,6 +360,13 @@ def test_replay_without_judge_data_is_a_gate(tmp_path, capsys):
     assert "dpo.replay_weight=0" in capsys.readouterr().err
 
 
+def test_replay_of_judge_data_that_is_all_too_long_is_a_gate_before_the_first_round(tmp_path, capsys):
+    assert command(tmp_path / "run", "dpo.replay_weight=1", "dpo.max_pack_tokens=18") == 3
+    err = capsys.readouterr().err
+    assert re.search(r"all \d+ rows of judge data are longer than dpo.max_pack_tokens \(18\): raise it", err)
+    assert not (tmp_path / "run/iter_1").exists()
+
+
 def test_judge_data_that_no_forward_pass_takes_is_left_out_and_counted(tmp_path, capsys):
     long = ["sft.max_pack_tokens=18", "data.max_tokens=18", "gates.min_pairs=1000"]
     assert command(tmp_path / "run", *long) == 3
