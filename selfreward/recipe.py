@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine import PRESETS, InputError, LlamaConfig, NotBuiltError
+from selfreward.records import FORMATS
 
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes"
@@ -29,6 +30,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Shares = Annotated[tuple[Share, Share], Field(strict=False)]  # as for Betas
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
 
 
@@ -67,14 +69,60 @@ class Init(Group):
         return self
 
 
+class Formats(Group):
+    """The format of all rows of a file (records.FORMATS); null: each row is recognised by its keys."""
+
+    ift: str | None = None
+    eft: str | None = None
+    eft_heldout: str | None = None
+    heldout: str | None = None
+    ranked: str | None = None
+    prompts: str | None = None  # of prompts.file
+
+    @model_validator(mode="after")
+    def _known(self) -> Formats:
+        for key, name in self.model_dump().items():
+            if name is not None and name not in FORMATS:
+                raise InputError(f"{key} is {name!r}, which is not read; use one of {', '.join(FORMATS)}")
+        return self
+
+
 class Data(Group):
-    ift: Path | None = None  # instructions with human answers (formats.load_ift); needed unless m1 is given
+    ift: Path | None = None  # instructions with human answers; this or `ranked` is needed unless m1 is given
     ift_limit: Count | None = None
-    eft: Path | None = None  # ranked answers to build judge data from (formats.load_ranked)
+    eft: Path | None = None  # ranked answers to build judge data from
     eft_limit: Count | None = None
     eft_heldout: Path | None = None  # ranked answers that measure the judge
     heldout: Path | None = None  # instructions that measure the answers; never used as prompts
+    ranked: Path | None = None  # ranked answers for all of ift, eft and eft_heldout (seeds.split)
+    split: Shares = (
+        0.15,
+        0.05,
+    )  # of its prompts with ranks for eft and eft_heldout (about the paper's), the rest is ift
+    language: str | None = None  # rows that state another one are left out (Open Assistant trees do)
+    format: Formats = Formats()
     max_tokens: Annotated[int, Field(ge=2)] = 2048  # prompt + response are cut here
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        given = [name for name in ("ift", "eft", "eft_heldout") if getattr(self, name) is not None]
+        if self.ranked is not None and given:
+            raise InputError(
+                f"ranked gives ift, eft and eft_heldout, and {given[0]} is set too; set one of them to null"
+            )
+        if self.ranked is None and self.split != type(self).model_fields["split"].default:
+            raise InputError("split says how `ranked` is divided, which is not set; leave it out")
+        if sum(self.split) >= 1:
+            raise InputError(f"split is {list(self.split)}, which leaves nothing for ift; lower the two shares")
+        return self
+
+    @property
+    def has_ift(self) -> bool:
+        return self.ift is not None or self.ranked is not None
+
+    @property
+    def has_eft(self) -> bool:
+        return self.eft is not None or self.ranked is not None
 
 
 class SFT(Group):
@@ -251,7 +299,7 @@ class Recipe(Group):
             raise InputError(
                 "init makes a model without a tokenizer; set tokenizer to a tokenizer.model or its directory"
             )
-        if self.m1 is None and self.data.ift is None:
+        if self.m1 is None and not self.data.has_ift:
             raise InputError("data.ift is missing; set it, or m1 to begin with a model that is already trained")
         if self.m1 is not None and (self.method == "positives" or self.dpo.replay_weight):
             raise InputError(
@@ -259,7 +307,7 @@ class Recipe(Group):
             )
         if self.method == "positives" and self.dpo.replay_weight:
             raise InputError("method 'positives' does no DPO, so dpo.replay_weight has no effect; set one of them only")
-        if self.dpo.replay_weight and self.data.eft is None:
+        if self.dpo.replay_weight and not self.data.has_eft:
             raise InputError("dpo.replay_weight needs judge data; set data.eft, or the weight to 0")
         if self.judge_model is not None and self.judge.by != "model":
             raise InputError(
@@ -267,7 +315,7 @@ class Recipe(Group):
             )
         if self.judge.by == "oracle" and self.evaluation.oracle is None:
             raise InputError("judge.by is 'oracle', which only the tiny world has; set evaluation.oracle to tiny too")
-        if self.eft.required and self.m1 is None and self.data.eft is None:
+        if self.eft.required and self.m1 is None and not self.data.has_eft:
             raise InputError("data.eft is missing; set it, or eft.required to false to go without judge data")
         for name, draws in (
             ("candidates.n", self.candidates.n),
@@ -470,6 +518,7 @@ PATH_KEYS = (
     "data.eft",
     "data.eft_heldout",
     "data.heldout",
+    "data.ranked",
     "prompts.file",
     "judge.template",
 )
@@ -555,6 +604,8 @@ def _complaint(mistake: Any, key: str, cause: Any) -> str:
         return f"the key {key!r} is not built yet; leave it out"
     if mistake["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_nearest(key, recipe_keys())}"
+    if ".split" in key:
+        return f"data.split: found {_shown(mistake['input'])}; expected a list of two shares, each between 0 and 1"
     if ".betas." in key or mistake["type"] in ("tuple_type", "too_long"):
         return f"{key.partition('.betas')[0]}.betas: found {_shown(mistake['input'])}; expected a list of two numbers"
     if mistake["type"] == "missing":

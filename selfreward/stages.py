@@ -33,8 +33,6 @@ from selfreward import tiny
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.eft import select
 from selfreward.evaluate import judge_accuracy, longer_wins, mean_and_error
-from selfreward.formats import load_ift, load_prompts, load_ranked
-from selfreward.inputs import heldout_ranks, known_prompts
 from selfreward.judge import Judgement, mean_score
 from selfreward.judging import Item, judge_by_model, judge_candidates
 from selfreward.pairs import TOO_LONG, build_pair, positive
@@ -42,6 +40,7 @@ from selfreward.prompts import take_prompts, write_prompts
 from selfreward.recipe import Candidates, Recipe
 from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
+from selfreward.seeds import eft_groups, file_of, heldout_groups, heldout_prompts, ift_rows, known_prompts
 from selfreward.state import row_seed
 
 STEP0_PAIRS = 64
@@ -82,8 +81,7 @@ def train_baseline(run: Run) -> Row:
 def build_eft(run: Run) -> Row:
     """The baseline judges human-ranked answers; what agrees with the ranks becomes judge data."""
     recipe = run.recipe
-    heldout = heldout_ranks(run.recipe)
-    groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
+    heldout, groups = heldout_groups(recipe), eft_groups(recipe)
     drawn = judge_by_model(
         run, "eft/judgements.jsonl", run.dir.file("sft/model"), _ranked_items(groups), recipe.eft, (0, "eft")
     )
@@ -92,8 +90,9 @@ def build_eft(run: Run) -> Row:
     run.dir.write_jsonl("eft/dropped.jsonl", dropped)
     run.dir.write_jsonl("eft/heldout.jsonl", heldout)
     if not rows and (recipe.eft.required or recipe.dpo.replay_weight):
+        file = file_of(recipe, "data.eft")
         raise GateError(
-            f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {recipe.data.eft} "
+            f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {file} "
             f"({reasons({name: counts[name] for name in REFUSED if counts[name]})}): {_eft_advice(run, counts)}, or set "
             f"eft.required=false{' and dpo.replay_weight=0' if recipe.dpo.replay_weight else ''} to go without judge data"
         )
@@ -294,7 +293,7 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
             row["true_quality"], row["true_quality_se"] = mean_and_error([a["grade"] for a in answers])
             row["true_quality_greedy"], row["true_quality_greedy_se"] = mean_and_error([a["grade"] for a in greedy])
             row["true_quality_n"] = len(answers)
-    groups = heldout_ranks(run.recipe)
+    groups = heldout_groups(run.recipe)
     if groups:
         file, judge = f"{folder}/judgements.jsonl", run.recipe.judge
         drawn = _by_answer(groups, judge_by_model(run, file, path, _ranked_items(groups), judge, (0, "evaluation")))
@@ -306,7 +305,6 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
 def _answers(run: Run, path: Path, name: str, temperature: float) -> list[Row]:
     """One answer to every held-out instruction; the seeds are the same for all models."""
     options = run.recipe.evaluation
-    assert run.recipe.data.heldout is not None
 
     def request(prompt: Row) -> Request:
         seed = row_seed(run.recipe.seed, 0, "evaluation", prompt["id"])
@@ -314,7 +312,7 @@ def _answers(run: Run, path: Path, name: str, temperature: float) -> list[Row]:
         ids = run.tokenizer.chat_prompt(prompt["prompt"])
         return Request(ids, params, lambda output: [_answer_row(run, prompt, output)])
 
-    prompts = load_prompts(run.recipe.data.heldout)[: options.prompts]
+    prompts = heldout_prompts(run.recipe)
     return sample_groups(run, name, run.llm(path), in_groups([request(prompt) for prompt in prompts]))
 
 
@@ -451,10 +449,9 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
     """Chat prompts with human answers, cut at `data.max_tokens` or the model's context (a cut answer has no EOS), and how
     many were cut or, because the prompt alone fills that many tokens, left out."""
     data = run.recipe.data
-    assert data.ift is not None
     rows, counts = list[SFTRow](), Counter[str](ift=0, ift_cut=0, ift_prompt_too_long=0)
     limit = min(data.max_tokens, run.context)
-    for row in load_ift(data.ift, data.ift_limit):
+    for row in ift_rows(run.recipe):
         prompt = run.tokenizer.chat_prompt(row["prompt"])
         answer = [*run.tokenizer.encode(row["response"].strip()), run.tokenizer.eos_id]
         room = limit - len(prompt)
@@ -467,8 +464,8 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
     if not rows:
         higher = " or raise data.max_tokens" if data.max_tokens < run.context else ""
         raise InputError(
-            f"{data.ift}: no prompt is shorter than {limit} tokens (data.max_tokens is {data.max_tokens}, the model's "
-            f"context {run.context}); bring shorter ones{higher}, in a new --out directory"
+            f"{file_of(run.recipe, 'data.ift')}: no prompt is shorter than {limit} tokens (data.max_tokens is "
+            f"{data.max_tokens}, the model's context {run.context}); bring shorter ones{higher}, in a new --out directory"
         )
     return rows, dict(counts)
 

@@ -44,7 +44,9 @@ def complaint(tmp_path: Path, *overrides: str, text: str = SMALL) -> str:
 KEYS = """
 seed rounds model tokenizer init.preset init.dim init.n_layers init.n_heads init.n_kv_heads init.ffn_dim init.seed
 m1 judge_model method
-data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.max_tokens
+data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.ranked data.split
+data.language data.format.ift data.format.eft data.format.eft_heldout data.format.heldout data.format.ranked
+data.format.prompts data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
 sft.clip sft.max_pack_tokens sft.dropout sft.save_every sft.activation_checkpointing sft.precision
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
