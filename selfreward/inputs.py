@@ -112,14 +112,18 @@ def _unknown(tokenizer: Tokenizer, where: str, rows: Iterable[tuple[str, str]]) 
     return [f"{said}; the model sees <unk> there"]
 
 
-def _beyond_context(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
-    """The lengths that the recipe asks for and the model cannot reach."""
+def context_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """Tokens that the model of the run can see, before there is one."""
     start = recipe.model or recipe.m1
     if start is not None:
-        context = read_config(start).max_seq_len
-    else:
-        assert recipe.init is not None
-        context = recipe.init.config(tokenizer.vocab_size).max_seq_len
+        return read_config(start).max_seq_len
+    assert recipe.init is not None
+    return recipe.init.config(tokenizer.vocab_size).max_seq_len
+
+
+def _beyond_context(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
+    """The lengths that the recipe asks for and the model cannot reach."""
+    context = context_of(recipe, tokenizer)
     lengths = {
         "data.max_tokens": recipe.data.max_tokens if recipe.m1 is None else 0,
         "eft.max_tokens": recipe.eft.max_tokens if recipe.m1 is None and recipe.data.has_eft else 0,

@@ -41,9 +41,10 @@ from selfreward.recipe import PATH_KEYS, Recipe, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
 from selfreward.state import STAGES, RunDir, written_manifest
+from selfreward.validate import as_json, show, validate
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
-BUILT = ("run",)
+BUILT = ("run", "validate")
 UNDECIDING = (
     ("sampler", "kv_cache_gb"),
     ("sampler", "max_batch_tokens"),
@@ -153,7 +154,10 @@ def main(argv: list[str] | None = None) -> int:
             action, overrides = _action(arguments.words)
             if action not in BUILT:
                 raise NotBuiltError(f"the action {action!r} is not built yet; without an action the whole loop runs")
-            _run(Recipe.load(arguments.recipe, overrides), arguments.out, report, stop)
+            recipe = Recipe.load(arguments.recipe, overrides)
+            if action == "validate":
+                return _validate(recipe, report)
+            _run(recipe, arguments.out, report, stop)
         except Stopped:
             name = signal.Signals(stop.signal).name
             print(f"stopped by {name}; what was finished is saved: the same command goes on there", file=sys.stderr)
@@ -197,6 +201,19 @@ def stop_on_signals() -> Iterator[StopEvent]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _validate(recipe: Recipe, report: Reporter) -> int:
+    """Print what the data files hold. 2 if a run could not use them."""
+    tokenizer = load_tokenizer(recipe)
+    template = JudgeTemplate(recipe.judge.template)
+    parts = validate(recipe, tokenizer, template)
+    print(as_json(parts) if report.as_json else show(parts))
+    if any(part["errors"] for part in parts):
+        return 2
+    for sentence in check_inputs(recipe, tokenizer, template):
+        report.warn(sentence)
+    return 0
 
 
 def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
@@ -292,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=HELP.format(recipes=", ".join(recipe_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    words = f"actions built so far: {', '.join(BUILT)} (the whole loop, the default)"
+    words = f"actions built so far: {', '.join(BUILT)} (run: the whole loop, the default)"
     parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=words)
     parser.add_argument("--recipe", default="tiny", metavar="NAME_OR_FILE", help="shipped recipe or YAML file (tiny)")
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="directory of the run, resumed if it is one")

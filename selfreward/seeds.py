@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine import Tokenizer
 from selfreward.formats import Read, as_example, as_group, as_prompt, read_file, usable
 from selfreward.recipe import Recipe
 
@@ -134,6 +135,13 @@ def _place(seed: int, prompt: str) -> bytes:
     return hashlib.blake2b(f"{seed}\0{prompt}".encode(), digest_size=8).digest()
 
 
+def example_ids(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[int]]:
+    """An instruction and its answer as token ids; the answer ends in EOS."""
+    answer = [*tokenizer.encode(row["response"].strip()), tokenizer.eos_id]
+    return tokenizer.chat_prompt(row["prompt"]), answer
+
+
 def file_of(recipe: Recipe, key: str) -> Path | None:
     """The file that a part comes from."""
-    return recipe.data.ranked or recipe.paths().get(key)
+    divided = key in ("data.ift", "data.eft", "data.eft_heldout")
+    return recipe.data.ranked if divided and recipe.data.ranked else recipe.paths().get(key)

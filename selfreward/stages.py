@@ -40,7 +40,15 @@ from selfreward.prompts import take_prompts, write_prompts
 from selfreward.recipe import Candidates, Recipe
 from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
-from selfreward.seeds import eft_groups, file_of, heldout_groups, heldout_prompts, ift_rows, known_prompts
+from selfreward.seeds import (
+    eft_groups,
+    example_ids,
+    file_of,
+    heldout_groups,
+    heldout_prompts,
+    ift_rows,
+    known_prompts,
+)
 from selfreward.state import row_seed
 
 STEP0_PAIRS = 64
@@ -452,8 +460,7 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
     rows, counts = list[SFTRow](), Counter[str](ift=0, ift_cut=0, ift_prompt_too_long=0)
     limit = min(data.max_tokens, run.context)
     for row in ift_rows(run.recipe):
-        prompt = run.tokenizer.chat_prompt(row["prompt"])
-        answer = [*run.tokenizer.encode(row["response"].strip()), run.tokenizer.eos_id]
+        prompt, answer = example_ids(run.tokenizer, row)
         room = limit - len(prompt)
         if room < 1:
             counts["ift_prompt_too_long"] += 1
