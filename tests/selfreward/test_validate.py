@@ -45,14 +45,17 @@ def test_counts_lengths_and_truncations_are_those_of_the_run(
     part = validated(capsys, *words)["data.ift"]
     recipe = Recipe.load("tiny", words)
     tokenizer = Tokenizer(recipe.model)
-    rows, counts = _ift_rows(Run(recipe, NOTHING, tokenizer, NOTHING, NOTHING))
+    _, counts = _ift_rows(Run(recipe, NOTHING, tokenizer, NOTHING, NOTHING))
     assert (part["used"] - part["prompt_too_long"], part["cut"]) == (counts["ift"], counts["ift_cut"]) == (3, 1)
     assert part["prompt_too_long"] == counts["ift_prompt_too_long"] == 1
     assert part["formats"] == {"prompt_completion": 2, "messages": 1, "alpaca": 1} and part["refused"] == {}
     assert (part["duplicate_prompts"], part["same_prompt_and_answer"]) == (2, 0)
     prompt, answer = part["example"]["shown"]
     assert prompt == [False, "<s>[INST] copy a b c [/INST]"] and answer == [True, "a b c</s>"]
-    assert part["tokens"]["prompt"]["least"] == len(rows[0].prompt)
+    assert part["tokens"]["prompt"]["all"] == sum(
+        len(tokenizer.chat_prompt(prompt))
+        for prompt in ("copy a b c", "copy a b c d e f g", "copy a\nb c", "COPY  a b c")
+    )
 
 
 def test_everything_that_is_wrong_is_listed_and_the_code_is_2(
