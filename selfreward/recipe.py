@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engine import PRESETS, InputError, LlamaConfig, NotBuiltError
 from selfreward.records import FORMATS
@@ -30,8 +30,23 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Rho = Annotated[float, Field(ge=0, lt=0.5)]
 Shares = Annotated[tuple[Share, Share], Field(strict=False)]  # as for Betas
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
+
+
+T = TypeVar("T")
+# One value for all rounds, or a list with one for each; null is an empty list.
+PerRound = Annotated[
+    tuple[T, ...],
+    BeforeValidator(lambda value: [] if value is None else value if isinstance(value, (list, tuple)) else [value]),
+    Field(strict=False),
+]
+
+
+def of_round(values: tuple[T, ...], k: int) -> T | None:
+    """Round k's value (from 1), None if there is none."""
+    return values[k - 1 if len(values) > 1 else 0] if values else None
 
 
 class Group(BaseModel):
@@ -245,7 +260,13 @@ class Sampler(Group):
 
 
 class Pairs(Group):
+    """pairs.Rules, and what follows from how far the judge agrees with itself."""
+
     allow_truncated_chosen: bool = False
+    tie_break: Literal["index", "variance"] = "index"
+    length_control: PerRound[Rho] = ()  # rho of each round, or one for all; none: off
+    per_prompt: Count = 1  # most pairs that a prompt gives
+    consistency: bool = False  # the round's label smoothing is 1 - the mean of the pairs' consistency
 
 
 class Gates(Group):
@@ -317,6 +338,17 @@ class Recipe(Group):
             raise InputError("judge.by is 'oracle', which only the tiny world has; set evaluation.oracle to tiny too")
         if self.eft.required and self.m1 is None and not self.data.has_eft:
             raise InputError("data.eft is missing; set it, or eft.required to false to go without judge data")
+        rhos = len(self.pairs.length_control)
+        if rhos > 1 and rhos != self.rounds:
+            raise InputError(
+                f"pairs.length_control has {rhos} values for {self.rounds} rounds; give one, or one for each"
+            )
+        if self.pairs.consistency and self.dpo.label_smoothing:
+            raise InputError("pairs.consistency sets the label smoothing of each round; set dpo.label_smoothing to 0")
+        if self.pairs.consistency and self.judge.draws < 2:
+            raise InputError("pairs.consistency compares judgements of one answer; set judge.draws to 2 or more")
+        if self.method == "positives" and self.pairs.consistency:
+            raise InputError("method 'positives' does no DPO, so pairs.consistency has no effect; leave it out")
         for name, draws in (
             ("candidates.n", self.candidates.n),
             ("judge.draws", self.judge.draws),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,9 +36,10 @@ from selfreward.eft import select
 from selfreward.evaluate import judge_accuracy, longer_wins, mean_and_error
 from selfreward.judge import Judgement, mean_score
 from selfreward.judging import Item, judge_by_model, judge_candidates
-from selfreward.pairs import TOO_LONG, build_pair, positive
+from selfreward.pairs import TOO_LONG, Rules, pair_id, positive
+from selfreward.pairs import build_pairs as prompt_pairs
 from selfreward.prompts import take_prompts, write_prompts
-from selfreward.recipe import Candidates, Recipe
+from selfreward.recipe import Candidates, Recipe, of_round
 from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.seeds import (
@@ -213,20 +215,27 @@ def judge_round(run: Run, k: int) -> Row:
 
 
 def build_pairs(run: Run, k: int) -> Row:
-    """Best against worst per prompt; everything without a pair is a row with its reason."""
+    """Best against worst per prompt; every pair that a prompt could have and has not is a row with its reason."""
     recipe, scored = run.recipe, _scored_candidates(run, k)
+    options = recipe.pairs
+    rules = Rules(
+        allow_truncated_chosen=options.allow_truncated_chosen,
+        tie_break=options.tie_break,
+        length_control=of_round(options.length_control, k),
+        per_prompt=options.per_prompt,
+    )
     pairs, dropped = [], []
     prompts = run.rows(f"iter_{k}/prompts.jsonl")
     for prompt in prompts:
-        pair, reason = build_pair(prompt, scored[prompt["id"]], recipe.pairs.allow_truncated_chosen)
-        if pair is not None and _pair_tokens(run, pair) > recipe.dpo.max_pack_tokens:
-            pair, reason = None, TOO_LONG
-        if pair is not None:
-            pairs.append(pair)
-        else:
-            dropped.append({"id": prompt["id"], "prompt": prompt["prompt"], "reason": reason})
+        for number, (pair, reason) in enumerate(prompt_pairs(prompt, scored[prompt["id"]], rules)):
+            if pair is not None and _pair_tokens(run, pair) > recipe.dpo.max_pack_tokens:
+                pair, reason = None, TOO_LONG
+            if pair is not None:
+                pairs.append(pair)
+            else:
+                dropped.append({"id": pair_id(prompt["id"], number), "prompt": prompt["prompt"], "reason": reason})
     without = Counter(row["reason"] for row in dropped)
-    assert len(pairs) + sum(without.values()) == len(prompts)
+    assert len(pairs) + sum(without.values()) == options.per_prompt * len(prompts)
     run.dir.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
     run.dir.write_jsonl(f"iter_{k}/dropped.jsonl", dropped)
     if len(pairs) < recipe.gates.min_pairs and recipe.method == "dpo":
@@ -235,7 +244,20 @@ def build_pairs(run: Run, k: int) -> Row:
             f"{recipe.gates.min_pairs}: lower gates.min_pairs, or raise {_more_prompts(recipe)}, candidates.n or judge.draws"
             f"{', or dpo.max_pack_tokens' if without[TOO_LONG] else ''}"
         )
-    return {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
+    counts = {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
+    return counts | ({"consistency": _consistency(k, pairs)} if options.consistency else {})
+
+
+def _consistency(k: int, pairs: list[Row]) -> float:
+    """The mean over the pairs, which must be better than chance: its distance to 1 becomes the label smoothing."""
+    known = [pair["consistency"] for pair in pairs if pair["consistency"] is not None]
+    mean = math.fsum(known) / len(known) if known else 0.5
+    if mean <= 0.5:
+        raise GateError(
+            f"round {k}: the judge's draws order the answers no more alike than by chance (consistency {mean:.2f} of "
+            f"{len(known)} pairs): give the judge more judge data (data.eft), or set pairs.consistency=false in a new directory"
+        )
+    return mean
 
 
 def _more_prompts(recipe: Recipe) -> str:
@@ -254,6 +276,8 @@ def train_dpo(run: Run, k: int) -> Row:
     pairs, options = run.rows(f"iter_{k}/pairs.jsonl"), run.recipe.dpo
     model = run.fresh(run.model(k), options.precision)
     config = DPOConfig(**options.model_dump(), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
+    if run.recipe.pairs.consistency:
+        config = replace(config, label_smoothing=1 - run.dir.counts(f"iter_{k}/pairs")["consistency"])
     rows = [
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
@@ -397,7 +421,7 @@ def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], precision: s
     """
     sampled = {row["id"]: row["logprob"] for row in run.rows(f"iter_{k}/candidates.jsonl")}
     gaps = [
-        abs(sampled[f"{pair['id']}-{pair[f'{kind}_index']}"] - trained) / len(pair[f"{kind}_token_ids"])
+        abs(sampled[f"{pair['prompt_id']}-{pair[f'{kind}_index']}"] - trained) / len(pair[f"{kind}_token_ids"])
         for pair, row in zip(pairs, rows, strict=True)
         for kind, trained in zip(("chosen", "rejected"), row.reference or (), strict=True)
     ]
@@ -419,7 +443,10 @@ def _scored_candidates(run: Run, k: int) -> dict[str, list[Row]]:
         draws.setdefault(row["candidate_id"], []).append(row)
     scored: dict[str, list[Row]] = {}
     for row in run.rows(f"iter_{k}/candidates.jsonl"):
-        scored.setdefault(row["prompt_id"], []).append(row | {"score": _mean(run, draws[row["id"]])})
+        judged = draws[row["id"]]
+        scored.setdefault(row["prompt_id"], []).append(
+            row | {"score": _mean(run, judged), "draws": [each["score"] for each in judged]}
+        )
     return scored
 
 

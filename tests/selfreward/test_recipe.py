@@ -53,7 +53,7 @@ eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
 judge.temperature judge.top_p judge.by judge.template judge.draws judge.max_tokens judge.min_valid_draws
-pairs.allow_truncated_chosen
+pairs.allow_truncated_chosen pairs.tie_break pairs.length_control pairs.per_prompt pairs.consistency
 dpo.lr dpo.min_lr dpo.schedule dpo.warmup_steps dpo.epochs dpo.max_steps dpo.batch_size dpo.weight_decay dpo.betas
 dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.activation_checkpointing dpo.precision dpo.beta dpo.loss
 dpo.label_smoothing dpo.nll_weight dpo.replay_weight dpo.replay_batch_size
