@@ -146,5 +146,5 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-        except arrow.ArrowException as error:
+        except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise InputError(f"{path} is no Parquet file that can be read ({str(error).splitlines()[0]})") from None

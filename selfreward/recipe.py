@@ -654,5 +654,8 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        return "a value that holds itself"
     return text if len(text) <= 60 else text[:57] + "..."
