@@ -63,6 +63,7 @@ keys that are often set (all of them, with their defaults: selfreward/recipe.py)
     seed, rounds, threads
     model                      a Llama 2 directory; m1 to begin with one that is already trained
     data.ift, data.eft         instructions with answers; ranked answers
+    data.ranked                one file of ranked answers for both, and for measuring the judge
     prompts.count              new prompts a round; prompts.file with prompts.mode=file
     candidates.n               answers a prompt
     judge.template             a shipped template or a .jinja file

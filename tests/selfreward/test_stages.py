@@ -82,3 +82,30 @@ def test_the_samplers_log_probs_are_the_trainers_or_the_round_stops(round_one, t
     path.write_text("".join(json.dumps(row) + "\n" for row in candidates))
     with pytest.raises(GateError, match=r"log-probs of an answer are 2.5e-02 nats a token from the trainer's"):
         _parity(run, 1, pairs, rows)
+
+
+@pytest.mark.parametrize("name", ["trl", "messages", "sharegpt", "alpaca", "preference", "open_assistant"])
+def test_the_same_instructions_are_the_same_training_rows_in_every_format(name, tmp_path):
+    said = [("copy a b c", "a b c"), ("sort c b", "b c")]
+    row = {
+        "trl": lambda p, r: {
+            "prompt": [{"role": "user", "content": p}],
+            "completion": [{"role": "assistant", "content": r}],
+        },
+        "messages": lambda p, r: {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]},
+        "sharegpt": lambda p, r: {"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": r}]},
+        "alpaca": lambda p, r: {"instruction": p, "input": "", "output": r},
+        "preference": lambda p, r: {"prompt": p, "chosen": r, "rejected": "a"},
+        "open_assistant": lambda p, r: {
+            "prompt": {"text": p, "replies": [{"text": "a", "rank": 1}, {"text": r, "rank": 0}]}
+        },
+    }[name]
+    file = tmp_path / "ift.jsonl"
+    file.write_text("".join(json.dumps(row(*each)) + "\n" for each in said))
+    recipe = Recipe.load("tiny", [f"data.ift={file}"])
+    tokenizer = Tokenizer(recipe.model)
+    rows, counts = _ift_rows(Run(recipe, NOTHING, tokenizer, NOTHING, NOTHING))
+    assert counts == {"ift": 2, "ift_cut": 0, "ift_prompt_too_long": 0}
+    for made, (prompt, response) in zip(rows, said, strict=True):
+        assert made.prompt == tokenizer.chat_prompt(prompt)
+        assert made.completion == [*tokenizer.encode(response), tokenizer.eos_id]
