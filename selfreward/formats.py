@@ -89,7 +89,7 @@ def _check_answered(record: Record) -> None:
     if record.unranked is not None:
         raise Refused("no_ranked_reply", f"of the tree's {record.unranked} replies none is ranked", broken=False)
     if not record.answers:
-        raise Refused("no_answer", "the row has a prompt and no answer; expected both")
+        raise Refused("no_answer", "the row has a prompt and no answer; expected a 'response' beside it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -452,7 +452,18 @@ def _group(annotation: Any) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-6` is a number; `no`, `010` and `1:30` are strings. A key may stand once."""
+    """YAML 1.2's plain scalars: `1e-6` is a number; `no`, `010` and `1:30` are strings. A key may stand once.
+
+    Aliases are refused: a value could hold itself.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"*{event.anchor} is not read; write it out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -654,8 +665,5 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):
-        return "a value that holds itself"
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

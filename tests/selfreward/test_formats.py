@@ -124,7 +124,7 @@ def test_a_tree_without_ranks_is_left_out_and_said_so(tmp_path: Path, caplog: py
     [
         ({"prompt": "p", "response": True}, ":2: 'response' is the boolean true; expected a string"),
         ({"prompt": 3, "response": "r"}, ":2: 'prompt' is the number 3; expected a string"),
-        ({"prompt": "p"}, ":2: the row has a prompt and no answer; expected both"),
+        ({"prompt": "p"}, ":2: the row has a prompt and no answer; expected a 'response'"),
         ({"prompt": "p", "response": "  "}, ":2: 'response' is empty"),
         ({"prompt": "p", "response": "\ud800"}, ":2: 'response' holds half of a surrogate"),
         ({"prompt": "p", "response": "r", "id": ["x"]}, ":2: 'id' is a list"),

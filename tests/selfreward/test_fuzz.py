@@ -23,8 +23,9 @@ from selfreward.judge import JudgeTemplate
 from selfreward.pairs import NO_MORE, REASONS, Rules, build_pairs
 from selfreward.recipe import Recipe, recipe_keys
 from selfreward.records import FORMATS, Refused, format_of, read_record
+from selfreward.run import main
 
-FEW, MANY = 40, 2500  # cases of each test in `make test` and in `make test-full`
+FEW, MANY = 40, 1500  # cases of each test in `make test` and in `make test-full`
 
 TEXT = st.text(st.sampled_from("ab \n\u2028\u00e9\ud800,\"'"), max_size=6) | st.sampled_from(
     ["", "user", "assistant", "system"]
@@ -188,6 +189,25 @@ def test_damaged_bytes_in_any_container(count: int, folder: Path) -> None:
     check()
 
 
+@pytest.mark.parametrize("count", [5, pytest.param(150, marks=pytest.mark.full)])
+def test_validate_says_what_a_run_would_say(count: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @cases(count)
+    @given(rows=ROWS, key=st.sampled_from(["ift", "eft", "eft_heldout", "heldout"]))
+    @example(rows=[{"prompt": "copy a", "response": "b"}], key="ift")
+    def check(rows: list[Any], key: str) -> None:
+        path = folder / "validated.jsonl"
+        path.write_bytes(packed(rows, "jsonl"))
+        code = main(["validate", "--json", f"data.{key}={path}"])
+        said = capsys.readouterr()
+        found = json.loads(said.out)
+        (part,) = (part for part in found["parts"] if part["part"] == f"data.{key}")
+        if "rows" in part:  # else the file could not be read as a whole
+            assert part["rows"] == part["used"] + sum(part["refused"].values()) == sum(1 for _ in read_rows(path))
+        assert code == 2 if part["errors"] else code == 0 or said.err.startswith("error: ")
+
+    check()
+
+
 def _parquet() -> bytes:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     out = io.BytesIO()
@@ -224,6 +244,7 @@ def test_a_recipe_is_taken_or_refused_in_one_sentence(count: int) -> None:
     )
 
     @cases(count)
+    @example(overrides=["a=&a {a: *a}", "a=&a {a: *a}"])
     @given(overrides=st.lists(st.tuples(key, value | TEXT).map("=".join), max_size=4))
     def check(overrides: list[str]) -> None:
         try:
