@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import selfreward.recipe as recipe_module
 from engine import PRESETS, DPOConfig, InputError, LlamaConfig, NotBuiltError, SFTConfig
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import DPO, SFT, Recipe, recipe_keys, recipe_names
+from selfreward.recipe import DPO, SFT, Recipe, of_round, recipe_keys, recipe_names
 
 SMALL = """
 model: m0
@@ -347,3 +347,38 @@ def test_a_random_llama_takes_a_preset_a_shape_or_both(tmp_path: Path) -> None:
 def test_a_random_llama_that_does_not_fit_is_refused(init: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"command line: {message}"):
         load(tmp_path, "model=null", "tokenizer=t", f"init={init}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["pairs.length_control=[0.1, 0.2, 0.3]"],
+            "pairs.length_control has 3 values for 2 rounds; give one, or one for each",
+        ),
+        (["pairs.length_control=0.5"], "pairs.length_control.0 is 0.5; expected less than 0.5"),
+        (["pairs.length_control=x"], 'pairs.length_control.0 is "x"; expected a number'),
+        (["pairs.tie_break=first"], "pairs.tie_break is \"first\"; expected 'index' or 'variance'"),
+        (["pairs.per_prompt=0"], "pairs.per_prompt is 0; expected greater than or equal to 1"),
+        (
+            ["pairs.consistency=true", "dpo.label_smoothing=0.1"],
+            "pairs.consistency sets the label smoothing of each round",
+        ),
+        (["pairs.consistency=true", "judge.draws=1"], "pairs.consistency compares judgements of one answer"),
+        (["pairs.consistency=true", "method=positives"], "so pairs.consistency has no effect; leave it out"),
+        (["data.format.ift=csv"], "data.format: ift is 'csv', which is not read; use one of text, open_assistant"),
+        (["data.split=[0.9, 0.2]"], "split says how `ranked` is divided, which is not set"),
+        (["data=&a {ift: *a}"], "*a is not read; write it out"),
+    ],
+)
+def test_a_wrong_key_of_data_and_pairs_is_named(overrides: list[str], message: str, tmp_path: Path) -> None:
+    assert message in complaint(tmp_path, *overrides)
+
+
+def test_a_value_for_all_rounds_or_one_for_each(tmp_path: Path) -> None:
+    one, each, none = (
+        load(tmp_path, f"pairs.length_control={v}").pairs.length_control for v in ("0.1", "[0.1, 0]", "null")
+    )
+    assert (one, each, none) == ((0.1,), (0.1, 0.0), ())
+    assert [of_round(one, k) for k in (1, 2)] == [0.1, 0.1]
+    assert [of_round(each, k) for k in (1, 2)] == [0.1, 0.0] and of_round(none, 1) is None
