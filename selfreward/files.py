@@ -69,13 +69,15 @@ def _open(path: Path) -> IO[bytes]:
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """Lines, unless the first visible character opens a list. Only a line feed ends a line: text may hold U+2028."""
     with _open(path) as file:
+        first = True
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not line.strip():
                 continue
-            if number == 1 and line.lstrip().startswith(b"["):
+            if first and line.lstrip().startswith(b"["):
                 yield from _list(path, line + file.read())
                 return
+            first = False
             where = f"{path}:{number}"
             try:
                 yield where, _value(line.rstrip(b"\r\n"))

@@ -148,10 +148,12 @@ def usable(read: Read) -> list[Row]:
 
 
 def left_out(read: Read) -> list[str]:
-    """What of a file is of no use, in sentences: rows by reason with the first of each, and conversations cut short."""
+    """What of a file is in order and of no use, in sentences: rows by reason with the first of each, and conversations of
+    which only the beginning is taken."""
     said = []
-    for reason, count in sorted(read.reasons().items()):
-        first = next(refusal for refusal in read.refused if refusal.reason == reason)
+    useless = [refusal for refusal in read.refused if not refusal.broken]
+    for reason, count in sorted(Counter(refusal.reason for refusal in useless).items()):
+        first = next(refusal for refusal in useless if refusal.reason == reason)
         said.append(
             f"{read.path}: left out {count} of {read.total} rows as {reason}, first row {_row_of(first)}: {first.said}"
         )

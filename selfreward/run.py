@@ -20,6 +20,7 @@ if __name__ == "__main__":  # first: the imports below take a second, in which C
     signal.signal(signal.SIGINT, _leave)
 
 import argparse
+import json
 import platform
 import threading
 import time
@@ -41,7 +42,7 @@ from selfreward.recipe import PATH_KEYS, Recipe, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
 from selfreward.state import STAGES, RunDir, written_manifest
-from selfreward.validate import as_json, show, validate
+from selfreward.validate import show, validate
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
 BUILT = ("run", "validate")
@@ -206,15 +207,9 @@ def stop_on_signals() -> Iterator[StopEvent]:
 
 def _validate(recipe: Recipe, report: Reporter) -> int:
     """Print what the data files hold. 2 if a run could not use them."""
-    tokenizer = load_tokenizer(recipe)
-    template = JudgeTemplate(recipe.judge.template)
-    parts = validate(recipe, tokenizer, template)
-    print(as_json(parts) if report.as_json else show(parts))
-    if any(part["errors"] for part in parts):
-        return 2
-    for sentence in check_inputs(recipe, tokenizer, template):
-        report.warn(sentence)
-    return 0
+    found = validate(recipe, load_tokenizer(recipe), JudgeTemplate(recipe.judge.template))
+    print(json.dumps(found, ensure_ascii=False) if report.as_json else show(found))
+    return 0 if found["usable"] else 2
 
 
 def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from engine import Tokenizer
 from selfreward.formats import Read, as_example, as_group, as_prompt, read_file, usable
 from selfreward.recipe import Recipe
+from selfreward.records import Record
 
 Row = dict[str, Any]
 
@@ -26,7 +27,7 @@ class Seeds:
     ift: list[Row] = field(default_factory=list)
     eft: list[Row] = field(default_factory=list)
     eft_heldout: list[Row] = field(default_factory=list)
-    examples: list[Row] = field(default_factory=list)  # all rows with a best answer, before the division
+    rows: list[Row] = field(default_factory=list)  # all of them, before the division
     counts: Counter[str] = field(default_factory=Counter)
     duplicates: list[str] = field(default_factory=list)  # ids of rows whose prompt an earlier row has
 
@@ -70,7 +71,7 @@ def known_prompts(recipe: Recipe) -> set[str]:
     keys = [key for key in USES if key != "prompts.file" and key in recipe.paths()]
     rows = [row for key in keys for row in usable(read_part(recipe, key))]
     if recipe.data.ranked is not None:
-        rows += split_file(recipe).examples
+        rows += usable(read_ranked(recipe))
     return {row["prompt"].strip() for row in rows}
 
 
@@ -93,36 +94,44 @@ def read_part(recipe: Recipe, key: str) -> Read:
 
 def split_file(recipe: Recipe) -> Seeds:
     """`data.ranked` in its three parts."""
+    return split(usable(read_ranked(recipe)), recipe.data.split, recipe.seed)
+
+
+def read_ranked(recipe: Recipe) -> Read:
+    """The rows of `data.ranked` that have an answer, with all of their answers where these differ in rank."""
     data = recipe.data
     assert data.ranked is not None
-    best = read_file(data.ranked, as_example, data.format.ranked, data.language)
-    groups = read_file(data.ranked, as_group, data.format.ranked, data.language)
-    ranked = {row["id"]: row for row in groups.rows if len({answer["rank"] for answer in row["answers"]}) > 1}
-    return split(usable(best), ranked, data.split, recipe.seed)
+    return read_file(data.ranked, _as_seed, data.format.ranked, data.language)
 
 
-def split(examples: list[Row], ranked: dict[str, Row], shares: tuple[float, float], seed: int) -> Seeds:
+def _as_seed(record: Record) -> Row:
+    ranked = len({answer.rank for answer in record.answers}) > 1
+    return as_example(record) | ({"answers": as_group(record)["answers"]} if ranked else {})
+
+
+def split(rows: list[Row], shares: tuple[float, float], seed: int) -> Seeds:
     """Rows with a best answer -> instructions, judge data, held-out ranks; each prompt is in one part, once.
 
-    examples: {"id", "prompt", "response"}. ranked: id -> the same row as a group, if its answers differ in rank.
-    shares: of the prompts with ranks, for judge data and held-out ranks; all others are instructions. Which prompt goes
-    where is decided by a hash of the seed and the prompt alone, so that a row more moves few others. Prompts that differ
-    only in case or blanks are one: the first row has it.
+    rows: {"id", "prompt", "response"}, with "answers" where they differ in rank. shares: of the prompts with ranks, for
+    judge data and held-out ranks; all others are instructions. Which prompt goes where is decided by a hash of the seed
+    and the prompt alone, so that a row more moves few others. Prompts that differ only in case or blanks are one: the
+    first row has it.
     """
-    seeds, first = Seeds(examples=examples), dict[str, Row]()
-    for row in examples:
+    seeds, first = Seeds(rows=rows), dict[str, Row]()
+    for row in rows:
         if first.setdefault(same(row["prompt"]), row) is not row:
             seeds.duplicates.append(row["id"])
-    order = sorted((key for key, row in first.items() if row["id"] in ranked), key=lambda key: _place(seed, key))
+    order = sorted((key for key, row in first.items() if "answers" in row), key=lambda key: _place(seed, key))
     heldout = round(shares[1] * len(order))
     eft = heldout + round(shares[0] * len(order))
     part = dict.fromkeys(order[:heldout], "eft_heldout") | dict.fromkeys(order[heldout:eft], "eft")
     for key, row in first.items():
         name = part.get(key, "ift")
-        getattr(seeds, name).append(row if name == "ift" else ranked[row["id"]])
+        wanted = ("id", "prompt", "response" if name == "ift" else "answers")
+        getattr(seeds, name).append({field: row[field] for field in wanted})
         seeds.counts[name] += 1
     seeds.counts["duplicate"] = len(seeds.duplicates)
-    assert sum(seeds.counts.values()) == len(examples)
+    assert sum(seeds.counts.values()) == len(rows)
     return seeds
 
 

@@ -5,7 +5,6 @@ Every file is read to its end as the run would read it; all that is wrong is lis
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -13,24 +12,35 @@ from typing import Any
 
 from engine import InputError, Tokenizer
 from selfreward.evaluate import longer_wins, ranked_pairs
-from selfreward.formats import Read, as_example, left_out, read_file
-from selfreward.inputs import context_of
+from selfreward.formats import Read, left_out
+from selfreward.inputs import check_inputs, context_of
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
-from selfreward.seeds import USES, example_ids, file_of, read_part, same, split_file
+from selfreward.seeds import USES, example_ids, file_of, read_part, read_ranked, same, split, split_file
 
 Row = dict[str, Any]
 SHOWN = 5  # refused rows of one reason
 
 
-def validate(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> list[Row]:
-    """Figures of each of the recipe's data files, in JSON values; a part with `errors` cannot be used by a run."""
-    parts = [_part(recipe, tokenizer, template, key, rows, read, error) for key, rows, read, error in _parts(recipe)]
+def validate(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
+    """{"parts", "warnings", "errors", "usable"}, all JSON values: figures of each of the recipe's data files, what a run
+    would warn of, and what keeps it from beginning (a part's own errors are in the part); with `data.ranked` also how its
+    rows are "divided"."""
+    parts = [_part(recipe, tokenizer, template, *found) for found in _parts(recipe)]
     seen: dict[str, set[str]] = {}
     for part, prompts in parts:
         part["shared"] = {key: len(prompts & others) for key, others in seen.items() if prompts & others}
         seen[part["part"]] = prompts
-    return [part for part, _ in parts]
+    found: Row = {"parts": [part for part, _ in parts], "warnings": [], "errors": []}
+    found["usable"] = not any(part["errors"] for part in found["parts"])
+    if found["usable"]:
+        if recipe.data.ranked is not None:
+            found["divided"] = dict(split_file(recipe).counts)
+        try:
+            found["warnings"] = check_inputs(recipe, tokenizer, template)
+        except InputError as error:
+            found |= {"errors": [str(error)], "usable": False}
+    return found
 
 
 def _parts(recipe: Recipe) -> Iterator[tuple[str, list[Row], Read | None, str | None]]:
@@ -48,15 +58,14 @@ def _parts(recipe: Recipe) -> Iterator[tuple[str, list[Row], Read | None, str | 
 
 
 def _divided(recipe: Recipe) -> Iterator[tuple[str, list[Row], Read | None, str | None]]:
-    """`data.ranked`: the file as it was read, then its parts."""
+    """The three parts of `data.ranked`, the first with the file as it was read."""
     data = recipe.data
-    assert data.ranked is not None
     try:
-        read = read_file(data.ranked, as_example, data.format.ranked, data.language)
-        seeds = split_file(recipe)
+        read = read_ranked(recipe)
     except InputError as error:
-        yield "data.ranked", [], None, str(error)
+        yield "data.ift", [], None, str(error)
         return
+    seeds = split(read.rows, data.split, recipe.seed)
     yield "data.ift", seeds.ift[: data.ift_limit], read, None
     yield "data.eft", seeds.eft[: data.eft_limit], None, None
     yield "data.eft_heldout", seeds.eft_heldout[: recipe.evaluation.judge_groups], None, None
@@ -156,9 +165,15 @@ def masked(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[bool]) -> li
     return pieces
 
 
-def show(parts: Sequence[Row]) -> str:
-    """The figures as text."""
-    return "\n\n".join("\n".join(_lines(part)) for part in parts)
+def show(found: Row) -> str:
+    """What `validate` found, as text."""
+    divided = [f"rows of data.ranked: {_counts(found['divided'])}"] if "divided" in found else []
+    said = (
+        divided
+        + [f"warning: {sentence}" for sentence in found["warnings"]]
+        + [f"error: {said}" for said in found["errors"]]
+    )
+    return "\n\n".join(["\n".join(_lines(part)) for part in found["parts"]] + (["\n".join(said)] if said else []))
 
 
 def _lines(part: Row) -> Iterator[str]:
@@ -191,8 +206,3 @@ def _lines(part: Row) -> Iterator[str]:
 
 def _counts(counts: Row) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-
-
-def as_json(parts: Sequence[Row]) -> str:
-    """One object; of an example, pairs of whether the loss counts it and its text."""
-    return json.dumps({"parts": list(parts), "usable": not any(part["errors"] for part in parts)}, ensure_ascii=False)

@@ -33,6 +33,7 @@ PACKED = {
     "rows.jsonl": lines(ROWS),
     "rows": lines(ROWS),
     "rows.json": json.dumps(ROWS, indent=2).encode(),
+    "blank.json": b"\n \n" + json.dumps(ROWS).encode(),
     "listed.jsonl": json.dumps(ROWS).encode(),
     "rows.jsonl.gz": gzip.compress(lines(ROWS)),
     "rows.json.gz": gzip.compress(json.dumps(ROWS).encode()),

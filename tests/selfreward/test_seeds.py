@@ -69,17 +69,18 @@ PROMPTS = st.lists(
 def test_every_row_goes_to_one_part_and_equal_prompts_to_the_same(
     rows: list[tuple[str, int]], shares: tuple[float, float], seed: int
 ) -> None:
-    examples: list[dict[str, Any]] = [{"id": str(i), "prompt": p, "response": "r"} for i, (p, _) in enumerate(rows)]
-    answers = [{"text": "r", "rank": 0}, {"text": "s", "rank": 1}]
-    ranked = {str(i): {"id": str(i), "prompt": p, "answers": answers} for i, (p, n) in enumerate(rows) if n}
-    seeds = split(examples, ranked, shares, seed)
+    answers = {"answers": [{"text": "r", "rank": 0}, {"text": "s", "rank": 1}]}
+    examples: list[dict[str, Any]] = [
+        {"id": str(i), "prompt": p, "response": "r"} | (answers if n else {}) for i, (p, n) in enumerate(rows)
+    ]
+    seeds = split(examples, shares, seed)
     parts = [seeds.ift, seeds.eft, seeds.eft_heldout]
     placed = Counter(row["id"] for part in parts for row in part) + Counter(seeds.duplicates)
     assert placed == Counter(row["id"] for row in examples)
     prompts = [same(row["prompt"]) for part in parts for row in part]
     assert len(prompts) == len(set(prompts))
     first = {same(row["prompt"]): row["id"] for row in reversed(examples)}
-    n = sum(identity in ranked for identity in first.values())
+    n = sum("answers" in examples[int(identity)] for identity in first.values())
     assert (len(seeds.eft), len(seeds.eft_heldout)) == (round(shares[0] * n), round(shares[1] * n))
 
 

@@ -107,6 +107,8 @@ def test_the_open_assistant_trees_in_three_parts(
         f"data.ranked={test_data / 'oasst/en_100_tree.jsonl'}",
         f"prompts.file={test_data / 'oasst/prompt_lottery_en_250_text.jsonl'}",
     ]
+    assert main(["validate", *words]) == 0
+    assert "\n\nrows of data.ranked: duplicate 0, eft 15, eft_heldout 5, ift 79\n" in capsys.readouterr().out
     parts = validated(capsys, *words)
     assert [parts[f"data.{key}"]["used"] for key in ("ift", "eft", "eft_heldout")] == [79, 15, 5]
     assert all(not part["shared"] for part in parts.values())
