@@ -53,6 +53,14 @@ def judge_accuracy(groups: Sequence[Row], scores: Sequence[Sequence[float | None
     }
 
 
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Kendall's tau-b of two rankings of the same things; None where one of them has no order."""
+    pairs = [(first[i] - first[j], second[i] - second[j]) for i in range(len(first)) for j in range(i)]
+    order = sum((a > 0) - (a < 0) if b > 0 else (a < 0) - (a > 0) if b < 0 else 0 for a, b in pairs)
+    untied = sum(a != 0 for a, _ in pairs) * sum(b != 0 for _, b in pairs)
+    return order / math.sqrt(untied) if untied else None
+
+
 def longer_wins(groups: Sequence[Row]) -> float | None:
     """The baseline: how often the longer text is the better one (equal lengths count one half)."""
     pairs = ranked_pairs(groups)

@@ -1,245 +1,219 @@
-"""Reading the rows that users bring: JSON lines of instructions, prompts and ranked answers.
+"""Reading the rows that users bring: instructions with answers, prompts, ranked answers, in any format of `records`.
 
-Every complaint names the file and the line, what was found and what was expected. A row's id is its own "id" (a
-string or an integer), else the file's stem and the line number.
+Every row of a file is read, or refused with its reason; `Read` counts both and they add up. A row that is not what its
+format says (`broken`) stops a run, with the file, the line, what was found and what was expected; a row that is in order
+and of no use (a tree without ranks) is left out, and how many were is said. A row's id is its own, else the file's stem
+and the row's number.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from engine import InputError, NotBuiltError
+from selfreward.files import Unreadable, read_rows, stem
+from selfreward.records import FORMATS, Record, Refused, Row, format_of, kind, read_record, renamed, unknown
 
 log = logging.getLogger(__name__)
 
-IFT_FORMATS = '{"prompt": text, "response": text} rows or Open Assistant trees'
-PROMPT_FORMATS = 'JSON strings, or rows with a text under "prompt", "text" or "instruction"'
-RANKED_FORMATS = '{"prompt": text, "answers": [{"text": text, "rank": integer, 0 the best}, ...]} rows'
+NO_FORMAT = "none"  # what `matched` counts a row under that has no format's keys
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+class Refusal(NamedTuple):
+    """A row that was not taken: where it stands, in which format, why in a word and in a sentence."""
+
+    where: str
+    format: str
+    reason: str
+    said: str
+    broken: bool
+
+
+@dataclass
+class Read:
+    """What became of a file: `total` rows were looked at, each is one of `rows` or of `refused`."""
+
+    path: Path
+    total: int = 0
+    rows: list[Row] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    matched: Counter[str] = field(default_factory=Counter)  # format -> rows, refused ones among them
+    cut_short: int = 0  # rows whose conversation goes on behind the answer that was taken
+
+    def reasons(self) -> Counter[str]:
+        return Counter(refusal.reason for refusal in self.refused)
+
+    def check(self) -> None:
+        """Every row is accounted for."""
+        assert len(self.rows) + len(self.refused) == self.total == sum(self.matched.values()), self.path
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
     """The objects of a JSON lines file, in order; blank lines are skipped. InputError names "file:line"."""
-    return [_mapping(where, row) for where, row in _rows(Path(path))]
+    return [_mapping(where, row) for where, row in read_rows(Path(path))]
 
 
-def load_ift(path: str | Path, limit: int | None = None) -> list[dict[str, str]]:
+# ---------------------------------------------------------------------------------------------------------------------
+# What a record is wanted for: each gives a row, or refuses
+
+
+def as_example(record: Record) -> Row:
+    """{"id", "prompt", "response"}: the answer of the lowest rank, the first of equals."""
+    _check_answered(record)
+    best = min(record.answers, key=lambda answer: answer.rank)
+    if not best.text.strip():
+        raise Refused("empty", "the answer is empty; write the text or remove the row")
+    return {"id": record.id, "prompt": record.prompt, "response": best.text}
+
+
+def as_prompt(record: Record) -> Row:
+    """{"id", "prompt"}; answers are passed over."""
+    return {"id": record.id, "prompt": record.prompt}
+
+
+def as_group(record: Record) -> Row:
+    """{"id", "prompt", "answers": [{"text", "rank"}]}: two answers or more, in the order of the file."""
+    _check_answered(record)
+    if len(record.answers) < 2:
+        raise Refused("one_answer", "the row has one ranked answer; two or more say which is better", broken=False)
+    return {"id": record.id, "prompt": record.prompt, "answers": [answer._asdict() for answer in record.answers]}
+
+
+def _check_answered(record: Record) -> None:
+    if record.unranked is not None:
+        raise Refused("no_ranked_reply", f"of the tree's {record.unranked} replies none is ranked", broken=False)
+    if not record.answers:
+        raise Refused("no_answer", "the row has a prompt and no answer; expected a 'response' beside it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_file(
+    path: str | Path,
+    use: Callable[[Record], Row],
+    format: str | None = None,
+    language: str | None = None,
+    limit: int | None = None,
+) -> Read:
+    """The file's rows as `use` wants them, until there are `limit`; nothing is dropped without a reason.
+
+    format: one of FORMATS for all rows; None: recognised row by row. language: rows that state another are left out.
+    InputError or NotBuiltError: the file cannot be read at all, or two rows have one id.
+    """
+    if format is not None and format not in FORMATS:
+        raise InputError(f"the format {format!r} is not read; use one of {', '.join(FORMATS)}")
+    read, ids = Read(Path(path)), dict[str, str]()
+    for where, row in read_rows(read.path):
+        if limit is not None and len(read.rows) >= limit:
+            break
+        name = format or format_of(row) or NO_FORMAT
+        read.total += 1
+        read.matched[name] += 1
+        try:
+            record = _record(where, row, name, language)
+            taken = use(record)
+        except Refused as refused:
+            read.refused.append(Refusal(where, name, refused.reason, refused.said, refused.broken))
+            continue
+        if ids.setdefault(taken["id"], where) != where:
+            read.refused.append(Refusal(where, name, "same_id", _same_id(taken["id"], ids[taken["id"]]), True))
+            continue
+        read.rows.append(taken)
+        read.cut_short += record.later_turns > 0
+    read.check()
+    return read
+
+
+def usable(read: Read) -> list[Row]:
+    """The rows for a run. InputError: a row is broken, or there is none. What was left out is logged, once."""
+    broken = [refusal for refusal in read.refused if refusal.broken]
+    if broken:
+        more = f" ({len(broken) - 1} more such rows after this one)" if len(broken) > 1 else ""
+        error = NotBuiltError if broken[0].reason == "unknown_format" else InputError
+        raise error(f"{broken[0].where}: {broken[0].said}{more}")
+    for sentence in left_out(read):
+        _warn_once(sentence)
+    if not read.rows:
+        why = f" ({read.refused[0].where}: {read.refused[0].said})" if read.refused else ""
+        raise InputError(f"{read.path} holds no usable rows{why}; expected at least one")
+    return read.rows
+
+
+def left_out(read: Read) -> list[str]:
+    """What of a file is in order and of no use, in sentences: rows by reason with the first of each, and conversations of
+    which only the beginning is taken."""
+    said = []
+    useless = [refusal for refusal in read.refused if not refusal.broken]
+    for reason, count in sorted(Counter(refusal.reason for refusal in useless).items()):
+        first = next(refusal for refusal in useless if refusal.reason == reason)
+        said.append(
+            f"{read.path}: left out {count} of {read.total} rows as {reason}, first row {_row_of(first)}: {first.said}"
+        )
+    if read.cut_short:
+        said.append(f"{read.path}: of {read.cut_short} of {read.total} conversations only the first exchange is taken")
+    return said
+
+
+def load_ift(
+    path: str | Path, limit: int | None = None, format: str | None = None, language: str | None = None
+) -> list[Row]:
     """The first `limit` instructions with human answers: [{"id", "prompt", "response"}].
 
-    Either {"prompt", "response"} rows, or Open Assistant trees: the tree's first prompt and its best-ranked root reply.
-    A tree without a ranked reply is left out, and how many were is logged. The first row decides which format it is.
+    Of ranked answers the best is taken, of a conversation the first exchange.
     """
-    path, read = Path(path), None
-    rows: list[dict[str, str]] = []
-    unranked = 0
-    for where, row in _rows(path):
-        if limit is not None and len(rows) >= limit:
-            break
-        read = read or _ift_reader(where, row)
-        example = read(where, _mapping(where, row))
-        if example is None:
-            unranked += 1
-        else:
-            rows.append(example)
-    if unranked:
-        trees = "tree" if unranked == 1 else "trees"
-        _warn_once(f"{path}: left out {unranked} Open Assistant {trees} without a ranked reply, read {len(rows)}")
-    return _identified(path, rows)
+    return usable(read_file(path, as_example, format, language, limit))
 
 
-def load_prompts(path: str | Path) -> list[dict[str, str]]:
-    """Instructions without answers: [{"id", "prompt"}], from plain JSON strings or rows with one of the known keys."""
-    return _identified(Path(path), [_prompt(where, row) for where, row in _rows(Path(path))])
+def load_prompts(path: str | Path, format: str | None = None, language: str | None = None) -> list[Row]:
+    """Instructions without answers: [{"id", "prompt"}]."""
+    return usable(read_file(path, as_prompt, format, language))
 
 
-def load_ranked(path: str | Path) -> list[dict[str, Any]]:
-    """EFT groups: [{"id", "prompt", "answers": [{"text", "rank"}]}]; rank 0 is the best, equal ranks are equals.
+def load_ranked(path: str | Path, format: str | None = None, language: str | None = None) -> list[Row]:
+    """Ranked answers: [{"id", "prompt", "answers": [{"text", "rank"}]}]; rank 0 is the best, equal ranks are equals.
 
     At least two answers each; an answer may be empty (it can be the worst), a prompt may not.
     """
-    return _identified(Path(path), [_ranked_group(where, _mapping(where, row)) for where, row in _rows(Path(path))])
+    return usable(read_file(path, as_group, format, language))
+
+
+def _record(where: str, row: Any, name: str, language: str | None) -> Record:
+    if isinstance(row, Unreadable):
+        raise Refused("unreadable", row.said)
+    if name == NO_FORMAT:
+        unknown(row)
+    file, _, number = where.rpartition(":")
+    record = renamed(read_record(row, name), f"{stem(Path(file))}-{number}")
+    if language is not None and record.language is not None and record.language != language:
+        raise Refused("language", f"its language is {record.language!r}, not {language!r}", broken=False)
+    return record
+
+
+def _same_id(name: str, first: str) -> str:
+    return f"the id {name!r} stands in two rows, here and in {first}; give every row its own, or none"
+
+
+def _row_of(refusal: Refusal) -> str:
+    return refusal.where.rpartition(":")[2]
+
+
+def _mapping(where: str, row: Any) -> Row:
+    if isinstance(row, Unreadable):
+        raise InputError(f"{where}: {row.said}")
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: the row is {kind(row)}; expected a JSON object")
+    return row
 
 
 @functools.cache
 def _warn_once(text: str) -> None:
     """A run reads a file several times."""
     log.warning(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows of each format
-
-
-def _ift_reader(where: str, row: Any) -> Callable[[str, dict[str, Any]], dict[str, str] | None]:
-    if isinstance(row, dict) and isinstance(row.get("prompt"), dict):
-        return _tree_example
-    if isinstance(row, dict) and "prompt" in row and "response" in row:
-        return _plain_example
-    _unknown_format(where, row, IFT_FORMATS)
-
-
-def _plain_example(where: str, row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "id": _row_id(where, row.get("id")),
-        "prompt": _text(where, row, "prompt"),
-        "response": _text(where, row, "response"),
-    }
-
-
-def _tree_example(where: str, row: dict[str, Any]) -> dict[str, str] | None:
-    """The tree's first prompt with the root reply of the lowest rank (the first of equals); None without ranks."""
-    root = row.get("prompt")
-    if not isinstance(root, dict):
-        raise InputError(f"{where}: 'prompt' is {_kind(root)}; expected the root message of an Open Assistant tree")
-    replies = root.get("replies")
-    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise InputError(f"{where}: 'prompt.replies' is {_kind(replies)}; expected a list of messages")
-    ranked = [r for r in replies if r.get("rank") is not None and r.get("deleted") is not True]
-    if not ranked:
-        return None
-    best = min(ranked, key=lambda reply: _rank(where, reply))
-    return {
-        "id": _row_id(where, row.get("message_tree_id")),
-        "prompt": _text(where, root, "text"),
-        "response": _text(where, best, "text"),
-    }
-
-
-def _prompt(where: str, row: Any) -> dict[str, str]:
-    if isinstance(row, str):
-        return {"id": _row_id(where, None), "prompt": _text(where, {"prompt": row}, "prompt")}
-    key = next((k for k in ("prompt", "text", "instruction") if isinstance(row, dict) and k in row), None)
-    if key is None or isinstance(row[key], (dict, list)):
-        _unknown_format(where, row, PROMPT_FORMATS)
-    if isinstance(row.get("input"), str) and row["input"].strip():
-        raise NotBuiltError(f"{where}: an 'input' beside '{key}' is not read; write both into one 'prompt'")
-    return {"id": _row_id(where, row.get("id")), "prompt": _text(where, row, key)}
-
-
-def _ranked_group(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    answers = row.get("answers")
-    if "prompt" not in row or "answers" not in row:
-        _unknown_format(where, row, RANKED_FORMATS)
-    if not isinstance(answers, list):
-        raise InputError(f"{where}: 'answers' is {_kind(answers)}; expected a list of objects with 'text' and 'rank'")
-    for place, answer in enumerate(answers):
-        if not isinstance(answer, dict):
-            raise InputError(
-                f"{where}: 'answers[{place}]' is {_kind(answer)}; expected an object with 'text' and 'rank'"
-            )
-    if len(answers) < 2:
-        raise InputError(f"{where}: 'answers' has {'one entry' if answers else 'no entries'}; expected two or more")
-    return {
-        "id": _row_id(where, row.get("id")),
-        "prompt": _text(where, row, "prompt"),
-        "answers": [
-            {"text": _text(where, answer, "text", may_be_empty=True), "rank": _rank(where, answer)}
-            for answer in answers
-        ],
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fields
-
-
-def _text(where: str, row: dict[str, Any], key: str, may_be_empty: bool = False) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: '{key}' is {_kind(value)}; expected a string")
-    if not may_be_empty and not value.strip():
-        raise InputError(f"{where}: '{key}' is empty; write the text or remove the row")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can spell these, UTF-8 cannot
-        raise InputError(f"{where}: '{key}' holds half of a surrogate pair; expected text that UTF-8 can encode")
-    return value
-
-
-def _rank(where: str, answer: dict[str, Any]) -> int:
-    rank = answer.get("rank")
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise InputError(f"{where}: 'rank' is {_kind(rank)}; expected an integer, 0 the best")
-    return rank
-
-
-def _row_id(where: str, value: Any) -> str:
-    if value is None:
-        file, _, line = where.rpartition(":")
-        return f"{Path(file).stem}-{line}"
-    if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip():
-        return str(value)
-    raise InputError(f"{where}: 'id' is {_kind(value)}; expected a string or an integer")
-
-
-def _identified(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, if there are any and their ids differ: seeds and files of the loop are keyed by them."""
-    if not rows:
-        raise InputError(f"{path} holds no usable rows; expected at least one")
-    seen = set()
-    for row in rows:
-        if row["id"] in seen:
-            raise InputError(f"{path}: the id {row['id']!r} stands in two rows; give every row its own, or none")
-        seen.add(row["id"])
-    return rows
-
-
-def _mapping(where: str, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: the row is {_kind(row)}; expected a JSON object")
-    return row
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words that name the value where it is short."""
-    if value is None:
-        return "missing or null"
-    if isinstance(value, (bool, int, float)):
-        return f"the {'boolean' if isinstance(value, bool) else 'number'} {json.dumps(value)}"
-    if isinstance(value, str):
-        return "a string"
-    return "a list" if isinstance(value, list) else "an object"
-
-
-def _unknown_format(where: str, row: Any, expected: str) -> NoReturn:
-    found = f"an object with the keys {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else _kind(row)
-    raise NotBuiltError(f"{where}: the row is {found}, a format that is not read; read here: {expected}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of each line that is not blank. Only a line feed ends a line: text may hold U+2028."""
-    if path.suffix.lower() not in ("", ".jsonl", ".json", ".ndjson", ".txt"):
-        raise NotBuiltError(f"{path}: files ending in {path.suffix} are not read; convert it to JSON lines (.jsonl)")
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, _value(where, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; expected a JSON lines file") from None
-
-
-def _value(where: str, line: bytes) -> Any:
-    if where.endswith(":1") and line.lstrip().startswith(b"["):
-        raise NotBuiltError(f"{where}: a JSON list is not read; write one row per line (JSON lines)")
-    try:
-        return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: not JSON at column {error.colno} ({error.msg}); expected one JSON value per line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not a JSON value that can be read ({error})") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from engine import InputError, LlamaConfig, Tokenizer, read_config
-from selfreward.formats import load_ift, load_prompts, load_ranked
 from selfreward.judge import JudgeTemplate
 from selfreward.prompts import take_prompts
 from selfreward.recipe import Recipe
+from selfreward.seeds import eft_groups, file_of, heldout_groups, heldout_prompts, ift_rows, known_prompts, prompt_pool
 
 Row = dict[str, Any]
 
@@ -42,44 +41,27 @@ def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) 
     trained = recipe.m1 is None  # else instructions and ranked answers only tell which prompts are known
     texts: dict[str, list[tuple[str, str]]] = {}  # file or template -> (row, text) of all that is tokenised
     odd = []
-    if trained and recipe.data.ift:
-        rows = load_ift(recipe.data.ift, recipe.data.ift_limit)
-        texts[str(recipe.data.ift)] = [(row["id"], row[key]) for row in rows for key in ("prompt", "response")]
-    groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
-    heldout = heldout_ranks(recipe)
+    if trained and recipe.data.has_ift:
+        said = [(row["id"], row[key]) for row in ift_rows(recipe) for key in ("prompt", "response")]
+        texts[str(file_of(recipe, "data.ift"))] = said
+    groups, heldout = eft_groups(recipe), heldout_groups(recipe)
     _check_apart(recipe, groups, heldout)
     for key, ranked in (("data.eft", groups if trained else []), ("data.eft_heldout", heldout)):
         if ranked:
-            path = recipe.paths()[key]
-            texts[str(path)] = [(g["id"], text) for g in ranked for text in (g["prompt"], *_answers(g))]
+            path = str(file_of(recipe, key))
+            texts.setdefault(path, []).extend((g["id"], text) for g in ranked for text in (g["prompt"], *_answers(g)))
             odd += _tied(key, path, ranked)
     if recipe.data.heldout:
-        rows = load_prompts(recipe.data.heldout)[: recipe.evaluation.prompts]
-        texts[str(recipe.data.heldout)] = [(row["id"], row["prompt"]) for row in rows]
+        texts[str(recipe.data.heldout)] = [(row["id"], row["prompt"]) for row in heldout_prompts(recipe)]
     known = known_prompts(recipe)
     if recipe.prompts.file is not None:
         take_prompts(recipe, 1, known)
-        texts[str(recipe.prompts.file)] = [(row["id"], row["prompt"]) for row in load_prompts(recipe.prompts.file)]
+        texts[str(recipe.prompts.file)] = [(row["id"], row["prompt"]) for row in prompt_pool(recipe)]
     if groups or heldout or (recipe.judge.by == "model" and recipe.judge_model is None):
         rubric, _, _, cue = template.segments("a prompt", "an answer")
         texts[f"judge template {template.path}"] = [("the rubric", rubric), ("the cue", cue)]
     odd += [said for where, rows_of in texts.items() for said in _unknown(tokenizer, where, rows_of)]
     return odd + _beyond_context(recipe, tokenizer)
-
-
-def known_prompts(recipe: Recipe) -> set[str]:
-    """Prompts of seed and held-out data."""
-    data = recipe.data
-    rows = load_ift(data.ift, data.ift_limit) if data.ift else []
-    rows += load_prompts(data.heldout) if data.heldout else []
-    ranked = [group for path in (data.eft, data.eft_heldout) if path for group in load_ranked(path)]
-    return {row["prompt"].strip() for row in [*rows, *ranked]}
-
-
-def heldout_ranks(recipe: Recipe) -> list[Row]:
-    """The ranked answers that measure the judge."""
-    path = recipe.data.eft_heldout
-    return load_ranked(path)[: recipe.evaluation.judge_groups] if path else []
 
 
 def _check_apart(recipe: Recipe, groups: list[Row], heldout: list[Row]) -> None:
@@ -95,7 +77,7 @@ def _answers(group: Row) -> list[str]:
     return [answer["text"] for answer in group["answers"]]
 
 
-def _tied(key: str, path: Path, groups: list[Row]) -> list[str]:
+def _tied(key: str, path: str, groups: list[Row]) -> list[str]:
     """Groups whose answers all have one rank say nothing: any judgement agrees with them."""
     tied = [group["id"] for group in groups if len({answer["rank"] for answer in group["answers"]}) < 2]
     if len(tied) == len(groups):
@@ -133,12 +115,17 @@ def _unknown(tokenizer: Tokenizer, where: str, rows: Iterable[tuple[str, str]]) 
     return [f"{said}; the model sees <unk> there"]
 
 
+def context_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """Tokens that the model of the run can see, before there is one."""
+    return _start_config(recipe, tokenizer).max_seq_len
+
+
 def _beyond_context(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
     """The lengths that the recipe asks for and the model cannot reach."""
-    context = _start_config(recipe, tokenizer).max_seq_len
+    context = context_of(recipe, tokenizer)
     lengths = {
         "data.max_tokens": recipe.data.max_tokens if recipe.m1 is None else 0,
-        "eft.max_tokens": recipe.eft.max_tokens if recipe.m1 is None and recipe.data.eft else 0,
+        "eft.max_tokens": recipe.eft.max_tokens if recipe.m1 is None and recipe.data.has_eft else 0,
         "prompts.max_tokens": recipe.prompts.max_tokens if recipe.prompts.mode == "continue" else 0,
         "candidates.max_tokens": recipe.candidates.max_tokens,
         "judge.max_tokens": recipe.judge.max_tokens if recipe.judge.by == "model" and not recipe.judge_model else 0,

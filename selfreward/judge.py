@@ -39,11 +39,12 @@ class Judgement:
 def parse_score(text: str) -> Judgement:
     """The score that a judgement states. Statuses: ok, no_score, ambiguous, out_of_range.
 
-    Three ranks; the first that finds anything decides:
+    Four ranks; the first that finds anything decides:
 
     1. an explicit total ("Score: 4", "4/5", "total 4", "4 out of 5"); different values are `ambiguous`
-    2. "n points"; the last counts
-    3. a bare number on a line of its own; the last counts
+    2. a verdict in words ("I would give it a 4."); the last counts
+    3. "n points"; the last counts
+    4. a bare number on a line of its own ("4", "Verdict: 4"); the last counts
 
     Points of a single criterion ("+1", "1 point for") are no totals. Only ASCII digits are read. A total on another
     scale ("8/10") is `out_of_range`.
@@ -53,7 +54,7 @@ def parse_score(text: str) -> Judgement:
     totals = totals or _fractions(text, lambda scale: scale in (10, 100))
     if len(set(totals)) > 1:
         return Judgement(None, "ambiguous")
-    values = totals or _point_totals(text) or _bare_numbers(text)
+    values = totals or _verdicts(text) or _point_totals(text) or _bare_numbers(text)
     if not values:
         return Judgement(None, "no_score")
     score = values[-1] + 0.0  # "-0" is 0
@@ -86,7 +87,7 @@ _KEYED = re.compile(
     r"(?<![\w-])(?:(?:total|final|overall) )*(?:scores?|total|ratings?|grade)"
     r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
     rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+))?"
-    r"(?: ?[-=]+> ?"  # Score -> 4
+    r"(?: ?[-=]+> ?| ?-- ?"  # Score -> 4
     rf"| ?[:=\uff1a] ?(?:\n+(?={_NUM}(?:\n|$)))?"  # Score: 4, or the number alone on the line below
     r"| ?[\u2013\u2014] ?| ?- |-(?=[0-9])"  # Score - 4
     r"| (?:is|was|of|as|would be|comes to|equals)(?: (?:therefore|thus|hence))? ?:? ?(?:an? )?"
@@ -103,12 +104,22 @@ _FRACTION = re.compile(
     rf"(?:{_OUT_OF} ?(?P<scale>{_NUM})(?!/)|of (?:the )?(?P<scale_of>{_NUM}) (?:possible )?points\b)",
     re.IGNORECASE,
 )
+_VERDICT = re.compile(
+    r"\b(?:giv(?:e|es|en|ing)|rat(?:e|es|ed|ing)|scor(?:e|es|ed|ing)|grad(?:e|es|ed|ing)|deserves?|merits?|earns?|gets?"
+    r"|receives?)(?:(?: (?:it|this|that|the|response|answer|reply|overall|only|as|at)){1,5}(?: an?)?| an?)"
+    rf" (?P<value>{_NUM})(?= ?(?:stars?\b|because\b|since\b|[.,;:!)\n]|$))",
+    re.IGNORECASE,
+)
 _POINTS = re.compile(
     rf"(?<![\w.,/+-])(?P<value>{_NUM}) ?(?:points?|pts)\b"
     rf"|(?<!\w)points?(?: (?:awarded|given))? ?[:=\uff1a] ?(?P<after>-?{_NUM})",
     re.IGNORECASE,
 )
-_BARE = re.compile(r"^[:=]? ?\(?(-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$", re.MULTILINE)
+_BARE = re.compile(
+    r"^(?:(?:final|overall|my) )*(?:(?:overall|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
+    r"[:=]? ?\(?(-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$",
+    re.MULTILINE | re.IGNORECASE,
+)
 _SUM = re.compile(rf"(?<![\w.+])\+?{_NUM}(?: ?\+ ?{_NUM})+ ?= ?(?={_NUM})")
 
 # What stands before a number and takes its meaning as the verdict away.
@@ -129,7 +140,9 @@ _SOME_POINTS = re.compile(
 )
 # What stands behind it and does the same.
 _CONDITIONAL = re.compile(
-    r" (?:or|and) (?:higher|above|more|lower|less|below|better)\b| ?\+| (?:if|when|of the|of all)\b", re.IGNORECASE
+    r" (?:or|and) (?:higher|above|more|lower|less|below|better)\b| ?\+| (?:if|when|of the|of all)\b"
+    r"|[-\u2013] ?(?:\n|$)| [1-9]/[2-9]\b",  # "4-", a range that was cut; "3 1/2"
+    re.IGNORECASE,
 )
 _OF_CRITERION = re.compile(
     r" ?(?:for|deducted|off|lost|each|per|if|when|more|short|about|scale|system|(?:is|are) (?:added|deducted)"
@@ -185,6 +198,11 @@ def _fractions(text: str, wanted: Callable[[float], bool]) -> list[float]:
         if verdict and wanted(scale):
             values.append(float(match["value"]) if scale == TOP_SCORE else OFF_SCALE)
     return values
+
+
+def _verdicts(text: str) -> list[float]:
+    """Values of sentences that give the response a number: "I would rate this response a 4."."""
+    return [float(m["value"]) for m in _VERDICT.finditer(text) if not _NEGATED.search(_before(text, m))]
 
 
 def _point_totals(text: str) -> list[float]:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from engine import InputError, RequestOutput, SamplingParams
 from selfreward import tiny
 from selfreward.context import Row, Run
-from selfreward.formats import load_prompts
 from selfreward.recipe import Recipe
 from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
+from selfreward.seeds import prompt_pool
 from selfreward.state import row_seed
 
 CUE, END = "[INST]", "[/INST]"  # a prompt is what the model writes between the two marks of the chat layout
@@ -95,7 +95,7 @@ def take_prompts(recipe: Recipe, k: int, taken: set[str]) -> tuple[list[Row], Co
     """Round k's share of `prompts.file`: `prompts.count`, or an equal part for every round. taken: known before round 1."""
     options = recipe.prompts
     assert options.file is not None
-    pool, dropped = usable_prompts(load_prompts(options.file), taken, validity(recipe))
+    pool, dropped = usable_prompts(prompt_pool(recipe), taken, validity(recipe))
     count = options.count or len(pool) // recipe.rounds
     if not 0 < count * recipe.rounds <= len(pool):
         left_out = f" ({reasons(dropped)}{': in seed or held-out data' if dropped['known'] else ''})" if dropped else ""

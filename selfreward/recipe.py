@@ -12,12 +12,22 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from engine import PRESETS, InputError, LlamaConfig, NotBuiltError
+from selfreward.records import FORMATS
 
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes"
@@ -34,7 +44,23 @@ FORMS = ("one value", "a value for each round")  # of a per-round key
 _form = Discriminator(lambda value: FORMS[isinstance(value, list)])
 EachRate = Annotated[Annotated[Rate, Tag(FORMS[0])] | Annotated[list[Rate], Tag(FORMS[1])], _form]
 EachPositive = Annotated[Annotated[Positive, Tag(FORMS[0])] | Annotated[list[Positive], Tag(FORMS[1])], _form]
+Rho = Annotated[float, Field(ge=0, lt=0.5)]
+Shares = Annotated[tuple[Share, Share], Field(strict=False)]  # as for Betas
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
+
+
+T = TypeVar("T")
+# One value for all rounds, or a list with one for each; null is an empty list.
+PerRound = Annotated[
+    tuple[T, ...],
+    BeforeValidator(lambda value: [] if value is None else value if isinstance(value, (list, tuple)) else [value]),
+    Field(strict=False),
+]
+
+
+def of_round(values: tuple[T, ...], k: int) -> T | None:
+    """Round k's value (from 1), None if there is none."""
+    return values[k - 1 if len(values) > 1 else 0] if values else None
 
 
 class Group(BaseModel):
@@ -72,14 +98,60 @@ class Init(Group):
         return self
 
 
+class Formats(Group):
+    """The format of all rows of a file (records.FORMATS); null: each row is recognised by its keys."""
+
+    ift: str | None = None
+    eft: str | None = None
+    eft_heldout: str | None = None
+    heldout: str | None = None
+    ranked: str | None = None
+    prompts: str | None = None  # of prompts.file
+
+    @model_validator(mode="after")
+    def _known(self) -> Formats:
+        for key, name in self.model_dump().items():
+            if name is not None and name not in FORMATS:
+                raise InputError(f"{key} is {name!r}, which is not read; use one of {', '.join(FORMATS)}")
+        return self
+
+
 class Data(Group):
-    ift: Path | None = None  # instructions with human answers (formats.load_ift); needed unless m1 is given
+    ift: Path | None = None  # instructions with human answers; this or `ranked` is needed unless m1 is given
     ift_limit: Count | None = None
-    eft: Path | None = None  # ranked answers to build judge data from (formats.load_ranked)
+    eft: Path | None = None  # ranked answers to build judge data from
     eft_limit: Count | None = None
     eft_heldout: Path | None = None  # ranked answers that measure the judge
     heldout: Path | None = None  # instructions that measure the answers; never used as prompts
+    ranked: Path | None = None  # ranked answers for all of ift, eft and eft_heldout (seeds.split)
+    split: Shares = (
+        0.15,
+        0.05,
+    )  # of its prompts with ranks for eft and eft_heldout (about the paper's), the rest is ift
+    language: str | None = None  # rows that state another one are left out (Open Assistant trees do)
+    format: Formats = Formats()
     max_tokens: Annotated[int, Field(ge=2)] = 2048  # prompt + response are cut here
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        given = [name for name in ("ift", "eft", "eft_heldout") if getattr(self, name) is not None]
+        if self.ranked is not None and given:
+            raise InputError(
+                f"ranked gives ift, eft and eft_heldout, and {given[0]} is set too; set one of them to null"
+            )
+        if self.ranked is None and self.split != type(self).model_fields["split"].default:
+            raise InputError("split says how `ranked` is divided, which is not set; leave it out")
+        if sum(self.split) >= 1:
+            raise InputError(f"split is {list(self.split)}, which leaves nothing for ift; lower the two shares")
+        return self
+
+    @property
+    def has_ift(self) -> bool:
+        return self.ift is not None or self.ranked is not None
+
+    @property
+    def has_eft(self) -> bool:
+        return self.eft is not None or self.ranked is not None
 
 
 class SFT(Group):
@@ -238,7 +310,13 @@ class Sampler(Group):
 
 
 class Pairs(Group):
+    """pairs.Rules, and what follows from how far the judge agrees with itself."""
+
     allow_truncated_chosen: bool = False
+    tie_break: Literal["index", "variance"] = "index"
+    length_control: PerRound[Rho] = ()  # rho of each round, or one for all; none: off
+    per_prompt: Count = 1  # most pairs that a prompt gives
+    consistency: bool = False  # the round's label smoothing is 1 - the mean of the pairs' consistency
 
 
 class Gates(Group):
@@ -293,7 +371,7 @@ class Recipe(Group):
             raise InputError(
                 "init makes a model without a tokenizer; set tokenizer to a tokenizer.model or its directory"
             )
-        if self.m1 is None and self.data.ift is None:
+        if self.m1 is None and not self.data.has_ift:
             raise InputError("data.ift is missing; set it, or m1 to begin with a model that is already trained")
         if self.m1 is not None and (self.method == "positives" or self.dpo.replay_weight):
             raise InputError(
@@ -301,7 +379,7 @@ class Recipe(Group):
             )
         if self.method == "positives" and self.dpo.replay_weight:
             raise InputError("method 'positives' does no DPO, so dpo.replay_weight has no effect; set one of them only")
-        if self.dpo.replay_weight and self.data.eft is None:
+        if self.dpo.replay_weight and not self.data.has_eft:
             raise InputError("dpo.replay_weight needs judge data; set data.eft, or the weight to 0")
         for name, values in self.dpo.by_round().items():
             if len(values) != self.rounds:
@@ -321,8 +399,19 @@ class Recipe(Group):
             )
         if self.judge.by == "oracle" and self.evaluation.oracle is None:
             raise InputError("judge.by is 'oracle', which only the tiny world has; set evaluation.oracle to tiny too")
-        if self.eft.required and self.m1 is None and self.data.eft is None:
+        if self.eft.required and self.m1 is None and not self.data.has_eft:
             raise InputError("data.eft is missing; set it, or eft.required to false to go without judge data")
+        rhos = len(self.pairs.length_control)
+        if rhos > 1 and rhos != self.rounds:
+            raise InputError(
+                f"pairs.length_control has {rhos} values for {self.rounds} rounds; give one, or one for each"
+            )
+        if self.pairs.consistency and self.dpo.label_smoothing:
+            raise InputError("pairs.consistency sets the label smoothing of each round; set dpo.label_smoothing to 0")
+        if self.pairs.consistency and self.judge.draws < 2:
+            raise InputError("pairs.consistency compares judgements of one answer; set judge.draws to 2 or more")
+        if self.method == "positives" and self.pairs.consistency:
+            raise InputError("method 'positives' does no DPO, so pairs.consistency has no effect; leave it out")
         for name, draws in (
             ("candidates.n", self.candidates.n),
             ("judge.draws", self.judge.draws),
@@ -426,7 +515,18 @@ def _group(annotation: Any) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-6` is a number; `no`, `010` and `1:30` are strings. A key may stand once."""
+    """YAML 1.2's plain scalars: `1e-6` is a number; `no`, `010` and `1:30` are strings. A key may stand once.
+
+    Aliases are refused: a value could hold itself.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"*{event.anchor} is not read; write it out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -524,6 +624,7 @@ PATH_KEYS = (
     "data.eft",
     "data.eft_heldout",
     "data.heldout",
+    "data.ranked",
     "prompts.file",
     "judge.template",
 )
@@ -610,6 +711,8 @@ def _complaint(mistake: Any, key: str, cause: Any) -> str:
         return f"the key {key!r} is not built yet; leave it out"
     if mistake["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_nearest(key, recipe_keys())}"
+    if ".split" in key:
+        return f"data.split: found {_shown(mistake['input'])}; expected a list of two shares, each between 0 and 1"
     if ".betas." in key or mistake["type"] in ("tuple_type", "too_long"):
         return f"{key.partition('.betas')[0]}.betas: found {_shown(mistake['input'])}; expected a list of two numbers"
     if mistake["type"] == "missing":

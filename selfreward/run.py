@@ -20,6 +20,7 @@ if __name__ == "__main__":  # first: the imports below take a second, in which C
     signal.signal(signal.SIGINT, _leave)
 
 import argparse
+import json
 import platform
 import threading
 import time
@@ -41,9 +42,10 @@ from selfreward.recipe import PATH_KEYS, Recipe, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
 from selfreward.state import STAGES, RunDir, written_manifest
+from selfreward.validate import show, validate
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
-BUILT = ("run",)
+BUILT = ("run", "validate")
 UNDECIDING = (
     ("sampler", "kv_cache_gb"),
     ("sampler", "max_batch_tokens"),
@@ -62,6 +64,7 @@ keys that are often set (all of them, with their defaults: selfreward/recipe.py)
     seed, rounds, threads
     model                      a Llama 2 directory; m1 to begin with one that is already trained
     data.ift, data.eft         instructions with answers; ranked answers
+    data.ranked                one file of ranked answers for both, and for measuring the judge
     prompts.count              new prompts a round; prompts.file with prompts.mode=file
     candidates.n               answers a prompt
     judge.template             a shipped template or a .jinja file
@@ -154,7 +157,10 @@ def main(argv: list[str] | None = None) -> int:
             action, overrides = _action(arguments.words)
             if action not in BUILT:
                 raise NotBuiltError(f"the action {action!r} is not built yet; without an action the whole loop runs")
-            _run(Recipe.load(arguments.recipe, overrides), arguments.out, report, stop)
+            recipe = Recipe.load(arguments.recipe, overrides)
+            if action == "validate":
+                return _validate(recipe, report)
+            _run(recipe, arguments.out, report, stop)
         except Stopped:
             name = signal.Signals(stop.signal).name
             print(f"stopped by {name}; what was finished is saved: the same command goes on there", file=sys.stderr)
@@ -198,6 +204,13 @@ def stop_on_signals() -> Iterator[StopEvent]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _validate(recipe: Recipe, report: Reporter) -> int:
+    """Print what the data files hold. 2 if a run could not use them."""
+    found = validate(recipe, load_tokenizer(recipe), JudgeTemplate(recipe.judge.template))
+    print(json.dumps(found, ensure_ascii=False) if report.as_json else show(found))
+    return 0 if found["usable"] else 2
 
 
 def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
@@ -293,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=HELP.format(recipes=", ".join(recipe_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    words = f"actions built so far: {', '.join(BUILT)} (the whole loop, the default)"
+    words = f"actions built so far: {', '.join(BUILT)} (run: the whole loop, the default)"
     parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=words)
     parser.add_argument("--recipe", default="tiny", metavar="NAME_OR_FILE", help="shipped recipe or YAML file (tiny)")
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="directory of the run, resumed if it is one")

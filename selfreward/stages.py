@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,15 +36,23 @@ from selfreward import tiny
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.eft import select
 from selfreward.evaluate import judge_accuracy, longer_wins, mean_and_error
-from selfreward.formats import load_ift, load_prompts, load_ranked
-from selfreward.inputs import heldout_ranks, known_prompts
 from selfreward.judge import Judgement, mean_score
 from selfreward.judging import Item, judge_by_model, judge_candidates
-from selfreward.pairs import TOO_LONG, build_pair, positive
+from selfreward.pairs import TOO_LONG, Rules, pair_id, positive
+from selfreward.pairs import build_pairs as prompt_pairs
 from selfreward.prompts import take_prompts, write_prompts
-from selfreward.recipe import Candidates, Recipe
+from selfreward.recipe import Candidates, Recipe, of_round
 from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
+from selfreward.seeds import (
+    eft_groups,
+    example_ids,
+    file_of,
+    heldout_groups,
+    heldout_prompts,
+    ift_rows,
+    known_prompts,
+)
 from selfreward.state import row_seed
 
 STEP0_PAIRS = 64
@@ -84,8 +93,7 @@ def train_baseline(run: Run) -> Row:
 def build_eft(run: Run) -> Row:
     """The baseline judges human-ranked answers; what agrees with the ranks becomes judge data."""
     recipe = run.recipe
-    heldout = heldout_ranks(run.recipe)
-    groups = load_ranked(recipe.data.eft)[: recipe.data.eft_limit] if recipe.data.eft else []
+    heldout, groups = heldout_groups(recipe), eft_groups(recipe)
     drawn = judge_by_model(
         run, "eft/judgements.jsonl", run.dir.file("sft/model"), _ranked_items(groups), recipe.eft, (0, "eft")
     )
@@ -94,8 +102,9 @@ def build_eft(run: Run) -> Row:
     run.dir.write_jsonl("eft/dropped.jsonl", dropped)
     run.dir.write_jsonl("eft/heldout.jsonl", heldout)
     if not rows and (recipe.eft.required or recipe.dpo.replay_weight):
+        file = file_of(recipe, "data.eft")
         raise GateError(
-            f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {recipe.data.eft} "
+            f"no judgement of the SFT baseline agrees with the ranks of the {len(groups)} groups in {file} "
             f"({reasons({name: counts[name] for name in REFUSED if counts[name]})}): {_eft_advice(run, counts)}, or set "
             f"eft.required=false{' and dpo.replay_weight=0' if recipe.dpo.replay_weight else ''} to go without judge data"
         )
@@ -213,20 +222,27 @@ def judge_round(run: Run, k: int) -> Row:
 
 
 def build_pairs(run: Run, k: int) -> Row:
-    """Best against worst per prompt; everything without a pair is a row with its reason."""
+    """Best against worst per prompt; every pair that a prompt could have and has not is a row with its reason."""
     recipe, scored = run.recipe, _scored_candidates(run, k)
+    options = recipe.pairs
+    rules = Rules(
+        allow_truncated_chosen=options.allow_truncated_chosen,
+        tie_break=options.tie_break,
+        length_control=of_round(options.length_control, k),
+        per_prompt=options.per_prompt,
+    )
     pairs, dropped = [], []
     prompts = run.rows(f"iter_{k}/prompts.jsonl")
     for prompt in prompts:
-        pair, reason = build_pair(prompt, scored[prompt["id"]], recipe.pairs.allow_truncated_chosen)
-        if pair is not None and _pair_tokens(run, pair) > recipe.dpo.max_pack_tokens:
-            pair, reason = None, TOO_LONG
-        if pair is not None:
-            pairs.append(pair)
-        else:
-            dropped.append({"id": prompt["id"], "prompt": prompt["prompt"], "reason": reason})
+        for number, (pair, reason) in enumerate(prompt_pairs(prompt, scored[prompt["id"]], rules)):
+            if pair is not None and _pair_tokens(run, pair) > recipe.dpo.max_pack_tokens:
+                pair, reason = None, TOO_LONG
+            if pair is not None:
+                pairs.append(pair)
+            else:
+                dropped.append({"id": pair_id(prompt["id"], number), "prompt": prompt["prompt"], "reason": reason})
     without = Counter(row["reason"] for row in dropped)
-    assert len(pairs) + sum(without.values()) == len(prompts)
+    assert len(pairs) + sum(without.values()) == options.per_prompt * len(prompts)
     run.dir.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
     run.dir.write_jsonl(f"iter_{k}/dropped.jsonl", dropped)
     if len(pairs) < recipe.gates.min_pairs and recipe.method == "dpo":
@@ -235,7 +251,20 @@ def build_pairs(run: Run, k: int) -> Row:
             f"{recipe.gates.min_pairs}: lower gates.min_pairs, or raise {_more_prompts(recipe)}, candidates.n or judge.draws"
             f"{', or dpo.max_pack_tokens' if without[TOO_LONG] else ''}"
         )
-    return {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
+    counts = {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
+    return counts | ({"consistency": _consistency(k, pairs)} if options.consistency else {})
+
+
+def _consistency(k: int, pairs: list[Row]) -> float:
+    """The mean over the pairs, which must be better than chance: its distance to 1 becomes the label smoothing."""
+    known = [pair["consistency"] for pair in pairs if pair["consistency"] is not None]
+    mean = math.fsum(known) / len(known) if known else 0.5
+    if mean <= 0.5:
+        raise GateError(
+            f"round {k}: the judge's draws order the answers no more alike than by chance (consistency {mean:.2f} of "
+            f"{len(known)} pairs): give the judge more judge data (data.eft), or set pairs.consistency=false in a new directory"
+        )
+    return mean
 
 
 def _more_prompts(recipe: Recipe) -> str:
@@ -254,6 +283,8 @@ def train_dpo(run: Run, k: int) -> Row:
     pairs, options = run.rows(f"iter_{k}/pairs.jsonl"), run.recipe.dpo
     model = run.fresh(run.model(k), options.precision)
     config = DPOConfig(**options.of_round(k), seed=row_seed(run.recipe.seed, k, "dpo", 0) >> 1)
+    if run.recipe.pairs.consistency:
+        config = replace(config, label_smoothing=1 - run.dir.counts(f"iter_{k}/pairs")["consistency"])
     rows = [
         DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
     ]
@@ -302,7 +333,7 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
             row["true_quality"], row["true_quality_se"] = mean_and_error([a["grade"] for a in answers])
             row["true_quality_greedy"], row["true_quality_greedy_se"] = mean_and_error([a["grade"] for a in greedy])
             row["true_quality_n"] = len(answers)
-    groups = heldout_ranks(run.recipe)
+    groups = heldout_groups(run.recipe)
     if groups:
         file, judge = f"{folder}/judgements.jsonl", run.recipe.judge
         drawn = _by_answer(groups, judge_by_model(run, file, path, _ranked_items(groups), judge, (0, "evaluation")))
@@ -314,7 +345,6 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
 def _answers(run: Run, path: Path, name: str, temperature: float) -> list[Row]:
     """One answer to every held-out instruction; the seeds are the same for all models."""
     options = run.recipe.evaluation
-    assert run.recipe.data.heldout is not None
 
     def request(prompt: Row) -> Request:
         seed = row_seed(run.recipe.seed, 0, "evaluation", prompt["id"])
@@ -322,7 +352,7 @@ def _answers(run: Run, path: Path, name: str, temperature: float) -> list[Row]:
         ids = run.tokenizer.chat_prompt(prompt["prompt"])
         return Request(ids, params, lambda output: [_answer_row(run, prompt, output)])
 
-    prompts = load_prompts(run.recipe.data.heldout)[: options.prompts]
+    prompts = heldout_prompts(run.recipe)
     return sample_groups(run, name, run.llm(path), in_groups([request(prompt) for prompt in prompts]))
 
 
@@ -413,7 +443,7 @@ def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], computed_in:
     """
     sampled = {row["id"]: row["logprob"] for row in run.rows(f"iter_{k}/candidates.jsonl")}
     gaps = [
-        abs(sampled[f"{pair['id']}-{pair[f'{kind}_index']}"] - trained) / len(pair[f"{kind}_token_ids"])
+        abs(sampled[f"{pair['prompt_id']}-{pair[f'{kind}_index']}"] - trained) / len(pair[f"{kind}_token_ids"])
         for pair, row in zip(pairs, rows, strict=True)
         for kind, trained in zip(("chosen", "rejected"), row.reference or (), strict=True)
     ]
@@ -435,7 +465,10 @@ def _scored_candidates(run: Run, k: int) -> dict[str, list[Row]]:
         draws.setdefault(row["candidate_id"], []).append(row)
     scored: dict[str, list[Row]] = {}
     for row in run.rows(f"iter_{k}/candidates.jsonl"):
-        scored.setdefault(row["prompt_id"], []).append(row | {"score": _mean(run, draws[row["id"]])})
+        judged = draws[row["id"]]
+        scored.setdefault(row["prompt_id"], []).append(
+            row | {"score": _mean(run, judged), "draws": [each["score"] for each in judged]}
+        )
     return scored
 
 
@@ -473,12 +506,10 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
     """Chat prompts with human answers, cut at `data.max_tokens` or the model's context (a cut answer has no EOS), and how
     many were cut or, because the prompt alone fills that many tokens, left out."""
     data = run.recipe.data
-    assert data.ift is not None
     rows, counts = list[SFTRow](), Counter[str](ift=0, ift_cut=0, ift_prompt_too_long=0)
     limit = min(data.max_tokens, run.context)
-    for row in load_ift(data.ift, data.ift_limit):
-        prompt = run.tokenizer.chat_prompt(row["prompt"])
-        answer = [*run.tokenizer.encode(row["response"].strip()), run.tokenizer.eos_id]
+    for row in ift_rows(run.recipe):
+        prompt, answer = example_ids(run.tokenizer, row)
         room = limit - len(prompt)
         if room < 1:
             counts["ift_prompt_too_long"] += 1
@@ -489,8 +520,8 @@ def _ift_rows(run: Run) -> tuple[list[SFTRow], Row]:
     if not rows:
         higher = " or raise data.max_tokens" if data.max_tokens < run.context else ""
         raise InputError(
-            f"{data.ift}: no prompt is shorter than {limit} tokens (data.max_tokens is {data.max_tokens}, the model's "
-            f"context {run.context}); bring shorter ones{higher}, in a new --out directory"
+            f"{file_of(run.recipe, 'data.ift')}: no prompt is shorter than {limit} tokens (data.max_tokens is "
+            f"{data.max_tokens}, the model's context {run.context}); bring shorter ones{higher}, in a new --out directory"
         )
     return rows, dict(counts)
 

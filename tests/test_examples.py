@@ -1,10 +1,13 @@
 """The examples run as they stand, and do what they say; docs/embedding.md names each of them."""
 
+import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+
+from selfreward.pairs import build_pairs
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +35,25 @@ def test_pairs_train_the_same_in_trl_and_here(monkeypatch):
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert len(ours) == 3 and ours[0] == pytest.approx(0.693147, abs=1e-5) and ours[-1] < 0.6
     assert gap <= 1e-4
+
+
+def test_a_runs_own_pairs_with_all_their_columns_train_the_same_in_trl(monkeypatch, tmp_path):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = runpy.run_path(str(ROOT / "examples/pairs_in_trl.py"))
+    rows = []
+    for number, pair in enumerate(names["PAIRS"]):
+        candidates = [
+            {"id": f"{number}-{i}", "prompt_id": str(number), "prompt": pair["prompt"], "index": i, "text": pair[kind],
+             "token_ids": [5, 6], "finish_reason": "stop", "score": score, "draws": [score]}
+            for i, (kind, score) in enumerate((("chosen", 4.5), ("rejected", 2.0)))
+        ]  # fmt: skip
+        rows += [row for row, _ in build_pairs({"id": str(number), "prompt": pair["prompt"]}, candidates)]
+    model, pairs = names["checkpoint"](tmp_path), tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    theirs, records = names["train_in_trl"](model, pairs, tmp_path / "out")
+    ours, gap = names["train_here"](model, records)
+    assert ours == pytest.approx(theirs, abs=1e-4) and gap <= 1e-4 and len(ours) == 3
 
 
 def test_the_embedding_page_names_every_example_and_its_code_runs():

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfreward.pairs import REASONS, build_pair
+from selfreward.evaluate import kendall_tau
+from selfreward.pairs import NO_MORE, REASONS, Rules, build_pairs, consistency, pair_id, positive
 
 PROMPT = {"id": "p7", "prompt": "Why?"}
 
 
-def candidate(index: int, score: float | None, text: str | None = None, finish: str = "stop") -> dict[str, Any]:
+def build_pair(prompt: dict[str, Any], candidates: Sequence[dict[str, Any]], **rules: Any) -> Any:
+    (found,) = build_pairs(prompt, candidates, Rules(**rules))
+    return found
+
+
+def candidate(
+    index: int,
+    score: float | None,
+    text: str | None = None,
+    finish: str = "stop",
+    draws: list[float | None] | None = None,
+    tokens: int = 2,
+) -> dict[str, Any]:
     return {
         "id": f"p7-{index}",
         "prompt_id": "p7",
         "prompt": "Why?",
         "index": index,
         "text": f"answer {index}" if text is None else text,
-        "token_ids": [10 + index, 2],
+        "token_ids": [10 + index] * (tokens - 1) + [2],
         "finish_reason": finish,
         "score": score,
+        "draws": [score] if draws is None else draws,
     }
 
 
-def indices(*candidates: dict[str, Any], **options: bool) -> tuple[int, int] | str | None:
+def indices(*candidates: dict[str, Any], **options: Any) -> tuple[int, int] | str | None:
     """(chosen, rejected) of the pair, or the reason why there is none."""
     pair, reason = build_pair(PROMPT, candidates, **options)
     return (pair["chosen_index"], pair["rejected_index"]) if pair else reason
@@ -38,6 +53,7 @@ def test_pair_row_is_trl_preference_format_plus_scores_and_ids() -> None:
     assert reason is None
     assert pair == {
         "id": "p7",
+        "prompt_id": "p7",
         "prompt": "Why?",
         "chosen": "answer 1",
         "rejected": "answer 0",
@@ -49,6 +65,7 @@ def test_pair_row_is_trl_preference_format_plus_scores_and_ids() -> None:
         "rejected_token_ids": [10, 2],
         "chosen_truncated": False,
         "rejected_truncated": True,
+        "consistency": None,
     }
 
 
@@ -134,8 +151,8 @@ CANDIDATES = st.lists(
 def test_a_pair_keeps_every_rule_and_no_order_matters(
     candidates: list[dict[str, Any]], allow: bool, data: st.DataObject
 ) -> None:
-    pair, reason = build_pair(PROMPT, candidates, allow)
-    assert build_pair(PROMPT, data.draw(st.permutations(candidates)), allow) == (pair, reason)
+    pair, reason = build_pair(PROMPT, candidates, allow_truncated_chosen=allow)
+    assert build_pair(PROMPT, data.draw(st.permutations(candidates)), allow_truncated_chosen=allow) == (pair, reason)
     assert (pair is None) == (reason in REASONS)
     if pair is None:
         return
@@ -147,3 +164,108 @@ def test_a_pair_keeps_every_rule_and_no_order_matters(
     choosable = {c["text"] for c in scored if c["text"] and (allow or c["finish_reason"] == "stop")}
     assert pair["score_rejected"] == pytest.approx(min(means.values()))
     assert pair["score_chosen"] == pytest.approx(max(means[text] for text in choosable))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_variance_breaks_ties_before_the_index_where_it_is_asked_to() -> None:
+    best = [
+        candidate(0, 4.0, draws=[3, 4, 5]),
+        candidate(1, 4.0, draws=[4, 4, 4]),
+        candidate(2, 4.0, draws=[4, None, 4]),
+    ]
+    worst = [candidate(3, 1.0, draws=[0, 1, 2]), candidate(4, 1.0, draws=[1, 1, 1])]
+    assert indices(*best, *worst) == (0, 3)
+    assert indices(*best, *worst, tie_break="variance") == (1, 4)
+    assert indices(candidate(9, 5.0, draws=[3, 9]), *best, *worst, tie_break="variance") == (9, 4)  # scores come first
+
+
+def test_length_control_takes_the_shortest_of_the_top_tier_and_the_longest_of_the_bottom_tier() -> None:
+    scores, lengths = (5.0, 4.5, 4.0, 2.0, 1.0), (90, 40, 10, 70, 30)
+    answers = [candidate(i, s, tokens=n) for i, (s, n) in enumerate(zip(scores, lengths, strict=True))]
+    assert indices(*answers) == (0, 4)
+    assert indices(*answers, length_control=0.0) == (0, 4)  # among equals only
+    assert indices(*answers, length_control=0.125) == (1, 4)  # 4.5 and more; 1.5 and less
+    assert indices(*answers, length_control=0.25) == (2, 3)  # 4 and more; 2 and less
+    assert indices(candidate(9, 5.0, tokens=3), *answers, length_control=0.0) == (9, 4)
+
+
+def test_equal_lengths_are_chosen_between_by_score_and_then_as_ties_are() -> None:
+    answers = [candidate(0, 4.5), candidate(1, 5.0), candidate(2, 5.0), candidate(3, 1.0), candidate(4, 1.5)]
+    assert indices(*answers, length_control=0.25) == (1, 3)
+
+
+TWENTIETHS = st.integers(0, 100).map(lambda n: n / 20)
+
+
+@given(
+    scores=st.lists(TWENTIETHS, min_size=2, max_size=7),
+    lengths=st.lists(st.integers(1, 4), min_size=7, max_size=7),
+    rho=st.sampled_from([0.0, 0.1, 0.32, 0.4, 0.49]),
+)
+def test_length_control_against_its_definition(scores: list[float], lengths: list[int], rho: float) -> None:
+    answers = [candidate(i, s, tokens=lengths[i]) for i, s in enumerate(scores)]
+    found = indices(*answers, length_control=rho)
+    top, bottom = max(scores), min(scores)
+    if top == bottom:
+        assert found == "tie"
+        return
+    assert isinstance(found, tuple)
+    high = [i for i, s in enumerate(scores) if s >= top - rho * (top - bottom)]
+    low = [i for i, s in enumerate(scores) if s <= bottom + rho * (top - bottom)]
+    assert found[0] in high and lengths[found[0]] == min(lengths[i] for i in high)
+    assert found[1] in low and lengths[found[1]] == max(lengths[i] for i in low)
+
+
+def test_a_prompt_gives_as_many_pairs_as_it_may_each_of_other_answers() -> None:
+    answers = [candidate(i, s) for i, s in enumerate((1.0, 5.0, 3.0, 2.0, 4.0))]
+    found = build_pairs(PROMPT, answers, Rules(per_prompt=4))
+    assert [(pair["id"], pair["chosen_index"], pair["rejected_index"]) for pair, _ in found[:2] if pair] == [
+        ("p7", 1, 0),
+        ("p7+2", 4, 3),
+    ]
+    assert [reason for _, reason in found] == [None, None, NO_MORE, NO_MORE]
+    assert all(pair["prompt_id"] == "p7" for pair, _ in found if pair) and pair_id("p7", 0) == "p7"
+    assert build_pairs(PROMPT, [], Rules(per_prompt=2)) == [(None, "too_few_scored"), (None, NO_MORE)]
+
+
+def test_a_hook_may_choose_otherwise() -> None:
+    second = lambda choosable, scored, rules: (choosable[1], scored[2])
+    answers = [candidate(0, 5.0), candidate(1, 4.0), candidate(2, 1.0), candidate(3, 0.0)]
+    ((pair, _),) = build_pairs(PROMPT, answers, pick=second)
+    assert pair and (pair["chosen_index"], pair["rejected_index"]) == (1, 2)
+    with pytest.raises(AssertionError, match="p7"):  # a pair must be a preference
+        build_pairs(PROMPT, answers, pick=lambda choosable, scored, rules: (scored[3], scored[0]))
+
+
+def test_consistency_is_one_half_by_chance_and_one_where_all_draws_agree() -> None:
+    agreeing = [candidate(0, 4.0, draws=[5, 3, 4]), candidate(1, 2.0, draws=[3, 1, 2])]
+    opposed = [candidate(0, 3.0, draws=[4, 2]), candidate(1, 3.0, draws=[2, 4])]
+    flat = [candidate(0, 4.0, draws=[4, 4]), candidate(1, 4.0, draws=[4, 4])]
+    partly = [candidate(0, 4.0, draws=[4, None, 4]), candidate(1, 2.0, draws=[2, 3, 2])]
+    assert [consistency(rows) for rows in (agreeing, opposed, flat, partly)] == [1.0, 0.0, 0.5, 1.0]
+    assert consistency([candidate(0, 4.0), candidate(1, 2.0)]) is None  # one draw has nothing to agree with
+    assert consistency(agreeing[:1]) is None
+    pair, _ = build_pair(PROMPT, agreeing)
+    assert pair["consistency"] == 1.0
+
+
+@settings(deadline=None)  # scipy takes its time to be imported
+@given(
+    data=st.data(), n=st.integers(0, 6), score=st.sampled_from([st.integers(0, 5), st.sampled_from([0.0, 1 / 3, 4.5])])
+)
+def test_kendalls_tau_is_scipys(data: st.DataObject, n: int, score: Any) -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    first, second = (data.draw(st.lists(score, min_size=n, max_size=n)) for _ in range(2))
+    ours = kendall_tau(first, second)
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        assert ours is None
+    else:
+        assert ours == pytest.approx(scipy.kendalltau(first, second).statistic, abs=1e-12)
+
+
+def test_a_perfect_answer_is_found_as_before() -> None:
+    answers = [candidate(0, 5.0, finish="length"), candidate(1, 5.0), candidate(2, 5.0)]
+    assert positive(answers) is answers[1] and positive(answers, allow_truncated=True) is answers[0]

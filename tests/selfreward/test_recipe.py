@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import selfreward.recipe as recipe_module
 from engine import PRESETS, DPOConfig, InputError, LlamaConfig, NotBuiltError, SFTConfig
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import DPO, SFT, Recipe, recipe_keys, recipe_names
+from selfreward.recipe import DPO, SFT, Recipe, of_round, recipe_keys, recipe_names
 
 SMALL = """
 model: m0
@@ -44,7 +44,9 @@ def complaint(tmp_path: Path, *overrides: str, text: str = SMALL) -> str:
 KEYS = """
 seed rounds model tokenizer init.preset init.dim init.n_layers init.n_heads init.n_kv_heads init.ffn_dim init.seed
 m1 judge_model method
-data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.max_tokens
+data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.ranked data.split
+data.language data.format.ift data.format.eft data.format.eft_heldout data.format.heldout data.format.ranked
+data.format.prompts data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
 sft.clip sft.max_pack_tokens sft.dropout sft.save_every sft.activation_checkpointing sft.precision
 lora.rank lora.alpha lora.targets lora.base
@@ -52,7 +54,7 @@ eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
 judge.temperature judge.top_p judge.by judge.template judge.draws judge.max_tokens judge.min_valid_draws
-pairs.allow_truncated_chosen
+pairs.allow_truncated_chosen pairs.tie_break pairs.length_control pairs.per_prompt pairs.consistency
 dpo.lr dpo.min_lr dpo.schedule dpo.warmup_steps dpo.epochs dpo.max_steps dpo.batch_size dpo.weight_decay dpo.betas
 dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.activation_checkpointing dpo.precision dpo.beta dpo.loss
 dpo.label_smoothing dpo.nll_weight dpo.replay_weight dpo.replay_batch_size
@@ -375,3 +377,38 @@ def test_a_random_llama_takes_a_preset_a_shape_or_both(tmp_path: Path) -> None:
 def test_a_random_llama_that_does_not_fit_is_refused(init: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"command line: {message}"):
         load(tmp_path, "model=null", "tokenizer=t", f"init={init}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["pairs.length_control=[0.1, 0.2, 0.3]"],
+            "pairs.length_control has 3 values for 2 rounds; give one, or one for each",
+        ),
+        (["pairs.length_control=0.5"], "pairs.length_control.0 is 0.5; expected less than 0.5"),
+        (["pairs.length_control=x"], 'pairs.length_control.0 is "x"; expected a number'),
+        (["pairs.tie_break=first"], "pairs.tie_break is \"first\"; expected 'index' or 'variance'"),
+        (["pairs.per_prompt=0"], "pairs.per_prompt is 0; expected greater than or equal to 1"),
+        (
+            ["pairs.consistency=true", "dpo.label_smoothing=0.1"],
+            "pairs.consistency sets the label smoothing of each round",
+        ),
+        (["pairs.consistency=true", "judge.draws=1"], "pairs.consistency compares judgements of one answer"),
+        (["pairs.consistency=true", "method=positives"], "so pairs.consistency has no effect; leave it out"),
+        (["data.format.ift=csv"], "data.format: ift is 'csv', which is not read; use one of text, open_assistant"),
+        (["data.split=[0.9, 0.2]"], "split says how `ranked` is divided, which is not set"),
+        (["data=&a {ift: *a}"], "*a is not read; write it out"),
+    ],
+)
+def test_a_wrong_key_of_data_and_pairs_is_named(overrides: list[str], message: str, tmp_path: Path) -> None:
+    assert message in complaint(tmp_path, *overrides)
+
+
+def test_a_value_for_all_rounds_or_one_for_each(tmp_path: Path) -> None:
+    one, each, none = (
+        load(tmp_path, f"pairs.length_control={v}").pairs.length_control for v in ("0.1", "[0.1, 0]", "null")
+    )
+    assert (one, each, none) == ((0.1,), (0.1, 0.0), ())
+    assert [of_round(one, k) for k in (1, 2)] == [0.1, 0.1]
+    assert [of_round(each, k) for k in (1, 2)] == [0.1, 0.0] and of_round(none, 1) is None

@@ -41,7 +41,7 @@ def round_one(tmp_path):
     for number, prompt in enumerate(("copy a b c", "sort c b")):
         answers = [[*encode(text), run.tokenizer.eos_id] for text in ("a b c", "a")]
         pairs.append(
-            {"id": f"p{number}", "prompt": prompt, "chosen_index": 1, "rejected_index": 0,
+            {"id": f"p{number}", "prompt_id": f"p{number}", "prompt": prompt, "chosen_index": 1, "rejected_index": 0,
              "chosen_token_ids": answers[0], "rejected_token_ids": answers[1]}
         )  # fmt: skip
         data.append(DPORow(run.tokenizer.chat_prompt(prompt), *answers))
@@ -82,3 +82,108 @@ def test_the_samplers_log_probs_are_the_trainers_or_the_round_stops(round_one, t
     path.write_text("".join(json.dumps(row) + "\n" for row in candidates))
     with pytest.raises(GateError, match=r"log-probs of an answer are 2.5e-02 nats a token from the trainer's"):
         _parity(run, 1, pairs, rows)
+
+
+@pytest.mark.parametrize("name", ["trl", "messages", "sharegpt", "alpaca", "preference", "open_assistant"])
+def test_the_same_instructions_are_the_same_training_rows_in_every_format(name, tmp_path):
+    said = [("copy a b c", "a b c"), ("sort c b", "b c")]
+    row = {
+        "trl": lambda p, r: {
+            "prompt": [{"role": "user", "content": p}],
+            "completion": [{"role": "assistant", "content": r}],
+        },
+        "messages": lambda p, r: {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]},
+        "sharegpt": lambda p, r: {"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": r}]},
+        "alpaca": lambda p, r: {"instruction": p, "input": "", "output": r},
+        "preference": lambda p, r: {"prompt": p, "chosen": r, "rejected": "a"},
+        "open_assistant": lambda p, r: {
+            "prompt": {"text": p, "replies": [{"text": "a", "rank": 1}, {"text": r, "rank": 0}]}
+        },
+    }[name]
+    file = tmp_path / "ift.jsonl"
+    file.write_text("".join(json.dumps(row(*each)) + "\n" for each in said))
+    recipe = Recipe.load("tiny", [f"data.ift={file}"])
+    tokenizer = Tokenizer(recipe.model)
+    rows, counts = _ift_rows(Run(recipe, NOTHING, tokenizer, NOTHING, NOTHING))
+    assert counts == {"ift": 2, "ift_cut": 0, "ift_prompt_too_long": 0}
+    for made, (prompt, response) in zip(rows, said, strict=True):
+        assert made.prompt == tokenizer.chat_prompt(prompt)
+        assert made.completion == [*tokenizer.encode(response), tokenizer.eos_id]
+
+
+@pytest.fixture
+def judged_round(tmp_path):
+    """A run whose round 1 has two prompts with four judged answers each: `build(*overrides)` makes its pairs."""
+
+    def build(*overrides, agree=True):
+        recipe = Recipe.load("tiny", ["gates.min_pairs=1", *overrides])
+        files, counts = {}, {}
+        names = ("prompts", "candidates", "judgements")
+        data = {f"iter_1/{name}.jsonl": [] for name in names}
+        for p in ("p", "q"):
+            data["iter_1/prompts.jsonl"].append({"id": p, "prompt": "copy a"})
+            for i, score in enumerate((5.0, 4.0, 2.0, 1.0)):
+                row = {
+                    "id": f"{p}-{i}",
+                    "prompt_id": p,
+                    "prompt": "copy a",
+                    "index": i,
+                    "text": f"a{i}",
+                    "finish_reason": "stop",
+                }
+                data["iter_1/candidates.jsonl"].append(row | {"token_ids": [9] * (4 - i)})
+                for draw in range(3):
+                    value = score if agree or draw == 0 else 6 - score
+                    data["iter_1/judgements.jsonl"].append(
+                        {
+                            "id": f"{p}-{i}-{draw}",
+                            "candidate_id": f"{p}-{i}",
+                            "draw": draw,
+                            "score": value,
+                            "status": "ok",
+                        }
+                    )
+        directory = SimpleNamespace(write_jsonl=files.__setitem__, file=lambda name: tmp_path / name)
+        run = Run(recipe, directory, Tokenizer(recipe.model), NOTHING, NOTHING)
+        run.rows = data.__getitem__
+        counts = stages.build_pairs(run, 1)
+        return counts, files
+
+    return build
+
+
+def test_every_pair_that_a_prompt_may_have_is_a_row(judged_round):
+    counts, files = judged_round("pairs.per_prompt=3")
+    assert counts == {"prompts": 2, "pairs": 4, "dropped": {"no_more": 2}}
+    assert [row["id"] for row in files["iter_1/pairs.jsonl"]] == ["p", "p+2", "q", "q+2"]
+    assert [row["id"] for row in files["iter_1/dropped.jsonl"]] == ["p+3", "q+3"]
+
+
+def test_length_control_takes_the_rounds_own_rho(judged_round):
+    chosen = {}
+    for rho in ("null", "[0.3, 0.0]", "[0.0, 0.3]", "0.3"):
+        _, files = judged_round(f"pairs.length_control={rho}")
+        chosen[rho] = [(row["chosen_index"], row["rejected_index"]) for row in files["iter_1/pairs.jsonl"]]
+    assert chosen["null"] == chosen["[0.0, 0.3]"] == [(0, 3)] * 2
+    assert chosen["[0.3, 0.0]"] == chosen["0.3"] == [(1, 2)] * 2
+
+
+def test_consistency_is_measured_or_stops_the_round(judged_round):
+    counts, _ = judged_round("pairs.consistency=true")
+    assert counts["consistency"] == 1.0
+    with pytest.raises(GateError, match=r"no more alike than by chance \(consistency 0.33 of 2 pairs\)"):
+        judged_round("pairs.consistency=true", agree=False)
+
+
+def test_the_rounds_label_smoothing_is_what_consistency_leaves(round_one, monkeypatch):
+    run, _, pairs, _ = round_one
+    seen = []
+    rows = {"iter_1/pairs.jsonl": pairs, "iter_1/candidates.jsonl": run.rows("iter_1/candidates.jsonl")}
+    run.rows = rows.__getitem__
+    monkeypatch.setattr(run.dir, "counts", lambda stage: {"consistency": 0.9} if stage == "iter_1/pairs" else {})
+    monkeypatch.setattr(type(run), "model", lambda self, k: run.recipe.model)
+    monkeypatch.setattr(stages, "_train", lambda run, model, rows, config, *rest: seen.append(config) or 1)
+    stages.train_dpo(run, 1)
+    run.recipe = Recipe.load("tiny", ["pairs.consistency=true"])
+    stages.train_dpo(run, 1)
+    assert [config.label_smoothing for config in seen] == [0.0, pytest.approx(0.1)]
