@@ -115,12 +115,13 @@ class TorchTiles:
         grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device) if for_hidden else None
         if for_weight and total is None:
             total = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        scale = grad_lse - grad_logp
         for rows, tile in self._tiles(hidden, head, logits):
             x = hidden[rows].to(lse.dtype)
             if logits is None:
                 torch.mm(x, head.T, out=tile)
             for piece in _pieces(rows):
-                some, scale = tile[piece.start - rows.start : piece.stop - rows.start], grad_lse - grad_logp
+                some = tile[piece.start - rows.start : piece.stop - rows.start]
                 some.sub_(lse[piece, None]).exp_().mul_(scale[piece, None])
                 some.scatter_add_(1, targets[piece, None], grad_logp[piece, None])
             if grad_hidden is not None:
@@ -145,7 +146,7 @@ class TorchTiles:
         self, hidden: torch.Tensor, head: torch.Tensor, logits: torch.Tensor | None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows and the place of their logits: in `logits`, or each in the place of the one before."""
-        size = min(len(hidden), _tile_rows(len(head), self.tile_bytes, head.dtype))
+        size = max(1, min(len(hidden), _tile_rows(len(head), self.tile_bytes, head.dtype)))
         place = _matrix(size, len(head), head.dtype, head.device) if logits is None else logits
         for rows in _slices(0, len(hidden), size):
             yield rows, place[: rows.stop - rows.start] if logits is None else logits[rows]
@@ -464,8 +465,13 @@ def linear_logprob_losses(
     is the same at every logp, as SFT's is; it is then asked for at logp = 0, before there are logits, and once more at the
     end: if the answers differ the value is NaN, not a wrong gradient. One pass for a part whose logits fit HELD_BYTES or
     whose loss is linear, recompute for others. Parts come one after the other, each in the place of the one before, and
-    add to the same gradients, which are there before the backward: it scales and gives them away, once.
+    add to the same gradients, which are there before the backward: it scales and gives them away, once. ValueError: there
+    are no parts, or one of several that takes all rows.
     """
+    if not parts:
+        raise ValueError("parts is empty; expected at least one, and where nothing counts one of no rows")
+    if len(parts) > 1 and any(rows is None for rows, _, _ in parts):
+        raise ValueError(f"one of {len(parts)} parts has rows None, all of them; expected that of an only part")
     wanted = hidden.requires_grad, weight.requires_grad
     if not (torch.is_grad_enabled() and any(wanted)):
         with torch.no_grad():
