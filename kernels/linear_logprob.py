@@ -19,9 +19,10 @@ On a CPU, N = 2040 (4 pairs of 2 x 255), dim = 768, vocab = 32000, fp32, 2 threa
 twice, 1.6 GB; for each of four groups the head packed twice and dW read and written, 2.4 GB. A group has to hold its
 logits, a pair's 65 MB, until its slope is known; so groups of one pair or of GROUP_BYTES, one in the place of the other,
 add to one dW. `python -m benchmarks logprob`, beside a load (time over eager's, MB besides dX and dW): one pass 0.40, 70;
-recompute 0.40, 35; eager 1, 685. As one part, in another run, 0.48 and 275 against 0.42. torch's own products have a row's
-tile as large as it may be: pairs in tiles of 16 / 32 / 48 / 64 MB took 2.1 / 1.3 / 1.6 / 0.99 of eager, recompute 2.6 / 1.8
-/ 1.7 / 1.2; native SFT in 32 / 48 / 64 MB 0.39 / 0.44 / 0.38 with 42 / 59 / 80 MB.
+recompute 0.40, 35; eager 1, 685; with what each keeps after its first call 88, 41 and 702. As one part, in another run,
+0.48 and 275 against 0.42. torch's own products have a row's tile as large as it may be: pairs in tiles of 16 / 32 / 48 / 64
+MB took 2.1 / 1.3 / 1.6 / 0.99 of eager, recompute 2.6 / 1.8 / 1.7 / 1.2; native SFT in 32 / 48 / 64 MB 0.39 / 0.44 / 0.38
+with 42 / 59 / 80 MB.
 
 Where the products run, on a GPU. At N = 8192, dim = 4096, vocab = 32000 in bf16 a product is 2.15 TFLOP: 2.7 ms at the
 790 TFLOP/s that cuBLAS reaches, 3.6 to 4.3 ms at the 500 to 600 of Triton's own. fp32 logits that go through memory cost
