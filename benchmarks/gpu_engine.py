@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_bench import Bench, Case
+from benchmarks.models import product_flops
 from benchmarks.workloads import Workload
 from engine import LLM, PRESETS, DPOConfig, DPORow, Llama, LlamaConfig, SamplingParams, SFTConfig, SFTRow, train
 
@@ -202,6 +203,11 @@ def workloads(bench: Bench) -> Iterator[Case]:
     yield from ()
 
 
+def step_flops(model: Llama, tokens: int, targets: int) -> int:
+    """Of the products with weights, forward and backward; the head runs for what is predicted alone."""
+    return 3 * product_flops(model) * tokens + 6 * model.head.numel() * targets
+
+
 def steps(bench: Bench) -> Iterator[Case]:
     """SFT and DPO steps of the whole model at 12 bytes a parameter, 81 GB; of its first 16 layers where that has no room."""
     room = torch.cuda.get_device_properties(bench.device).total_memory if bench.device.type == "cuda" else 0
@@ -215,10 +221,11 @@ def steps(bench: Bench) -> Iterator[Case]:
     ]
     options: dict[str, Any] = {"batch_size": rows, "max_pack_tokens": budget, "lr": 1e-6, "min_lr": 0.0}
     options["precision"] = "bf16-stochastic" if bench.dtype == torch.bfloat16 else "fp32"
-    for name, given, config, tokens in (
-        ("SFT step", sft, SFTConfig(**options), rows * (prompt + answer)),
-        ("DPO step", dpo, DPOConfig(**options), rows * (prompt + 2 * answer)),
+    for name, given, config, answers in (
+        ("SFT step", sft, SFTConfig(**options), rows),
+        ("DPO step", dpo, DPOConfig(**options), 2 * rows),
     ):
+        tokens = rows * prompt + answers * answer
         if bench.over(name):
             break
         if bench.device.type == "cuda":
@@ -232,7 +239,7 @@ def steps(bench: Bench) -> Iterator[Case]:
         train(model, given, config, on_step=at_step)
         spent = [1e3 * (b - a) for a, b in pairwise(ends)]
         middle = statistics.median(spent)
-        flops = 6 * weight_bytes(model) // model.embed.itemsize * tokens
+        flops = step_flops(model, tokens, answers * answer)
         bench.write(
             name,
             shape=f"{model.config.n_layers} layers, {rows} rows, {tokens} tokens, {tokens / middle * 1e3:.0f} tokens/s",

@@ -22,8 +22,8 @@ def main() -> int:
     records = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("peers-*-*.json"))}
     parts = [list(map(json.loads, path.read_text().splitlines())) for path in sorted(directory.glob("*.jsonl"))]
     training_records = [json.loads((directory / name).read_text()) for name in TRAINING if (directory / name).is_file()]
-    if not records and not parts:
-        sys.exit(f"{directory}: no peers-WORKLOAD-THREADS.json and no PART.jsonl in it")
+    if not (records or parts or training_records):
+        sys.exit(f"{directory}: no peers-WORKLOAD-THREADS.json, no {' or '.join(TRAINING)} and no PART.jsonl in it")
     tables: list[Iterable[str]] = [speeds(records), limits(records)] if records else []
     tables += [[training.table(record)] for record in training_records]
     print("\n\n".join("\n".join(table) for table in (*tables, *map(gpu, parts))))
@@ -31,7 +31,8 @@ def main() -> int:
 
 
 def gpu(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """One part of `benchmarks.gpu`. MB: taken at the most besides what was there and what is returned."""
+    """One part of `benchmarks.gpu`. MB: taken at the most besides what was there and what is returned. What
+    failed or was not begun is a row with the reason."""
     limit = next(row for row in rows if row["kernel"] == "limits")
     yield f"{limit['device']}, copy {limit['gbps']:,.0f} GB/s, products {limit['tflops']:.0f} TFLOP/s; " + ", ".join(
         f"{name} {version}" for name, version in limit["versions"].items()
@@ -40,7 +41,9 @@ def gpu(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"| {limit['part']} | shape | ms | of the floor | how many times the time others take | MB |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
-        if row is not limit:
+        if reason := row.get("failed") or row.get("skipped"):
+            yield f"| {row['kernel']} | {reason} | | | | |"
+        elif row is not limit:
             share = f"{row['share_of_floor']:.0%}" if row["share_of_floor"] else ""
             others = ", ".join(f"{name} {peer['speedup']:.2f}" for name, peer in row.get("peers", {}).items())
             memory = f"{row['extra_memory'] / 1e6:,.0f}"

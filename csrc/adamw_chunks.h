@@ -13,13 +13,16 @@ ALWAYS_INLINE Vec square_root(const Vec& x) {
 }
 #endif
 
-// The upper halves of x's bits + r.
+// The upper halves of x's bits + r; of what is not finite without r, as 0x7FFFFFFF + r would be -0.0.
 ALWAYS_INLINE void store_rounded(Vec x, const uint32_t* r, uint16_t* at) {
   float lane[kLanes];
   uint32_t bits[kLanes];
   x.store(lane);
   std::memcpy(bits, lane, sizeof bits);
-  for (int i = 0; i < kLanes; ++i) at[i] = uint16_t((bits[i] + r[i]) >> 16);
+  for (int i = 0; i < kLanes; ++i) {
+    const bool finite = (bits[i] & 0x7F800000u) != 0x7F800000u;
+    at[i] = uint16_t((bits[i] + (finite ? r[i] : 0u)) >> 16);
+  }
 }
 
 // Sixteen elements, with one random half each.

@@ -11,6 +11,7 @@
 #include "tree_attention.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "scratch.h"
 #include "threads.h"
@@ -33,15 +34,21 @@ Level<TreeAttentionTask> tree_attention_level(int index) { return level_at(index
 
 void tree_attention(const TreeAttentionArguments& a, int threads, TreeAttentionTask task) {
   double pairs = 0.0;
+  int64_t longest = 0;
   for (int64_t i = 0; i < a.windows; ++i) {
-    const auto tokens = double(a.bounds[i + 1] - a.bounds[i]);
-    pairs += tokens * tokens;
+    const int64_t tokens = a.bounds[i + 1] - a.bounds[i];
+    pairs += double(tokens) * double(tokens);
+    longest = std::max(longest, tokens);
   }
   if (pairs * double(a.heads * a.dim) / 130e3 < worth_sharing()) threads = 1;
-  parallel_for(a.groups * a.windows, threads, [&](int64_t i) {
-    thread_local Scratch scratch;
-    const int64_t window = i / a.groups;
-    task(a, i % a.groups, window, scratch.floats(floats_of(a, a.bounds[window + 1] - a.bounds[window])));
+  // All workers' memory is the caller's, who may throw: the work must not.
+  thread_local Scratch scratch;
+  const int64_t jobs = a.groups * a.windows, floats = floats_of(a, longest);
+  const int64_t workers = std::min<int64_t>(threads, jobs);
+  float* const memory = scratch.floats(workers * floats);
+  std::atomic<int64_t> next{0};
+  parallel_for(workers, threads, [&](int64_t worker) {
+    for (int64_t i = next++; i < jobs; i = next++) task(a, i % a.groups, i / a.groups, memory + worker * floats);
   });
 }
 

@@ -39,6 +39,8 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, a
     a and b instead the columns. Not differentiable."""
     if out is None:
         out = _empty(len(a), b.shape[1])
+    if not a.shape[1]:
+        return out if add else out.zero_()
     _C.product(_matrix(a), _matrix(b), view(out), add, torch.get_num_threads())
     return out
 
@@ -178,6 +180,8 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -
 
 def windows(end: torch.Tensor) -> NDArray[np.int64]:
     """end [N] int64, as `Pack.end` -> where its trees begin, and their end [trees + 1]: nobody sees across a bound."""
+    if not len(end):
+        return np.zeros(1, np.int64)
     reach = np.maximum.accumulate(end.numpy())
     return np.concatenate(([0], 1 + np.flatnonzero(reach[:-1] <= np.arange(1, len(reach))), [len(reach)]))
 

@@ -131,7 +131,7 @@ def _flash_attention(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 
 def _flash_why_not(name: str, case: Case) -> str | None:
     if case.asked != name:
-        return f"not measured beside the project's own kernel yet: SELFREWARD_BACKEND={name} asks for it"
+        return f"{_flash.standing(name)}: SELFREWARD_BACKEND={name} asks for it"
     return _flash.why_not(name, case.device, case.dtype, case.causal)
 
 

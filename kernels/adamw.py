@@ -9,7 +9,7 @@
 weight and grad bf16, mean and square fp32, everything between fp32, one IEEE rounding a step. Adding r below the bits that
 are cut off rounds away from zero in just the fraction of cases by which wide exceeds the bf16 below it: the expectation
 is wide, so that updates far below half a spacing (6e-5 at a weight of 0.02) are not lost but come true as often as they
-should. A value that bf16 holds stays.
+should. A value that bf16 holds stays. Of what is not finite r is 0: 0x7FFFFFFF, a GPU's NaN, plus r would be -0.0.
 
 r is a function: 16 bits of Philox-4x32-10 with key = 64 bits of (seed, step) and counter = (high half of block, number
 of the parameter, low half of block, 0) where block = element // 8; element e takes the lower (even e) or upper half of
@@ -82,7 +82,7 @@ def _update(
     mean.mul_(step.beta1).add_(g * (1.0 - step.beta1))
     square.mul_(step.beta2).add_((g * g) * (1.0 - step.beta2))
     wide = weight.float() * step.decay - mean * step.rate / (square.sqrt() * step.root + step.eps)
-    weight.view(torch.int16).copy_((wide.view(torch.int32) + random) >> 16)
+    weight.view(torch.int16).copy_((wide.view(torch.int32) + random * wide.isfinite()) >> 16)
 
 
 @jit
@@ -106,7 +106,9 @@ def _adamw_bf16(  # type: ignore[no-untyped-def]
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0) * beta1 + g * rest1
     square = tl.load(square_ptr + at, mask=inside, other=0.0) * beta2 + (g * g) * rest2
     wide = weight * decay - tl.div_rn(mean * rate, tl.sqrt_rn(square) * root + eps)
-    tl.store(weight_ptr + at, ((wide.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16), mask=inside)
+    bits = wide.to(tl.int32, bitcast=True)
+    random = tl.where((bits & 0x7F800000) == 0x7F800000, 0, random)
+    tl.store(weight_ptr + at, ((bits + random) >> 16).to(tl.int16), mask=inside)
     tl.store(mean_ptr + at, mean, mask=inside)
     tl.store(square_ptr + at, square, mask=inside)
 

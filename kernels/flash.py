@@ -11,7 +11,9 @@ are asked for their deterministic backward; torch has no such argument. A tree w
 | fa2          | flash_attn.flash_attn_varlen_func           | causal=True                                         |
 | torch_varlen | torch.nn.attention.varlen.varlen_attn       | window_size=(-1, 0); is_causal=True where it has that |
 
-Which one an engine takes is in `engine/ops.py`: none unless asked for, as long as none was measured beside our kernel.
+Which one an engine takes is in `engine/ops.py`: none unless asked for. torch_varlen is slower than our kernel on an H200:
+it takes 1.4 to 1.9 times as long, more where it is given K and V repeated (benchmarks/results/h200). fa2 and fa3 were
+not measured beside it.
 """
 
 from __future__ import annotations
@@ -72,6 +74,20 @@ def find(name: str) -> Varlen | None:
         return adapt(getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError):
         return None
+
+
+def repeats(name: str) -> bool:
+    """Whether the adapter gives every query head a copy of K and V, because what it calls knows no groups of heads."""
+    module, function, adapt = ADAPTERS[name]
+    known = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    return adapt is _torch_varlen and "enable_gqa" not in known
+
+
+def standing(name: str) -> str:
+    """Why it is not taken unasked."""
+    if name == "torch_varlen":
+        return "slower than the project's own kernel, 1.4 to 1.9 times its time on an H200"
+    return "not measured beside the project's own kernel yet"
 
 
 def why_not(name: str, device: str, dtype: torch.dtype, causal: bool) -> str | None:

@@ -19,9 +19,10 @@ On a CPU, N = 2040 (4 pairs of 2 x 255), dim = 768, vocab = 32000, fp32, 2 threa
 twice, 1.6 GB; for each of four groups the head packed twice and dW read and written, 2.4 GB. A group has to hold its
 logits, a pair's 65 MB, until its slope is known; so groups of one pair or of GROUP_BYTES, one in the place of the other,
 add to one dW. `python -m benchmarks logprob`, beside a load (time over eager's, MB besides dX and dW): one pass 0.40, 70;
-recompute 0.40, 35; eager 1, 685. As one part, in another run, 0.48 and 275 against 0.42. torch's own products have a row's
-tile as large as it may be: pairs in tiles of 16 / 32 / 48 / 64 MB took 2.1 / 1.3 / 1.6 / 0.99 of eager, recompute 2.6 / 1.8
-/ 1.7 / 1.2; native SFT in 32 / 48 / 64 MB 0.39 / 0.44 / 0.38 with 42 / 59 / 80 MB.
+recompute 0.40, 35; eager 1, 685; with what each keeps after its first call 88, 41 and 702. As one part, in another run,
+0.48 and 275 against 0.42. torch's own products have a row's tile as large as it may be: pairs in tiles of 16 / 32 / 48 / 64
+MB took 2.1 / 1.3 / 1.6 / 0.99 of eager, recompute 2.6 / 1.8 / 1.7 / 1.2; native SFT in 32 / 48 / 64 MB 0.39 / 0.44 / 0.38
+with 42 / 59 / 80 MB.
 
 Where the products run, on a GPU. At N = 8192, dim = 4096, vocab = 32000 in bf16 a product is 2.15 TFLOP: 2.7 ms at the
 790 TFLOP/s that cuBLAS reaches, 3.6 to 4.3 ms at the 500 to 600 of Triton's own. fp32 logits that go through memory cost
@@ -115,12 +116,13 @@ class TorchTiles:
         grad_hidden = torch.empty(hidden.shape, dtype=lse.dtype, device=hidden.device) if for_hidden else None
         if for_weight and total is None:
             total = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        scale = grad_lse - grad_logp
         for rows, tile in self._tiles(hidden, head, logits):
             x = hidden[rows].to(lse.dtype)
             if logits is None:
                 torch.mm(x, head.T, out=tile)
             for piece in _pieces(rows):
-                some, scale = tile[piece.start - rows.start : piece.stop - rows.start], grad_lse - grad_logp
+                some = tile[piece.start - rows.start : piece.stop - rows.start]
                 some.sub_(lse[piece, None]).exp_().mul_(scale[piece, None])
                 some.scatter_add_(1, targets[piece, None], grad_logp[piece, None])
             if grad_hidden is not None:
@@ -145,7 +147,7 @@ class TorchTiles:
         self, hidden: torch.Tensor, head: torch.Tensor, logits: torch.Tensor | None
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows and the place of their logits: in `logits`, or each in the place of the one before."""
-        size = min(len(hidden), _tile_rows(len(head), self.tile_bytes, head.dtype))
+        size = max(1, min(len(hidden), _tile_rows(len(head), self.tile_bytes, head.dtype)))
         place = _matrix(size, len(head), head.dtype, head.device) if logits is None else logits
         for rows in _slices(0, len(hidden), size):
             yield rows, place[: rows.stop - rows.start] if logits is None else logits[rows]
@@ -464,8 +466,13 @@ def linear_logprob_losses(
     is the same at every logp, as SFT's is; it is then asked for at logp = 0, before there are logits, and once more at the
     end: if the answers differ the value is NaN, not a wrong gradient. One pass for a part whose logits fit HELD_BYTES or
     whose loss is linear, recompute for others. Parts come one after the other, each in the place of the one before, and
-    add to the same gradients, which are there before the backward: it scales and gives them away, once.
+    add to the same gradients, which are there before the backward: it scales and gives them away, once. ValueError: there
+    are no parts, or one of several that takes all rows.
     """
+    if not parts:
+        raise ValueError("parts is empty; expected at least one, and where nothing counts one of no rows")
+    if len(parts) > 1 and any(rows is None for rows, _, _ in parts):
+        raise ValueError(f"one of {len(parts)} parts has rows None, all of them; expected that of an only part")
     wanted = hidden.requires_grad, weight.requires_grad
     if not (torch.is_grad_enabled() and any(wanted)):
         with torch.no_grad():

@@ -6,6 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from engine import load_checkpoint
 
 from selfreward.pairs import build_pairs
 
@@ -60,7 +63,20 @@ def test_the_embedding_page_names_every_example_and_its_code_runs():
     text = (ROOT / "docs/embedding.md").read_text()
     found = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert set(re.findall(r"examples/(\w+\.py)", text)) == found
+    assert run_blocks(text)["result"].best_step is not None
+
+
+def test_the_training_pages_lora_trains_is_saved_and_samples():
+    names = run_blocks((ROOT / "docs/training.md").read_text())
+    assert names["result"].steps == 1 and names["model"].rank == 16
+    assert names["llm"].weight_epoch == names["model"].weight_epoch
+    merged = load_checkpoint(Path(names["folder"]) / "merged")
+    assert not torch.equal(merged.blocks[0].attention.o, names["base"].blocks[0].attention.o.float())
+
+
+def run_blocks(text):
+    """The names that a page's Python code leaves behind."""
     names: dict = {}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(code, names)
-    assert names["result"].best_step is not None
+    return names

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from benchmarks.models import random_model
 from engine import Llama, TokenTree, ops, save_checkpoint
 from engine.model import tree_attend
+from engine.train.batches import edge_groups
 from engine.tree import Edges
 
 BETA = 0.1
@@ -76,7 +77,10 @@ def predicting(hidden: torch.Tensor, tokens: torch.Tensor, work: Work) -> tuple[
 
 
 class Selfreward:
-    """This engine as its trainer does it: prompts once, no padding, the head in one pass, a pair's tile at a time."""
+    """This engine as its trainer does it: prompts once, no padding, the head in one pass, as many pairs at a time as fit.
+
+    Without a prompt a pair is two trees, and in one group because the trainer's 524 rows hold one pair's 2 x 255 and not
+    three answers'; a pair that is cut is an error."""
 
     def hidden(self, model: Llama, tokens: Sequences, work: Work) -> Any:
         split, trees = work["prompt"], []
@@ -84,26 +88,28 @@ class Selfreward:
             answers = [TokenTree(x[split:].tolist(), 1.0, 2 * number + i) for i, x in enumerate((chosen, rejected))]
             trees.extend([TokenTree(chosen[:split].tolist(), children=tuple(answers))] if split else answers)
         (pack,) = TokenTree.pack(trees, 1 << 20)
-        return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains)), pack.edges
+        return model(pack.tokens, pack.position, tree_attend(pack.end, pack.chains)), pack
 
     def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
-        rows, edges = hidden
-        sizes = torch.unique_consecutive(edges.sequence // 2, return_counts=True)[1].tolist()
-        columns = (edges.row, edges.target, edges.weight, edges.sequence)
-        pairs = [Edges(*part) for part in zip(*(column.split(sizes) for column in columns), strict=True)]
-        losses = [partial(self._pair, edges=pair, pairs=work["pairs"]) for pair in pairs]
-        return ops.logprob_losses(rows, model.head, list(zip(pairs, losses, strict=True)))[0]
+        rows, pack = hidden
+        groups = edge_groups(pack, ops.group_rows(model.head))
+        parts = [(edges, partial(self._group, edges=edges, pairs=work["pairs"])) for edges in groups]
+        return ops.logprob_losses(rows, model.head, parts)[0]
 
     @staticmethod
-    def _pair(logp: torch.Tensor, edges: Edges, pairs: int) -> tuple[torch.Tensor, None]:
-        return dpo(torch.zeros(2).index_add(0, edges.sequence % 2, logp)) / pairs, None
+    def _group(logp: torch.Tensor, edges: Edges, pairs: int) -> tuple[torch.Tensor, None]:
+        present, sequence = edges.sequence.unique(return_inverse=True)
+        if not torch.equal(present[::2] + 1, present[1::2]) or bool((present[::2] % 2).any()):
+            raise ValueError(f"a group has the answers {present.tolist()}; expected those of whole pairs")
+        logps = torch.zeros(len(present)).index_add(0, sequence, logp)
+        return dpo(torch.cat((logps[::2], logps[1::2]))) * len(present) / (2 * pairs), None
 
 
 class Recompute(Selfreward):
     """The head through `token_logprobs`, which knows nothing of the loss: every tile is made twice."""
 
     def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
-        rows, edges = hidden
+        rows, edges = hidden[0], hidden[1].edges
         logp, _ = ops.token_logprobs(rows[edges.row], model.head, edges.target)
         logps = torch.zeros(2 * work["pairs"]).index_add(0, edges.sequence, logp)
         return dpo(torch.cat((logps[::2], logps[1::2])))
@@ -123,7 +129,7 @@ class Eager:
 
 class LinearCrossEntropy(Eager):
     """torch's, in chunks as it chooses them, once for all tokens: a call for each sequence, whose sum it can give, keeps a
-    gradient of the head for each (2,040 tokens: 11.9 s and 789 MB instead of 3.7 and 107)."""
+    gradient of the head for each (2,040 tokens: 11.9 s and 789 MB instead of 3.7 and 103)."""
 
     def loss(self, model: Llama, hidden: Any, tokens: Sequences, work: Work) -> torch.Tensor:
         rows, targets = predicting(hidden, tokens, work)
@@ -193,11 +199,12 @@ def reset_peak() -> int:
     return status("VmRSS")
 
 
-def step(way: Any, model: Llama, work: Work) -> dict[str, float]:
-    """A whole step but the optimiser's: gradients are there at the end."""
+def step(way: Any, model: Llama, work: Work, cold: int) -> dict[str, float]:
+    """A whole step but the optimiser's: gradients are there at the end. cold: bytes in use before the first step of the
+    process, so that what a way keeps from one step to the next is counted as its memory."""
     tokens = sequences(work, model.config.vocab_size)
     model.zero_grad(set_to_none=True)
-    before = reset_peak()
+    reset_peak()
     times = [time.perf_counter()]
     hidden = way.hidden(model, tokens, work)
     times.append(time.perf_counter())
@@ -207,28 +214,32 @@ def step(way: Any, model: Llama, work: Work) -> dict[str, float]:
     times.append(time.perf_counter())
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     parts = {"hidden": times[1] - times[0], "loss": times[2] - times[1], "backward": times[3] - times[2]}
-    peak = status("VmHWM") - before
+    peak = status("VmHWM") - cold
     return {"seconds": times[-1] - times[0], **parts, "peak": peak, "value": loss.item(), "norm": norm.item()}
 
 
-def head(way: Any, model: Llama, work: Work) -> dict[str, float]:
-    """The loss alone, forward and backward, on given hidden states; peak is besides their gradient and the head's."""
+def head(way: Any, model: Llama, work: Work, cold: int) -> dict[str, float]:
+    """The loss alone, forward and backward, on given hidden states; peak, as `step` has it, is besides these, their
+    gradient and the head's."""
     tokens = sequences(work, model.config.vocab_size)
     shape = (2 * work["pairs"], work["prompt"] + work["answer"], model.config.dim)
-    states = torch.randn(shape, generator=torch.Generator().manual_seed(work["seed"])).requires_grad_()
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(work["seed"]))
+    if isinstance(way, Selfreward):  # one answer after the other, pair by pair
+        states = states.view(2, work["pairs"], *shape[1:]).transpose(0, 1).flatten(0, 2)
+    states.requires_grad_()
     given: Any = states
     if isinstance(way, Selfreward):
-        edges = way.hidden(_Flat(), tokens, {**work, "prompt": 0})[1]
-        given = states.view(2, work["pairs"], *shape[1:]).transpose(0, 1).flatten(0, 2), edges
+        given = states, way.hidden(_Flat(), tokens, {**work, "prompt": 0})[1]
     model.head.grad = None
-    before = reset_peak()
+    reset_peak()
     start = time.perf_counter()
     loss = way.loss(model, given, tokens, work)
     loss.backward()
     seconds = time.perf_counter() - start
-    peak = status("VmHWM") - before - 4 * (states.numel() + model.head.numel())
+    peak = status("VmHWM") - cold - 4 * (2 * states.numel() + model.head.numel())
     assert states.grad is not None and model.head.grad is not None
-    return {"seconds": seconds, "peak": peak, "value": loss.item(), "norm": states.grad.norm().item()}
+    norms = {"norm": states.grad.norm().item(), "head_norm": model.head.grad.norm().item()}
+    return {"seconds": seconds, "peak": peak, "value": loss.item(), **norms}
 
 
 class _Flat:
@@ -244,11 +255,12 @@ def main() -> None:
     way, model = WAYS[name](), random_model(model_name)
     if isinstance(way, Trl):
         model = way.prepare(model)
+    cold = reset_peak()
     print(json.dumps({"ready": name, "torch": torch.__version__}), flush=True)
     for line in sys.stdin:
         work = json.loads(line)
         kind = {"step": step, "head": head}[work.pop("kind")]
-        print(json.dumps(kind(way, model, work)), flush=True)
+        print(json.dumps(kind(way, model, work, cold)), flush=True)
 
 
 if __name__ == "__main__":

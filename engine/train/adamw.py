@@ -35,7 +35,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
-        self._scale = min(1.0, limit / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s
+        ratio = limit / (norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s: a NaN stays one
+        self._scale = 1.0 if ratio > 1.0 else ratio
         return norm
 
     @torch.no_grad()

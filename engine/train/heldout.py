@@ -22,7 +22,7 @@ class Heldout:
     "rewards/accuracies" or "rewards/margins" (the higher).
     `keep_best`: the model ends with the weights that measured best, the first of equals. `patience`: training ends after
     that many measurements in a row that were no better than the best (None: never). Both go through an interruption as if
-    there had been none.
+    there had been none. A measure that is not finite ends the training: FloatingPointError naming the step and the rows.
     """
 
     rows: Sequence[SFTRow] | Sequence[DPORow]

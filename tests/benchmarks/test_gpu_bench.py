@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_engine, training
 from benchmarks.gpu_bench import Bench, Case
+from engine import Llama, LlamaConfig
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,6 +46,12 @@ def smoke(part, tmp_path):
 def test_every_case_of_a_part_runs_at_toy_size(part, names, tmp_path):
     rows = smoke(part, tmp_path)
     assert {row.split(" | ")[0].removeprefix("| ") for row in rows if "| kernel |" not in row} == names
+
+
+def test_a_steps_flops_are_those_of_products_with_weights_and_the_head_counts_for_targets_alone():
+    model = Llama(LlamaConfig(32, 2, 4, 2, 8, 48, vocab_size=300, max_seq_len=64))
+    expected = training.flops_of("train", model, 128, 128)  # 4 prompts, 8 answers
+    assert gpu_engine.step_flops(model, 4 * 128 + 8 * 128, 8 * 128) == expected
 
 
 def bench(tmp_path, smoke=True):

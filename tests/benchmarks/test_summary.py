@@ -34,7 +34,32 @@ def test_a_ratio_stands_beside_peers_only_and_nothing_where_nothing_was_measured
     assert "| judging | 1 | 1 | 2.0 | 50% of FLOP/s |" in out
 
 
+def test_a_directory_with_training_records_alone_has_their_table(tmp_path, capsys, monkeypatch):
+    (tmp_path / "train-2.json").write_bytes((summary.RESULTS / "train-2.json").read_bytes())
+    monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
+    assert summary.main() == 0
+    assert "| work | way | ms |" in capsys.readouterr().out
+
+
+def test_what_failed_or_was_not_begun_is_a_line_with_the_reason():
+    row = {"kernel": "rope", "shape": "3 x 2", "ms": 1.5, "share_of_floor": 0.5, "extra_memory": 2e6}
+    limits = {"kernel": "limits", "part": "kernels", "device": "a GPU", "gbps": 1.0, "tflops": 2.0, "versions": {}}
+    rows = [
+        limits,
+        {"kernel": "tree", "failed": "ValueError: odd"},
+        row,
+        {"kernel": "adamw", "skipped": "7 minutes are over"},
+    ]
+    assert list(summary.gpu(rows))[-3:] == [
+        "| tree | ValueError: odd | | | | |",
+        "| rope | 3 x 2 | 1.500 | 50% |  | 2 |",
+        "| adamw | 7 minutes are over | | | | |",
+    ]
+
+
 def test_a_directory_without_records_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["summary", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"no peers-WORKLOAD-THREADS\.json and no PART\.jsonl"):
+    with pytest.raises(
+        SystemExit, match=r"no peers-WORKLOAD-THREADS\.json, no train-2\.json or logprob-2\.json and no P"
+    ):
         summary.main()

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import training
 from benchmarks.drivers import drive_train
-from engine import InputError, Llama, LlamaConfig
+from engine import InputError, Llama, LlamaConfig, ops
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,36 @@ def model():
 def test_every_way_has_the_same_loss_and_gradients(model, kind, prompt, answer):
     work = {"pairs": 2, "prompt": prompt, "answer": answer, "seed": 1}
     found = {
-        name: [kind(drive_train.WAYS[name](), model, work)]
+        name: [kind(drive_train.WAYS[name](), model, work, 0)]
         for name in ("selfreward", "recompute", "eager", "linear_cross_entropy")
     }
     training.check_agreement(found)
     assert found["selfreward"][0]["norm"] > 0
-    found["eager"][0]["norm"] *= 1.01
-    with pytest.raises(AssertionError, match="eager has a norm"):
-        training.check_agreement(found)
+    for norm in ("norm", "head_norm") if kind is drive_train.head else ("norm",):
+        right = found["eager"][0][norm]
+        found["eager"][0][norm] *= 1.01
+        with pytest.raises(AssertionError, match=f"eager has a {norm} of"):
+            training.check_agreement(found)
+        found["eager"][0][norm] = right
+
+
+@pytest.mark.parametrize(("answer", "limit", "groups"), [(12, 22, 2), (12, 44, 1), (6, 12, 2), (6, 1000, 1)])
+def test_pairs_come_in_the_trainers_groups(model, monkeypatch, answer, limit, groups):
+    """2 pairs: of two trees with 11 edges each, or of one tree with 12."""
+    work = {"pairs": 2, "prompt": 12 - answer, "answer": answer, "seed": 1}
+    seen, run = [], ops.logprob_losses
+    monkeypatch.setattr(ops, "group_rows", lambda head: limit)
+    monkeypatch.setattr(ops, "logprob_losses", lambda *given: seen.append(len(given[2])) or run(*given))
+    found = {name: [drive_train.step(drive_train.WAYS[name](), model, work, 0)] for name in ("selfreward", "eager")}
+    training.check_agreement(found)
+    assert seen == [groups]
+
+
+@pytest.mark.parametrize("limit", [11, 33])
+def test_a_pair_that_is_cut_is_an_error(model, monkeypatch, limit):
+    monkeypatch.setattr(ops, "group_rows", lambda head: limit)
+    with pytest.raises(ValueError, match="expected those of whole pairs"):
+        drive_train.step(drive_train.WAYS["selfreward"](), model, {"pairs": 2, "prompt": 0, "answer": 12, "seed": 1}, 0)
 
 
 def test_flops_are_those_of_products_with_weights(model):
@@ -76,6 +98,20 @@ def test_a_peer_that_is_missing_is_left_out_by_name_and_an_unknown_one_is_an_err
     assert "liger left out: no no_such_package here" in capsys.readouterr().out
     with pytest.raises(InputError, match="peer is 'vllm'"):
         training.pythons("train", ["vllm"], None)
+
+
+def test_memory_that_a_way_keeps_counts_in_every_later_step(model):
+    class Keeping(drive_train.Eager):
+        kept = None
+
+        def hidden(self, *given):
+            self.kept = torch.ones(1 << 24) if self.kept is None else self.kept
+            return super().hidden(*given)
+
+    work, cold = {"pairs": 2, "prompt": 0, "answer": 12, "seed": 1}, drive_train.reset_peak()
+    way = Keeping()
+    for _ in range(2):
+        assert drive_train.step(way, model, work, cold)["peak"] > 60e6
 
 
 def test_memory_that_a_step_takes_is_seen():

@@ -34,6 +34,7 @@ void check_product() {
   check_shape(300, 65, 7, true, true, false);
   check_shape(7, 65, 2100, false, false, false);  // more than a slab of the depth
   check_shape(7, 65, 2100, true, true, true);
+  check_shape(513, 65, 2100, true, false, true);  // more of a transposed a's rows than are packed at a time
   check_shape(3, 0, 7, true, false, false);
 }
 

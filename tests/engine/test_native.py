@@ -1,5 +1,8 @@
 """The trainer's native kernels: values and gradients against float64, odd shapes, levels, threads, bad input."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -47,13 +50,51 @@ def test_dense_and_its_gradients(rows, depth, columns):
     check(native.dense, F.linear, [random(rows, depth), random(columns, depth)])
 
 
-@pytest.mark.parametrize("rows, depth, columns", [(5, 4200, 130), (600, 70, 1100), (7, 2049, 1030)])
+@pytest.mark.parametrize(
+    "rows, depth, columns", [(5, 4200, 130), (600, 70, 1100), (7, 2049, 1030), (1100, 2100, 70), (513, 4097, 65)]
+)  # a transposed x of the last two has more rows than are packed at a time
 def test_products_have_the_samplers_bits_in_every_layout_and_blocks_change_none(rows, depth, columns):
     x, weight = random(rows, depth), random(columns, depth)
     expected = ops.linear(x, ops.pack_linear(weight))
     for a in (x, x.T.contiguous().T):
         for b in (weight.T, weight.T.contiguous()):
             assert torch.equal(native.product(a, b), expected)
+
+
+def test_no_rows_and_no_tokens_have_empty_results_and_zero_gradients():
+    x, weight = random(0, 5).requires_grad_(), random(3, 5).requires_grad_()
+    y = native.dense(x, weight)
+    y.sum().backward()
+    assert y.shape == (0, 3) and x.grad.shape == (0, 5) and not weight.grad.any() and weight.grad.shape == (3, 5)
+    assert torch.equal(native.product(random(2, 0), random(0, 3), torch.ones(2, 3), add=True), torch.ones(2, 3))
+    end = torch.zeros(0, dtype=torch.int64)
+    q, k, v = (random(0, heads, 8).requires_grad_() for heads in (4, 2, 2))
+    out = native.tree_attention(q, k, v, end, native.windows(end))
+    out.sum().backward()
+    assert native.windows(end).tolist() == [0] and out.shape == q.grad.shape == (0, 4, 8) and k.grad.shape == (0, 2, 8)
+
+
+def test_memory_that_attention_does_not_get_is_an_error_not_the_end():
+    """It asks for 100 MB a thread here, when 50 are left, before any thread works."""
+    code = """if True:
+        import resource
+        import torch
+        from engine import native
+        torch.set_num_threads(2)
+        n = 200_000
+        q, end = torch.zeros(n, 2, 1), torch.full((n,), n)
+        bounds = native.windows(end)
+        few, small = q[:900], torch.full((900,), 900)
+        native.tree_attention(few, few, few, small, native.windows(small))  # starts the thread, whose stack is memory too
+        taken = int(next(x for x in open("/proc/self/status") if x.startswith("VmSize")).split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (50 << 20),) * 2)
+        try:
+            native.tree_attention(q, q, q, end, bounds)
+        except MemoryError:
+            print("no memory")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "no memory\n"), done.stderr
 
 
 def test_dense_gives_only_the_gradients_that_are_asked_for():
@@ -167,7 +208,7 @@ def test_logprobs_and_their_gradients(vocab):
 
 @pytest.mark.parametrize("linear", (False, True))
 @pytest.mark.parametrize("held", (False, True))
-def test_both_schedules_give_the_same_bits(monkeypatch, linear, held):
+def test_both_schedules_give_the_same_logp_bit_for_bit_and_the_same_gradients(monkeypatch, linear, held):
     if not held:
         monkeypatch.setattr("engine.kernels.linear_logprob.HELD_BYTES", 0)
     monkeypatch.setattr(native.LogprobTiles, "COLUMNS", 128)

@@ -160,6 +160,26 @@ def test_two_runs_with_one_seed_are_identical_and_another_seed_differs():
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
+def test_two_runs_that_are_large_enough_for_threads_are_identical():
+    """A step of 960 tokens at width 128 is shared out: torch's own products and sums begin to at 32,768 elements."""
+    config = LlamaConfig(
+        dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=256, vocab_size=512, max_seq_len=256
+    )
+    draw = torch.Generator().manual_seed(4)
+    ids = lambda count: torch.randint(1, 512, (count,), generator=draw).tolist()
+    rows = with_reference([DPORow(ids(80), ids(80), ids(80)) for _ in range(8)], [(-500.0, -500.0)] * 8)
+    threads, ends = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            llama = Llama(config).init_weights(seed=1)
+            train(llama, rows, DPOConfig(lr=1e-3, batch_size=4, epochs=2, dropout=0.1))
+            ends.append([parameter.detach() for parameter in llama.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*ends, strict=True))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -21,6 +21,7 @@ from engine import (
 )
 from engine.train import checks
 from engine.train import precision as precision_module
+from engine.train.adamw import StochasticAdamW
 from engine.train.packs import Batch
 from engine.train.precision import computing
 from engine.train.trainer import _backward
@@ -106,6 +107,26 @@ def trained(mode, out_dir, stops=()):
 def test_a_resume_has_the_bits_of_the_unbroken_run(mode, tmp_path):
     expected, found = trained(mode, tmp_path / "whole"), trained(mode, tmp_path / "broken", stops=(1, 4, 2))
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True)) and found[1] == expected[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_of_masked_tokens_alone_changes_nothing(mode):
+    llama = start(mode)
+    before = flat(llama)
+    result = train(llama, [SFTRow([1, 2, 3], [4, 5, 6], [False] * 3)] * 2, SFTConfig(precision=mode, weight_decay=0.0))
+    assert result.steps == 1 and torch.equal(flat(llama), before)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), 3.0, 0.5])
+def test_clipping_scales_as_torchs_does_also_where_the_norm_is_no_number(norm):
+    """A NaN makes every weight one, rather than the others moving on by gradients of any size."""
+    mine, theirs = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    mine.grad, theirs.grad = (torch.tensor([norm, 0, 0, 0]).bfloat16() for _ in range(2))
+    optimizer = StochasticAdamW([mine], 0, 1e-3, (0.9, 0.95), 0.0)
+    found, expected = optimizer.clip(1.0), torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+    scaled = mine.grad.float() * torch.tensor(optimizer._scale)
+    torch.testing.assert_close(torch.tensor(found), expected.float(), equal_nan=True)
+    torch.testing.assert_close(scaled, theirs.grad.float(), rtol=1e-2, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("mode", ["bf16-copy", "bf16-stochastic"])

@@ -74,6 +74,35 @@ def test_the_reference_is_the_same_in_pieces(monkeypatch):
     assert same(after(adamw_bf16_reference, state(1000), Place(KEY, 1, 3)), whole)
 
 
+def odd_state():
+    """`state` with NaNs, of both signs and with all bits set, and infinities, each in all four and alone."""
+    given = state(40 * 16)
+    for number, bits in enumerate((0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, -0x00800000)):
+        value = torch.tensor([bits], dtype=torch.int32)
+        for which, x in enumerate(given):
+            at = 16 * (4 * number + which) + torch.arange(16)
+            if x.dtype == torch.float32:
+                x.view(torch.int32)[at] = value
+            else:
+                x.view(torch.int16)[at] = (value >> 16).short()
+    return given
+
+
+@pytest.mark.parametrize("update", [adamw_bf16_reference, *map(native, _C.instruction_levels())])
+def test_what_is_not_finite_stays_so(update):
+    """A NaN is not turned into -0.0 by the random bits that it would overflow with."""
+    before = odd_state()
+    weight, grad, mean, square = (x.double() for x in before)
+    g = grad * STEP.scale
+    mean = mean * STEP.beta1 + g * (1 - STEP.beta1)
+    square = square * STEP.beta2 + g * g * (1 - STEP.beta2)
+    wide = weight * STEP.decay - mean * STEP.rate / (square.sqrt() * STEP.root + STEP.eps)
+    found = after(update, before, Place(KEY, 0))[0]
+    assert wide.isnan().sum() > 12 * 16 and wide.isinf().any()
+    assert torch.equal(found.isnan(), wide.isnan())
+    assert torch.equal(found[wide.isinf()].double(), wide[wide.isinf()])
+
+
 def test_an_element_has_a_half_word_of_its_own():
     place = Place(5, 7, 8 * (3 * 2**32 + 11))
     words = _C.philox(5, 3, 7, 11, 0)

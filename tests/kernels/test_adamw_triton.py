@@ -38,3 +38,17 @@ def check(count, place):
     adamw_bf16_reference(*expected, STEP, place)
     for a, b in zip(found, expected):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_what_is_not_finite_stays_so():
+    """A NaN is not turned into -0.0 by the random bits that it would overflow with; which one it is, the device decides."""
+    found, expected = state(64), state(64)
+    for given in (found, expected):
+        for number, bits in enumerate((0x7FFFFFFF, -1, 0x7F800000, -0x00800000)):
+            given[2].view(torch.int32)[16 * number : 16 * number + 8] = bits
+            given[1].view(torch.int16)[16 * number + 8 : 16 * number + 16] = bits >> 16
+    adamw_bf16(*found, STEP, Place(1, 1))
+    adamw_bf16_reference(*expected, STEP, Place(1, 1))
+    assert found[0][:32].isnan().all() and found[0][32:40].isinf().all()
+    for a, b in zip(found, expected):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+from engine import ops
 from engine.kernels import flash
 from engine.kernels.tree_attention import tree_attention_reference
 
@@ -58,11 +59,15 @@ STAND_INS = {
 }
 
 
+def install(name, function, monkeypatch):
+    module, attribute, _ = flash.ADAPTERS[name]
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{attribute: function}))
+
+
 @pytest.fixture(params=STAND_INS)
 def adapter(request, monkeypatch):
     name, function = STAND_INS[request.param]
-    module, attribute, _ = flash.ADAPTERS[name]
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{attribute: function}))
+    install(name, function, monkeypatch)
     flash.find.cache_clear()
     yield flash.find(name)
     flash.find.cache_clear()
@@ -72,6 +77,19 @@ def adapter(request, monkeypatch):
 def test_every_convention_gives_the_trees_attention(adapter, groups):
     q, k, v = qkv(groups=groups)
     torch.testing.assert_close(adapter(q, k, v, BOUNDS, 7), tree_attention_reference(q, k, v, END))
+
+
+@pytest.mark.parametrize("stand_in", STAND_INS)
+def test_who_repeats_keys_and_values_for_grouped_heads_is_known(stand_in, monkeypatch):
+    install(*STAND_INS[stand_in], monkeypatch)
+    assert flash.repeats(STAND_INS[stand_in][0]) == (stand_in == "torch 2.10")
+
+
+def test_what_was_measured_says_so():
+    assert "1.4 to 1.9 times its time" in ops._flash_why_not(
+        "torch_varlen", ops.Case("cuda", torch.bfloat16, True, causal=True)
+    )
+    assert "not measured" in ops._flash_why_not("fa3", ops.Case("cuda", torch.bfloat16, True, causal=True))
 
 
 def test_torchs_own_has_the_arguments_that_the_adapter_passes():

@@ -345,10 +345,42 @@ def test_a_target_that_is_no_token_is_an_error():
             run(hidden, weight, targets)
 
 
+NONE = torch.zeros(0, dtype=torch.int64)
+
+
 def test_no_edges_give_zero_gradients():
     hidden, weight, _ = inputs(3, 4, 9, torch.float32)
-    none = torch.zeros(0, dtype=torch.int64)
-    edges = Edges(none, none, torch.zeros(0), none)
+    edges = Edges(NONE, NONE, torch.zeros(0), NONE)
     value, _, logp = logprob_loss(hidden, weight, edges, partial(sft_loss, edges=edges, total_weight=5.0), True)
     value.backward()
     assert len(logp) == 0 and value == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("tiles", [TorchTiles(), TritonTiles(), native.LogprobTiles()], ids=lambda x: type(x).__name__)
+def test_no_edges_give_zero_gradients_in_all_tiles_and_schedules(tiles, linear):
+    hidden, weight, _ = inputs(3, 4, 9, torch.float32)
+    parts = [(NONE, NONE, lambda logp: (logp.sum(), None))] * 2
+    value, _, logp = op.linear_logprob_losses(hidden, weight, parts, linear, tiles)
+    value.backward()
+    assert len(logp) == 0 and value == 0 and not hidden.grad.any() and not weight.grad.any()
+    hidden.grad = weight.grad = None
+    logp, lse = linear_logprob(hidden[:0], weight, NONE, tiles)
+    (logp.sum() + lse.sum()).backward()
+    assert len(logp) == 0 and not hidden.grad.any() and not weight.grad.any()
+    logp, *gradients = tiles.at_once(hidden.detach()[:0], weight.detach(), NONE, torch.zeros(0))
+    assert len(logp) == len(gradients[0]) == 0 and not gradients[1].any()
+
+
+def test_parts_that_are_none_or_of_which_one_would_overwrite_the_others_gradient_are_errors():
+    hidden, weight, targets = inputs(4, 4, 9, torch.float32)
+    some, whole = (torch.arange(2), targets[:2], torch.sum), (None, targets, torch.sum)
+    for parts, said in (
+        ([], "parts is empty"),
+        ([some, whole], "one of 2 parts has rows None"),
+        ([whole, some], "None"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            op.linear_logprob_losses(hidden, weight, parts)
+        with pytest.raises(ValueError, match=said), torch.no_grad():
+            op.linear_logprob_losses(hidden, weight, parts)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.train.config import CHECKPOINTING
 from selfreward import run as run_module
 from selfreward.recipe import PACKAGE, recipe_keys
 from selfreward.run import main
@@ -261,8 +262,10 @@ def test_a_directory_of_something_else_is_no_model(tmp_path, capsys):
     assert "config.json is missing; HF's layout has config.json, Meta's has params.json" in capsys.readouterr().err
 
 
-def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_path):
-    out = tmp_path / "run"
+def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_path, monkeypatch):
+    out, again = tmp_path / "run", []
+    full = CHECKPOINTING["full"]
+    monkeypatch.setitem(CHECKPOINTING, "full", lambda *given: (again.append(1), full(*given))[1])
     assert command(out, "gates.min_pairs=1000") == 3
     changed = [
         "sampler.max_batch_tokens=200",
@@ -272,6 +275,7 @@ def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_pat
         "dpo.activation_checkpointing=full",
     ]
     assert command(out, *changed, f"threads={torch.get_num_threads()}") == 0
+    assert again  # the rounds were trained with it
     assert untimed_report(out) == untimed_report(finished)
 
 

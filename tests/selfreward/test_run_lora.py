@@ -69,7 +69,15 @@ def test_the_adapter_loads_in_peft(finished):
     peft = pytest.importorskip("peft")
     config = peft.PeftConfig.from_pretrained(str(finished / "iter_2/adapter"))
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (3, 6, str(M0))
-    assert len(load_file(finished / "iter_2/adapter/adapter_model.safetensors")) % (2 * 3) == 0
+    tensors = load_file(finished / "iter_2/adapter/adapter_model.safetensors")
+    assert len(tensors) == 2 * 4 * 3  # A and B, layers, targets
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(M0, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, finished / "iter_2/adapter").merge_and_unload().state_dict()
+    exported = load_file(finished / "iter_2/model/model.safetensors")
+    assert exported
+    for name, tensor in exported.items():
+        torch.testing.assert_close(theirs[name], tensor.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_a_training_that_is_stopped_and_goes_on_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):
