@@ -9,7 +9,16 @@ from engine import InputError, LlamaConfig, Tokenizer, read_config
 from selfreward.judge import JudgeTemplate
 from selfreward.prompts import take_prompts
 from selfreward.recipe import Recipe
-from selfreward.seeds import eft_groups, file_of, heldout_groups, heldout_prompts, ift_rows, known_prompts, prompt_pool
+from selfreward.seeds import (
+    eft_groups,
+    file_of,
+    heldout_groups,
+    heldout_prompts,
+    ift_rows,
+    known_prompts,
+    prompt_pool,
+    same,
+)
 
 Row = dict[str, Any]
 
@@ -46,6 +55,11 @@ def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) 
         texts[str(file_of(recipe, "data.ift"))] = said
     groups, heldout = eft_groups(recipe), heldout_groups(recipe)
     _check_apart(recipe, groups, heldout)
+    if recipe.data.ranked is not None and recipe.eft.required and trained and not groups:
+        raise InputError(
+            f"{recipe.data.ranked}: a share of {recipe.data.split[0]} of its prompts with ranks is no judge data at all; raise "
+            "the first number of data.split, give more rows, or set eft.required to false"
+        )
     for key, ranked in (("data.eft", groups if trained else []), ("data.eft_heldout", heldout)):
         if ranked:
             path = str(file_of(recipe, key))
@@ -53,6 +67,11 @@ def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) 
             odd += _tied(key, path, ranked)
     if recipe.data.heldout:
         texts[str(recipe.data.heldout)] = [(row["id"], row["prompt"]) for row in heldout_prompts(recipe)]
+    if trained:
+        odd += _overlaps(
+            {"data.ift": ift_rows(recipe), "data.eft": groups},
+            {"data.eft_heldout": heldout, "data.heldout": heldout_prompts(recipe)},
+        )
     known = known_prompts(recipe)
     if recipe.prompts.file is not None:
         take_prompts(recipe, 1, known)
@@ -71,6 +90,13 @@ def _check_apart(recipe: Recipe, groups: list[Row], heldout: list[Row]) -> None:
         raise InputError(
             f"{recipe.data.eft}: group {shared} has a prompt of {recipe.data.eft_heldout}; keep them apart"
         )
+
+
+def _overlaps(trained: dict[str, list[Row]], measured: dict[str, list[Row]]) -> list[str]:
+    """Prompts that are trained on and measured on, to case and blanks: what is measured there says too much."""
+    prompts = {key: {same(row["prompt"]) for row in rows} for key, rows in (trained | measured).items()}
+    shared = {(a, b): len(prompts[a] & prompts[b]) for a in trained for b in measured}
+    return [f"{count} prompts of {a} are in {b} too; keep them apart" for (a, b), count in shared.items() if count]
 
 
 def _answers(group: Row) -> list[str]:

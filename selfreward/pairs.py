@@ -26,7 +26,7 @@ class Rules:
     `tie_break` decides between equal scores: "index" takes the lowest, "variance" first the answer on which the judge's
     draws agree more (as NeMo-Aligner's implementation does), then the lowest index.
 
-    `length_control` rho (Meta-Rewarding, arXiv 2407.19594, section 2.2): chosen is the shortest answer in the top tier,
+    `length_control` rho (Meta-Rewarding, arXiv 2407.19594): chosen is the shortest answer in the top tier,
     scores from (1 - rho) top + rho bottom up, rejected the longest in the bottom tier; 0: among equals only; None: off.
     Lengths are in tokens; answers as long as each other are chosen between by score, then as `tie_break` says.
     """
@@ -111,7 +111,7 @@ def _why_none(scored: Sequence[Row], left: Sequence[Row], rules: Rules) -> str |
 def consistency(candidates: Sequence[Row]) -> float | None:
     """How far the judge's draws order the candidates alike: 1 always the same order, 0.5 as by chance; None: nothing known.
 
-    (tau + 1) / 2 with the mean of Kendall's tau over all pairs of draws, after CREAM (arXiv 2410.12735, section 4), which
+    (tau + 1) / 2 with the mean of Kendall's tau over all pairs of draws, after CREAM (arXiv 2410.12735), which
     compares the rankings of two models; here they are two draws of one. A pair of draws without an order has tau 0.
     """
     draws = [c["draws"] for c in candidates]

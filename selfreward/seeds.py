@@ -27,7 +27,6 @@ class Seeds:
     ift: list[Row] = field(default_factory=list)
     eft: list[Row] = field(default_factory=list)
     eft_heldout: list[Row] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)  # all of them, before the division
     counts: Counter[str] = field(default_factory=Counter)
     duplicates: list[str] = field(default_factory=list)  # ids of rows whose prompt an earlier row has
 
@@ -117,7 +116,7 @@ def split(rows: list[Row], shares: tuple[float, float], seed: int) -> Seeds:
     and the prompt alone, so that a row more moves few others. Prompts that differ only in case or blanks are one: the
     first row has it.
     """
-    seeds, first = Seeds(rows=rows), dict[str, Row]()
+    seeds, first = Seeds(), dict[str, Row]()
     for row in rows:
         if first.setdefault(same(row["prompt"]), row) is not row:
             seeds.duplicates.append(row["id"])

@@ -85,7 +85,7 @@ def _part(
         part |= {"rows": read.total, "formats": dict(read.matched), "refused": dict(read.reasons())}
         part["left_out"] = left_out(read)
         part["errors"] += [f"{r.where}: {r.said}" for r in read.refused if r.broken]
-    if not rows and not part["errors"]:
+    if not rows and read is not None and not part["errors"]:
         part["errors"] = [f"{part['file']}: no usable rows"]
     prompts = Counter(same(row["prompt"]) for row in rows)
     part["duplicate_prompts"] = sum(prompts.values()) - len(prompts)

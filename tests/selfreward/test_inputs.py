@@ -71,3 +71,23 @@ def test_groups_of_one_rank_among_others_are_counted(tmp_path, capsys):
         "warning: " in err
         and "some.jsonl: 1 of 3 groups are of no use, first some-2: their answers have one rank" in err
     )
+
+
+def test_prompts_that_are_trained_on_and_measured_on_are_said(tmp_path, capsys):
+    (first, *rest) = (DATA / "heldout.jsonl").read_text().splitlines(keepends=True)
+    prompt = json.loads(first)["prompt"]
+    (tmp_path / "heldout.jsonl").write_text("".join([first, *rest[:9]]))
+    lines = (DATA / "ift.jsonl").read_text().splitlines(keepends=True)[:8]
+    row = json.dumps({"prompt": prompt.replace(" ", "  "), "response": "a"})
+    (tmp_path / "ift.jsonl").write_text("".join(lines) + row + "\n")
+    given = [f"data.heldout={tmp_path / 'heldout.jsonl'}", f"data.ift={tmp_path / 'ift.jsonl'}"]
+    assert main(["validate", "--json", *given]) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert warnings == ["1 prompts of data.ift are in data.heldout too; keep them apart"]
+
+
+def test_a_division_without_judge_data_is_refused(tmp_path, capsys):
+    path = ranked(tmp_path / "few.jsonl", [(0, 1), (1, 0)])
+    unset = [f"data.{key}=null" for key in ("ift", "eft", "eft_heldout", "eft_limit")]
+    err = said(capsys, tmp_path / "out", *unset, f"data.ranked={path}")
+    assert "few.jsonl: a share of 0.15 of its prompts with ranks is no judge data at all; raise the first number" in err

@@ -111,3 +111,9 @@ def test_parts_that_contradict_each_other_are_refused(override: str, message: st
 def test_agreement_is_the_order_of_the_ranks() -> None:
     assert agrees([5.0, 3.0, 3.0], [0, 1, 1]) is None
     assert agrees([3.0, 3.0], [0, 1]) == "tie" and agrees([2.0, 3.0], [0, 1]) == "order"
+
+
+def test_prompts_that_differ_in_case_or_blanks_are_one_and_the_first_row_has_it() -> None:
+    rows = [{"id": str(i), "prompt": p, "response": "r"} for i, p in enumerate(("Why ?", "why\n  ?", "why?", "WHY ? "))]
+    seeds = split(rows, (0.15, 0.05), seed=0)
+    assert [row["id"] for row in seeds.ift] == ["0", "2"] and seeds.duplicates == ["1", "3"]
