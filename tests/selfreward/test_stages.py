@@ -182,7 +182,7 @@ def test_the_rounds_label_smoothing_is_what_consistency_leaves(round_one, monkey
     run.rows = rows.__getitem__
     monkeypatch.setattr(run.dir, "counts", lambda stage: {"consistency": 0.9} if stage == "iter_1/pairs" else {})
     monkeypatch.setattr(type(run), "model", lambda self, k: run.recipe.model)
-    monkeypatch.setattr(stages, "_train", lambda run, model, rows, config, *rest: seen.append(config) or 1)
+    monkeypatch.setattr(stages, "_train", lambda run, model, rows, config, *rest: seen.append(config) or {"steps": 1})
     stages.train_dpo(run, 1)
     run.recipe = Recipe.load("tiny", ["pairs.consistency=true"])
     stages.train_dpo(run, 1)
