@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from engine import load_checkpoint
-
 from selfreward.pairs import build_pairs
 
 ROOT = Path(__file__).parent.parent
