@@ -10,7 +10,7 @@ from typing import NamedTuple
 from engine import RequestOutput, SamplingParams
 from selfreward import tiny
 from selfreward.context import Row, Run
-from selfreward.judge import TOP_SCORE, Judgement, judge_status
+from selfreward.judge import TOP_SCORE, Judgement, judge_status, mean_score
 from selfreward.recipe import EFT, Judge
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
@@ -97,3 +97,33 @@ def _row(item: Item, draw: int, judgement: Judgement, text: str = "", token_ids:
         "text": text,
         "token_ids": list(token_ids),
     }
+
+
+def scored_candidates(run: Run, k: int) -> dict[str, list[Row]]:
+    """Prompt id -> its candidates with the mean score of their judgements (None: too few are readable)."""
+    draws: dict[str, list[Row]] = {}
+    for row in run.rows(f"iter_{k}/judgements.jsonl"):
+        draws.setdefault(row["candidate_id"], []).append(row)
+    scored: dict[str, list[Row]] = {}
+    for row in run.rows(f"iter_{k}/candidates.jsonl"):
+        judged = draws[row["id"]]
+        scored.setdefault(row["prompt_id"], []).append(
+            row | {"score": mean_of_draws(run, judged), "draws": [each["score"] for each in judged]}
+        )
+    return scored
+
+
+def mean_of_draws(run: Run, rows: Sequence[Row]) -> float | None:
+    return mean_score([Judgement(row["score"], row["status"]) for row in rows], run.recipe.judge.min_valid_draws)
+
+
+def ranked_items(groups: Sequence[Row]) -> list[list[Item]]:
+    return [[Item(f"{g['id']}-{i}", g["prompt"], a["text"]) for i, a in enumerate(g["answers"])] for g in groups]
+
+
+def by_answer(groups: Sequence[Row], judgements: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """Group id -> for each of its answers the judgement rows, in order of the draws."""
+    drawn: dict[str, list[Row]] = {}
+    for row in judgements:
+        drawn.setdefault(row["candidate_id"], []).append(row)
+    return {group["id"]: [drawn[f"{group['id']}-{i}"] for i in range(len(group["answers"]))] for group in groups}

@@ -9,8 +9,8 @@ from itertools import combinations
 from statistics import fmean, pvariance
 from typing import Any, Literal
 
-from selfreward.evaluate import kendall_tau
 from selfreward.judge import TOP_SCORE
+from selfreward.metrics import kendall_tau
 
 REASONS = ("too_few_scored", "duplicate", "none_choosable", "tie", "none_better")
 TOO_LONG = "too_long"  # a pair that one forward pass of the training does not take

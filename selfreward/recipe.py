@@ -6,31 +6,27 @@ Nothing is coerced: `true` is no string, `"4"` is no number. An unknown key is a
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from engine import PRESETS, InputError, LlamaConfig, NotBuiltError
+from selfreward.recipe_errors import FORMS, Source, explained
+from selfreward.recipe_file import (
+    PACKAGE,
+    PATH_KEYS,
+    at,
+    is_path,
+    merged,
+    parse_override,
+    read_yaml,
+    recipe_file,
+    with_absolute_paths,
+)
 from selfreward.records import FORMATS
-
-PACKAGE = Path(__file__).parent
-RECIPES = PACKAGE / "recipes"
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
@@ -40,31 +36,29 @@ Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FORMS = ("one value", "a value for each round")  # of a per-round key
-_form = Discriminator(lambda value: FORMS[isinstance(value, list)])
-EachRate = Annotated[Annotated[Rate, Tag(FORMS[0])] | Annotated[list[Rate], Tag(FORMS[1])], _form]
-EachPositive = Annotated[Annotated[Positive, Tag(FORMS[0])] | Annotated[list[Positive], Tag(FORMS[1])], _form]
 Rho = Annotated[float, Field(ge=0, lt=0.5)]
 Shares = Annotated[tuple[Share, Share], Field(strict=False)]  # as for Betas
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML knows lists only; the two numbers stay strict
 
 
 T = TypeVar("T")
-# One value for all rounds, or a list with one for each; null is an empty list.
-PerRound = Annotated[
-    tuple[T, ...],
-    BeforeValidator(lambda value: [] if value is None else value if isinstance(value, (list, tuple)) else [value]),
-    Field(strict=False),
-]
-
-
-def of_round(values: tuple[T, ...], k: int) -> T | None:
-    """Round k's value (from 1), None if there is none."""
-    return values[k - 1 if len(values) > 1 else 0] if values else None
+_form = Discriminator(lambda value: FORMS[isinstance(value, list)])
+EachRound = Annotated[Annotated[T, Tag(FORMS[0])] | Annotated[list[T], Tag(FORMS[1])], _form]
 
 
 class Group(BaseModel):
+    """Keys that belong together. Those in `per_round` may be a list with a value for each round."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    per_round: ClassVar[tuple[str, ...]] = ()
+
+    def by_round(self) -> dict[str, list[Any]]:
+        """The keys that are lists with a value for each round."""
+        return {name: value for name in self.per_round if isinstance(value := getattr(self, name), list)}
+
+    def of_round(self, k: int) -> dict[str, Any]:
+        """The values as round `k` has them, from 1."""
+        return self.model_dump() | {name: values[k - 1] for name, values in self.by_round().items()}
 
 
 class Init(Group):
@@ -191,23 +185,16 @@ def _listed(value: float | list[float], other: float | list[float]) -> list[floa
 class DPO(SFT):
     """engine.DPOConfig without its seed. lr, min_lr and beta: a number, or a list with one for each round."""
 
-    lr: EachRate = 1e-6  # type: ignore[assignment]
-    min_lr: EachRate = 1e-7  # type: ignore[assignment]
+    per_round = ("lr", "min_lr", "beta")
+    lr: EachRound[Rate] = 1e-6  # type: ignore[assignment]
+    min_lr: EachRound[Rate] = 1e-7  # type: ignore[assignment]
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    beta: EachPositive = 0.1
+    beta: EachRound[Positive] = 0.1
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # how probable it is that a label is wrong
     nll_weight: Rate = 0.0  # of the chosen answers' loss beside the preference loss
     replay_weight: Rate = 0.0  # of the judge data's loss beside DPO's, which otherwise wears the judge down
     replay_batch_size: Count = 16
-
-    def by_round(self) -> dict[str, list[float]]:
-        """The keys that are lists."""
-        return {name: value for name in ("lr", "min_lr", "beta") if isinstance(value := getattr(self, name), list)}
-
-    def of_round(self, k: int) -> dict[str, Any]:
-        """The options of round `k`, from 1."""
-        return self.model_dump() | {name: values[k - 1] for name, values in self.by_round().items()}
 
 
 class Adapters(Group):
@@ -314,7 +301,8 @@ class Pairs(Group):
 
     allow_truncated_chosen: bool = False
     tie_break: Literal["index", "variance"] = "index"
-    length_control: PerRound[Rho] = ()  # rho of each round, or one for all; none: off
+    per_round = ("length_control",)
+    length_control: EachRound[Rho] | None = None  # rho; null: off
     per_prompt: Count = 1  # most pairs that a prompt gives
     consistency: bool = False  # the round's label smoothing is 1 - the mean of the pairs' consistency
 
@@ -381,16 +369,17 @@ class Recipe(Group):
             raise InputError("method 'positives' does no DPO, so dpo.replay_weight has no effect; set one of them only")
         if self.dpo.replay_weight and not self.data.has_eft:
             raise InputError("dpo.replay_weight needs judge data; set data.eft, or the weight to 0")
-        for name, values in self.dpo.by_round().items():
-            if len(values) != self.rounds:
+        for group, values in ((name, value) for name, value in self if isinstance(value, Group)):
+            for name, each in values.by_round().items():
+                if len(each) != self.rounds:
+                    raise InputError(
+                        f"{group}.{name} has {len(each)} value{'s' * (len(each) != 1)}, rounds is {self.rounds}; give one "
+                        "for each round, or a single value for all"
+                    )
+        for name, training in (("sft", self.sft), ("dpo", self.dpo)):
+            if self.lora.rank and training.precision != "fp32":
                 raise InputError(
-                    f"dpo.{name} has {len(values)} value{'s' * (len(values) != 1)}, rounds is {self.rounds}; give one for "
-                    "each round, or a number for all"
-                )
-        for name, group in (("sft", self.sft), ("dpo", self.dpo)):
-            if self.lora.rank and group.precision != "fp32":
-                raise InputError(
-                    f"{name}.precision is {group.precision!r} and lora.rank is {self.lora.rank}; adapters are fp32 in any "
+                    f"{name}.precision is {training.precision!r} and lora.rank is {self.lora.rank}; adapters are fp32 in any "
                     "case: leave it out, and set lora.base to bf16 to compute in it"
                 )
         if self.judge_model is not None and self.judge.by != "model":
@@ -401,11 +390,6 @@ class Recipe(Group):
             raise InputError("judge.by is 'oracle', which only the tiny world has; set evaluation.oracle to tiny too")
         if self.eft.required and self.m1 is None and not self.data.has_eft:
             raise InputError("data.eft is missing; set it, or eft.required to false to go without judge data")
-        rhos = len(self.pairs.length_control)
-        if rhos > 1 and rhos != self.rounds:
-            raise InputError(
-                f"pairs.length_control has {rhos} values for {self.rounds} rounds; give one, or one for each"
-            )
         if self.pairs.consistency and self.dpo.label_smoothing:
             raise InputError("pairs.consistency sets the label smoothing of each round; set dpo.label_smoothing to 0")
         if self.pairs.consistency and self.judge.draws < 2:
@@ -438,25 +422,25 @@ class Recipe(Group):
         that ships with this package. InputError names the key, what was found and what was expected; with
         `check_files` also a path that does not exist.
         """
-        file = _recipe_file(name_or_file)
-        values = _with_absolute_paths(_read_yaml(file), file.parent)
+        file = recipe_file(name_or_file)
+        values = with_absolute_paths(read_yaml(file), file.parent)
         changed: dict[str, Any] = {}
         for override in overrides:
-            changed = _merged(changed, _parse_override(override))
-        source = _Source(file, _with_absolute_paths(changed, Path.cwd()))
-        recipe = cls._build(_without_empty_groups(_merged(values, source.changed)), source)
+            changed = merged(changed, parse_override(override))
+        source = Source(file, with_absolute_paths(changed, Path.cwd()))
+        recipe = cls._build(_without_empty_groups(merged(values, source.changed)), source)
         if check_files:
             recipe._check_files(source)
         return recipe
 
     @classmethod
-    def _build(cls, values: dict[str, Any], source: _Source) -> Recipe:
+    def _build(cls, values: dict[str, Any], source: Source) -> Recipe:
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _explained(error, source) from None
+            raise explained(error, source, recipe_keys()) from None
 
-    def _check_files(self, source: _Source) -> None:
+    def _check_files(self, source: Source) -> None:
         for key, path in self.paths().items():
             if not path.exists():
                 raise InputError(
@@ -467,8 +451,8 @@ class Recipe(Group):
     def paths(self) -> dict[str, Path]:
         """Every file or directory that the recipe names, by dotted key."""
         values = self.model_dump()
-        found = {key: _at(values, key) for key in PATH_KEYS}
-        return {k: Path(v) for k, v in found.items() if v is not None and (k != "judge.template" or _is_path(v))}
+        found = {key: at(values, key) for key in PATH_KEYS}
+        return {k: Path(v) for k, v in found.items() if v is not None and (k != "judge.template" or is_path(v))}
 
     def dump(self) -> dict[str, Any]:
         """All keys as JSON values, for the manifest; shipped files as "package:x", so that a moved install agrees."""
@@ -483,11 +467,6 @@ class Recipe(Group):
             return str(value) if isinstance(value, Path) else value
 
         return {key: plain(value) for key, value in self.model_dump().items()}
-
-
-def recipe_names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_keys() -> list[str]:
@@ -510,224 +489,7 @@ def _group(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-6` is a number; `no`, `010` and `1:30` are strings. A key may stand once.
-
-    Aliases are refused: a value could hold itself.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"*{event.anchor} is not read; write it out", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is no plain word", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)"
-_Loader.yaml_implicit_resolvers = {}  # not YAML 1.1's
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|)$"), ["~", "n", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), ["t", "f"])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT})$"), list("-+.0123456789"))
-
-
-def _recipe_file(name_or_file: str | Path) -> Path:
-    name = str(name_or_file)
-    if isinstance(name_or_file, Path) or _is_path(name):
-        return Path(name_or_file).expanduser().absolute()
-    if name not in recipe_names():
-        shipped = ", ".join(recipe_names())
-        hint = _nearest(name, recipe_names())
-        raise InputError(f"recipe {name!r} is not shipped{hint}; use one of {shipped}, or the path of a .yaml file")
-    return RECIPES / f"{name}.yaml"
-
-
-def _is_path(name: str) -> bool:
-    return "/" in name or name.endswith((".yaml", ".yml", ".jinja")) or name.startswith("package:")
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {file} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"recipe {file}{_yaml_place(error)}; expected YAML") from None
-    if not isinstance(values, dict):
-        raise InputError(f"recipe {file} holds {_shown(values)}; expected keys and values")
-    return values
-
-
-def _yaml_place(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f", line {error.problem_mark.line + 1}: {error.problem}"
-    return f": {error}"
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    """`a.b=value` as {"a": {"b": value}}, the value read as YAML."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise InputError(f"override {override!r} is not of the form key.sub=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"override {override!r}: the value is not YAML{_yaml_place(error)}") from None
-    for part in reversed(parts):
-        value = {part: value}
-    return dict(value)
-
-
-def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`, group by group."""
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
 def _without_empty_groups(values: dict[str, Any]) -> dict[str, Any]:
     """A group whose keys are all commented out reads as null; it means the defaults."""
     groups = {name for name, field in Recipe.model_fields.items() if _group(field.annotation)} - {"init"}
     return {key: {} if value is None and key in groups else value for key, value in values.items()}
-
-
-PATH_KEYS = (
-    "model",
-    "m1",
-    "judge_model",
-    "tokenizer",
-    "data.ift",
-    "data.eft",
-    "data.eft_heldout",
-    "data.heldout",
-    "data.ranked",
-    "prompts.file",
-    "judge.template",
-)
-
-
-def _with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Strings under path keys become absolute paths; values of a wrong type stay for the validation to name."""
-    for key in PATH_KEYS:
-        value = _at(values, key)
-        if not isinstance(value, str) or not value or (key == "judge.template" and not _is_path(value)):
-            continue
-        path = _absolute(value, base)
-        change: Any = str(path) if key == "judge.template" else path
-        for part in reversed(key.split(".")):
-            change = {part: change}
-        values = _merged(values, change)
-    return values
-
-
-def _absolute(value: str, base: Path) -> Path:
-    if value.startswith("package:"):
-        return PACKAGE / value.removeprefix("package:")
-    return base / Path(value).expanduser()
-
-
-def _at(values: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saying what is wrong
-
-_EXPECTED = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "list_type": "a list",
-    "path_type": "a path",
-    "is_instance_of": "a path",
-    "model_type": "a group of keys",
-    "model_attributes_type": "a group of keys",
-}
-_NOT_BUILT = ("prompt_model",)
-
-
-class _Source:
-    """Where each key came from: the command line's own keys, else the file."""
-
-    def __init__(self, file: Path, changed: dict[str, Any]) -> None:
-        self.file, self.changed = file, changed
-
-    def of(self, key: str) -> str:
-        """`key` is dotted; the empty key is the recipe as a whole."""
-        here: Any = self.changed
-        for part in key.split("."):
-            if not isinstance(here, dict):
-                break  # an override of the whole group or list
-            if part not in here:
-                return f"recipe {self.file}" + (" and command line" if self.changed and not key else "")
-            here = here[part]
-        return "command line"
-
-
-def _explained(error: ValidationError, source: _Source) -> InputError:
-    """The first mistake as one sentence (an unknown key before anything else), and how many more there are."""
-    mistakes = sorted(error.errors(include_url=False), key=lambda m: m["type"] != "extra_forbidden")
-    first = mistakes[0]
-    parts = [str(part) for part in first["loc"] if part not in FORMS]
-    key = ".".join(parts)
-    more = f" ({len(mistakes) - 1} more after this one)" if len(mistakes) > 1 else ""
-    cause = first.get("ctx", {}).get("error")
-    kind = NotBuiltError if isinstance(cause, NotBuiltError) or key in _NOT_BUILT else InputError
-    return kind(f"{source.of(key)}: {_complaint(first, key, cause)}{more}")
-
-
-def _complaint(mistake: Any, key: str, cause: Any) -> str:
-    if cause is not None:  # raised by our own checks above, which name the key within their group
-        return f"{key}: {cause}" if key else str(cause)
-    if key in _NOT_BUILT:
-        return f"the key {key!r} is not built yet; leave it out"
-    if mistake["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(key, recipe_keys())}"
-    if ".split" in key:
-        return f"data.split: found {_shown(mistake['input'])}; expected a list of two shares, each between 0 and 1"
-    if ".betas." in key or mistake["type"] in ("tuple_type", "too_long"):
-        return f"{key.partition('.betas')[0]}.betas: found {_shown(mistake['input'])}; expected a list of two numbers"
-    if mistake["type"] == "missing":
-        return f"{key} is missing; set it"
-    expected = _EXPECTED.get(mistake["type"]) or mistake["msg"].removeprefix("Input should be ")
-    return f"{key} is {_shown(mistake['input'])}; expected {expected}"
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    """A question for the nearest known key, by its last part first: `lr` means sft.lr or dpo.lr."""
-    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfreward.evaluate import mean_and_error
 from selfreward.formats import read_jsonl
 from selfreward.judge import TOP_SCORE
+from selfreward.metrics import mean_and_error
 
 Row = dict[str, Any]
 

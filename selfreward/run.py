@@ -34,14 +34,15 @@ from typing import Any
 import torch
 
 from engine import InputError, NotBuiltError, Tokenizer, backends, content_hash
-from selfreward import stages
+from selfreward import evaluation, stages, training
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.inputs import check_inputs, load_tokenizer
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import PATH_KEYS, Recipe, recipe_names
+from selfreward.recipe import Recipe
+from selfreward.recipe_file import PATH_KEYS, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
-from selfreward.state import STAGES, RunDir, written_manifest
+from selfreward.state import STAGES, RunDir, file_hash, written_manifest
 from selfreward.validate import show, validate
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
@@ -88,22 +89,22 @@ def loop(run: Run) -> list[Row]:
     if run.recipe.init is not None:
         stage(run, "m0/model", stages.make_base)
     if run.recipe.m1 is None:
-        stage(run, "sft/model", stages.train_baseline)
+        stage(run, "sft/model", training.train_baseline)
         stage(run, "eft", stages.build_eft)
-        stage(run, "m1/model", stages.train_m1)
+        stage(run, "m1/model", training.train_m1)
     for k in range(1, rounds + 1):
         stage(run, f"iter_{k}/prompts", stages.new_prompts, k)
         stage(run, f"iter_{k}/candidates", stages.sample_candidates, k)
         stage(run, f"iter_{k}/judgements", stages.judge_round, k)
         stage(run, f"iter_{k}/pairs", stages.build_pairs, k)
-        stage(run, f"iter_{k}/model", stages.train_round, k)
+        stage(run, f"iter_{k}/model", training.train_round, k)
     models = [("M1", run.model(1), "m1/model")]
     if run.recipe.m1 is None:
         models = [("M0", run.base, "m0/model"), ("SFT", run.dir.file("sft/model"), "sft/model"), *models]
     models += [(f"M{k + 1}", run.model(k + 1), f"iter_{k}/model") for k in range(1, rounds + 1)]
     rows = []
     for name, path, made_by in models:
-        row = stage(run, f"evaluation/{name}", stages.evaluate_model, name, path)
+        row = stage(run, f"evaluation/{name}", evaluation.evaluate_model, name, path)
         pairs = run.dir.counts(made_by).get("pairs") if made_by.startswith("iter_") else None
         rows.append(row | {"pairs": pairs, "stage": made_by})
     return rows
@@ -246,12 +247,12 @@ def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> 
     judge_files = recipe.judge_model / "tokenizer.model" if recipe.judge_model else None
     return {
         "recipe": deciding(recipe),
-        "inputs": {key: stages.file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
+        "inputs": {key: file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
         "models": {
             key: content_hash(path) for key, path in recipe.paths().items() if key in ("model", "m1", "judge_model")
         },
         "tokenizer": tokenizer.template_hash,
-        "judge_tokenizer": stages.file_hash(judge_files) if judge_files and judge_files.is_file() else None,
+        "judge_tokenizer": file_hash(judge_files) if judge_files and judge_files.is_file() else None,
         "judge_template": template.hash,
         "selfreward": metadata.version("selfreward"),
         "torch": torch.__version__,

@@ -291,3 +291,12 @@ def _cut_torn_line(file: BinaryIO) -> None:
     file.seek(0)
     content = file.read()
     file.truncate(content.rfind(b"\n") + 1)
+
+
+def file_hash(path: Path) -> str:
+    """blake2b of a file's bytes, for the manifest."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

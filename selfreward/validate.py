@@ -11,10 +11,10 @@ from itertools import groupby
 from typing import Any
 
 from engine import InputError, Tokenizer
-from selfreward.evaluate import longer_wins, ranked_pairs
 from selfreward.formats import Read, left_out
 from selfreward.inputs import check_inputs, context_of
 from selfreward.judge import JudgeTemplate
+from selfreward.metrics import longer_wins, ranked_pairs
 from selfreward.recipe import Recipe
 from selfreward.seeds import USES, example_ids, file_of, read_part, read_ranked, same, split, split_file
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from engine import InputError
-from selfreward.evaluate import mean_and_error
 from selfreward.formats import read_jsonl
+from selfreward.metrics import mean_and_error
 from selfreward.recipe import Recipe
 from selfreward.run import deciding
 from selfreward.tiny import DATA

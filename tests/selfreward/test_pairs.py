@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfreward.evaluate import kendall_tau
+from selfreward.metrics import kendall_tau
 from selfreward.pairs import NO_MORE, REASONS, Rules, build_pairs, consistency, pair_id, positive
 
 PROMPT = {"id": "p7", "prompt": "Why?"}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import selfreward.recipe as recipe_module
 from engine import PRESETS, DPOConfig, InputError, LlamaConfig, NotBuiltError, SFTConfig
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import DPO, SFT, Recipe, of_round, recipe_keys, recipe_names
+from selfreward.recipe import DPO, SFT, Recipe, recipe_keys
+from selfreward.recipe_file import recipe_names
 
 SMALL = """
 model: m0
@@ -255,7 +256,7 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
             ["lora.rank=4", "dpo.precision=bf16-copy"],
             "dpo.precision is 'bf16-copy' and lora.rank is 4; adapters are fp32",
         ),
-        (["dpo.beta=[0.1]"], "dpo.beta has 1 value, rounds is 2; give one for each round, or a number for all"),
+        (["dpo.beta=[0.1]"], "dpo.beta has 1 value, rounds is 2; give one for each round, or a single value for all"),
         (["dpo.lr=[]"], "dpo.lr has 0 values, rounds is 2"),
         (["dpo.min_lr=[0, 0, 0]", "rounds=1"], "dpo.min_lr has 3 values, rounds is 1"),
         (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
@@ -384,10 +385,10 @@ def test_a_random_llama_that_does_not_fit_is_refused(init: str, message: str, tm
     [
         (
             ["pairs.length_control=[0.1, 0.2, 0.3]"],
-            "pairs.length_control has 3 values for 2 rounds; give one, or one for each",
+            "pairs.length_control has 3 values, rounds is 2; give one for each round, or a single value for all",
         ),
-        (["pairs.length_control=0.5"], "pairs.length_control.0 is 0.5; expected less than 0.5"),
-        (["pairs.length_control=x"], 'pairs.length_control.0 is "x"; expected a number'),
+        (["pairs.length_control=0.5"], "pairs.length_control is 0.5; expected less than 0.5"),
+        (["pairs.length_control=x"], 'pairs.length_control is "x"; expected a number'),
         (["pairs.tie_break=first"], "pairs.tie_break is \"first\"; expected 'index' or 'variance'"),
         (["pairs.per_prompt=0"], "pairs.per_prompt is 0; expected greater than or equal to 1"),
         (
@@ -406,9 +407,6 @@ def test_a_wrong_key_of_data_and_pairs_is_named(overrides: list[str], message: s
 
 
 def test_a_value_for_all_rounds_or_one_for_each(tmp_path: Path) -> None:
-    one, each, none = (
-        load(tmp_path, f"pairs.length_control={v}").pairs.length_control for v in ("0.1", "[0.1, 0]", "null")
-    )
-    assert (one, each, none) == ((0.1,), (0.1, 0.0), ())
-    assert [of_round(one, k) for k in (1, 2)] == [0.1, 0.1]
-    assert [of_round(each, k) for k in (1, 2)] == [0.1, 0.0] and of_round(none, 1) is None
+    one, each, none = (load(tmp_path, f"pairs.length_control={v}").pairs for v in ("0.1", "[0.1, 0]", "null"))
+    found = [[pairs.of_round(k)["length_control"] for k in (1, 2)] for pairs in (one, each, none)]
+    assert found == [[0.1, 0.1], [0.1, 0.0], [None, None]]

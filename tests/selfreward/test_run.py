@@ -115,11 +115,11 @@ def test_a_stopped_run_goes_on_at_the_unfinished_stage(finished, tmp_path, monke
 def test_beta_and_rate_of_a_round_are_those_of_its_place_in_the_list(tmp_path, monkeypatch):
     given = []
 
-    def noted(model, data, config, *rest, real=run_module.stages.train, **options):
+    def noted(model, data, config, *rest, real=run_module.training.train, **options):
         given.append((config.beta, config.lr))
         return real(model, data, config, *rest, **options)
 
-    monkeypatch.setattr(run_module.stages, "train", noted)
+    monkeypatch.setattr(run_module.training, "train", noted)
     lists = ["dpo.beta=[0.1, 0.4]", "dpo.lr=[3e-5, 1e-5]", "prompts.count=12"]
     assert command(tmp_path / "run", "model=null", f"m1={PACKAGE / 'tiny/m0'}", *lists, *UNMEASURED) == 0
     assert given == [(0.1, 3e-5), (0.4, 1e-5)]

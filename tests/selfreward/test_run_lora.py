@@ -85,18 +85,18 @@ def test_a_training_that_is_stopped_and_goes_on_ends_with_the_same_bytes(finishe
     out = tmp_path / "run"
     for folder in ("sft", "iter_2"):
         with monkeypatch.context() as patch:
-            patch.setattr(run_module.stages, "train", stopping(folder))
+            patch.setattr(run_module.training, "train", stopping(folder))
             assert command(out, *OPTIONS) == 128 + signal.SIGTERM
         assert (out / folder / "state/state.json").exists() and not (out / folder / "model").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.stages, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+        patch.setattr(run_module.training, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
         assert command(out, *OPTIONS) == 2
     assert (out / "iter_2/adapter").exists() and not (out / "iter_2/model").exists()
     assert command(out, *OPTIONS) == 0
     assert files(out) == files(finished)
 
 
-def stopping(folder, real=run_module.stages.train):
+def stopping(folder, real=run_module.training.train):
     """`train` with a SIGTERM after the first step in this folder."""
 
     def train(model, data, config, out_dir, on_step, **options):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from engine import InputError
 from selfreward.eft import agrees
-from selfreward.evaluate import longer_wins, ranked_pairs
 from selfreward.formats import as_example, as_group, read_file
+from selfreward.metrics import longer_wins, ranked_pairs
 from selfreward.recipe import Recipe
 from selfreward.seeds import eft_groups, heldout_groups, ift_rows, known_prompts, same, split, split_file
 

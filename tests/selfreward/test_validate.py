@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from engine import Tokenizer
+from selfreward.context import Run
 from selfreward.recipe import Recipe
 from selfreward.run import main
-from selfreward.stages import Run, _ift_rows
+from selfreward.training import ift_examples
 from selfreward.validate import masked, spread
 
 NOTHING: Any = None
@@ -45,7 +46,7 @@ def test_counts_lengths_and_truncations_are_those_of_the_run(
     part = validated(capsys, *words)["data.ift"]
     recipe = Recipe.load("tiny", words)
     tokenizer = Tokenizer(recipe.model)
-    _, counts = _ift_rows(Run(recipe, NOTHING, tokenizer, NOTHING, NOTHING))
+    _, counts = ift_examples(Run(recipe, NOTHING, tokenizer, NOTHING, NOTHING))
     assert (part["used"] - part["prompt_too_long"], part["cut"]) == (counts["ift"], counts["ift_cut"]) == (3, 1)
     assert part["prompt_too_long"] == counts["ift_prompt_too_long"] == 1
     assert part["formats"] == {"prompt_completion": 2, "messages": 1, "alpaca": 1} and part["refused"] == {}
