@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -70,3 +70,10 @@ def longer_wins(groups: Sequence[Row]) -> float | None:
         gap = len(answers[a]["text"]) - len(answers[b]["text"])
         won += 1.0 if gap > 0 else 0.5 if gap == 0 else 0.0
     return won / len(pairs) if pairs else None
+
+
+def entropy_bits(counts: Iterable[int]) -> float | None:
+    """Entropy of a histogram: 0 if all counts are in one place, log2(6) = 2.58 if six scores are equally frequent."""
+    found = [count for count in counts if count]
+    total = sum(found)
+    return math.fsum(count / total * math.log2(total / count) for count in found) if total else None

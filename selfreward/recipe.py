@@ -309,6 +309,10 @@ class Pairs(Group):
 
 class Gates(Group):
     min_readable: Share = 0.5  # of all judgements
+    min_score_entropy: Rate = 0.25  # bits, of the readable scores: below it one score has 96% of them or more
+    max_length_drift: Positive = (
+        3.0  # mean answer tokens against round 1's; the paper's M3 has 2.3 times M1's characters
+    )
     min_pairs: Count = 1
     step0_tolerance: Positive = 1e-3  # nats per sequence
     parity_tolerance: Positive = 1e-3  # nats per token between the sampler's log-probs and the trainer's

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from selfreward.formats import read_jsonl
 from selfreward.judge import TOP_SCORE
-from selfreward.metrics import mean_and_error
+from selfreward.metrics import entropy_bits, mean_and_error
 
 Row = dict[str, Any]
 
@@ -21,6 +21,7 @@ FIGURES = (
     *("prompts_kept", "prompts_dropped"),
     *("judgements", "statuses", "score_histogram", "score_entropy_bits", "score_mean"),
     *("pairs", "pair_yield", "pairs_dropped"),
+    "length_drift",
     *("length_chosen", "length_rejected", "length_gap", "length_gap_se"),
     "positives",
 )
@@ -41,6 +42,7 @@ def _round(folder: Path, stages: Mapping[str, Row], k: int) -> Row:
     files, prompts = folder / f"iter_{k}", stages[f"iter_{k}/prompts"]
     row: Row = {"round": k, "model": f"M{k}"} | dict.fromkeys(FIGURES)
     row |= {"prompts_kept": prompts["kept"], "prompts_dropped": _by_count(prompts["dropped"])}
+    row["length_drift"] = stages.get(f"iter_{k}/candidates", {}).get("length_drift")
     if f"iter_{k}/judgements" in stages:
         row |= judgement_figures(read_jsonl(files / "judgements.jsonl"))
     if f"iter_{k}/pairs" in stages:
@@ -83,13 +85,6 @@ def pair_figures(pairs: Sequence[Row], dropped: Sequence[Row]) -> Row:
         "length_gap": gap,
         "length_gap_se": error,
     }
-
-
-def entropy_bits(counts: Iterable[int]) -> float | None:
-    """Entropy of a histogram: 0 if all counts are in one place, log2(6) = 2.58 if six scores are equally frequent."""
-    found = [count for count in counts if count]
-    total = sum(found)
-    return math.fsum(count / total * math.log2(total / count) for count in found) if total else None
 
 
 def _by_count(counts: Mapping[str, int]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections import Counter
 from engine import Llama, RequestOutput, SamplingParams, save_checkpoint
 from selfreward.context import GateError, Row, Run
 from selfreward.eft import select
+from selfreward.gates import check_judgements, length_drift
 from selfreward.judging import Item, by_answer, judge_by_model, judge_candidates, ranked_items, scored_candidates
 from selfreward.pairs import TOO_LONG, Rules, pair_id
 from selfreward.pairs import build_pairs as prompt_pairs
@@ -116,7 +117,9 @@ def sample_candidates(run: Run, k: int) -> Row:
     prompts = run.rows(f"iter_{k}/prompts.jsonl")
     requests = [_candidate_request(run, k, prompt, options) for prompt in prompts]
     rows = sample_groups(run, f"iter_{k}/candidates.jsonl", run.llm(run.model(k)), in_groups(requests))
-    return {"prompts": len(prompts), "candidates": len(rows)} | _finish_counts(rows)
+    drift = length_drift(run, k, [len(row["token_ids"]) for row in rows])
+    counts = {"prompts": len(prompts), "candidates": len(rows)} | _finish_counts(rows)
+    return counts | ({} if drift is None else {"length_drift": round(drift, 4)})
 
 
 def _candidate_request(run: Run, k: int, prompt: Row, options: Candidates) -> Request:
@@ -155,14 +158,7 @@ def judge_round(run: Run, k: int) -> Row:
     rows = judge_candidates(run, k, list(items.values()))
     statuses = Counter(row["status"] for row in rows)
     assert sum(statuses.values()) == len(candidates) * options.draws
-    readable = statuses["ok"] / len(rows)
-    if readable < run.recipe.gates.min_readable:
-        raise GateError(
-            f"round {k}: {readable:.1%} of {len(rows)} judgements are readable ({reasons(statuses)}), the floor is "
-            f"{run.recipe.gates.min_readable:.0%}: give the model judge data (data.eft), more room (judge.max_tokens), a "
-            f"template that it can follow (judge.template), or lower gates.min_readable; what it wrote is in "
-            f"{run.dir.file(f'iter_{k}/judgements.jsonl')}"
-        )
+    check_judgements(run, k, rows)
     return {"judgements": len(rows), "statuses": dict(statuses)}
 
 

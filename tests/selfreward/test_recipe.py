@@ -59,7 +59,7 @@ pairs.allow_truncated_chosen pairs.tie_break pairs.length_control pairs.per_prom
 dpo.lr dpo.min_lr dpo.schedule dpo.warmup_steps dpo.epochs dpo.max_steps dpo.batch_size dpo.weight_decay dpo.betas
 dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.activation_checkpointing dpo.precision dpo.beta dpo.loss
 dpo.label_smoothing dpo.nll_weight dpo.replay_weight dpo.replay_batch_size
-gates.min_readable gates.min_pairs gates.step0_tolerance gates.parity_tolerance
+gates.min_readable gates.min_score_entropy gates.max_length_drift gates.min_pairs gates.step0_tolerance gates.parity_tolerance
 evaluation.oracle evaluation.prompts evaluation.temperature evaluation.greedy evaluation.max_tokens
 evaluation.judge_groups
 sampler.kv_cache_gb sampler.max_batch_tokens sampler.max_sequences sampler.block_size

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from selfreward.metrics import entropy_bits
 from selfreward.report import build_report, print_report
 from selfreward.report_html import SHOWN_CHARACTERS, example_pairs, render, write_report
 from selfreward.report_plots import Plot, draw_plots
-from selfreward.report_rounds import entropy_bits, judgement_figures, pair_figures, round_figures
+from selfreward.report_rounds import judgement_figures, pair_figures, round_figures
 from selfreward.state import RunDir
 
 ROOT = Path(__file__).parents[2]
