@@ -105,6 +105,11 @@ def save_checkpoint(
     `generation_config` is added to generation_config.json, which otherwise holds the ids of BOS and EOS.
     Raises InputError where the directory cannot be written (full disk, no permission); what stood there before stays.
     """
+    if not isinstance(model, Llama):
+        raise InputError(
+            f"the model is a {type(model).__name__}; a checkpoint holds a Llama (of a LoRA save `merged()`, or the adapter "
+            "alone with save_adapter)"
+        )
     if any(given_up(parameter) for parameter in model.parameters()):
         raise InputError("the model's matrices are packed for sampling only; save the one that was trained or loaded")
     if model.embed.dtype not in DTYPES:

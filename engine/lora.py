@@ -106,6 +106,8 @@ class LoRA(Weights):
                 "the base's matrices were packed for sampling and given up: load_checkpoint gives another one"
             )
         _check_shape(base.config, rank, alpha, targets)
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed!r}; expected an integer from 0, below 2**63")
         self._base = (base,)  # in a tuple, so that its parameters are not this module's
         self.rank, self.alpha = rank, float(alpha)
         self.targets = tuple(name for name in PROJECTIONS if name in targets)

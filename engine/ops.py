@@ -458,8 +458,30 @@ def token_logprobs(
     hidden [N, dim], weight [vocab, dim] (the head), targets [N] int64 in [0, vocab) -> logp [N], lse [N].
     Differentiable in hidden and weight, through both outputs. For the edges of a pack pass
     `F.embedding(edges.row, hidden)`: in the backward of `hidden[edges.row]` torch's threads on a CPU add as they come.
+    Raises InputError for shapes and dtypes that do not fit, and on a CPU for a target outside the vocabulary; a GPU would
+    have to be waited for, and gives NaN there.
     """
+    _check_logprob(hidden, weight, targets)
     return choose("linear_logprob", hidden.device.type, hidden.dtype).fn(hidden, weight, targets)
+
+
+def _check_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
+    shapes = f"hidden is {list(hidden.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
+        raise InputError(f"{shapes}; expected [N, dim], [vocab, dim] and [N]")
+    if targets.dtype != torch.int64:
+        raise InputError(f"targets are {targets.dtype}; expected torch.int64")
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = (int(value) for value in targets.aminmax())
+        if low < 0 or high >= len(weight):
+            raise InputError(
+                f"targets hold {low if low < 0 else high}; expected 0 to {len(weight) - 1}, rows of weight"
+            )
 
 
 def packs(weight: torch.Tensor) -> bool:

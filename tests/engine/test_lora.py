@@ -281,6 +281,12 @@ def test_llm_samples_a_live_model_in_bf16_through_the_trainers_copy():
 # ---- PEFT's files -----------------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_holds_no_adapters(tmp_path):
+    with pytest.raises(InputError, match=r"the model is a LoRA; a checkpoint holds a Llama .*merged"):
+        save_checkpoint(LoRA(base()), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_adapter_that_was_saved_is_the_same_when_it_is_loaded(tmp_path):
     for targets in (PROJECTIONS, ("v_proj", "q_proj")):
         lora = adapted(targets=targets)
@@ -397,6 +403,8 @@ def test_a_damaged_or_unknown_adapter_is_named(damage, said, tmp_path):
         ({"targets": "q_proj"}, "targets is 'q_proj'; expected some of q_proj, k_proj"),
         ({"targets": []}, r"targets is \[\]"),
         ({"targets": ["lm_head"]}, "targets is .'lm_head'.; expected some of"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; expected an integer from 0"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_a_wrong_option_is_named(options, said):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import logprob_loss, native, ops
+from engine import InputError, logprob_loss, native, ops
 from engine.kernels import linear_logprob as op
 from engine.kernels.linear_logprob import (
     TorchTiles,
@@ -384,3 +384,24 @@ def test_parts_that_are_none_or_of_which_one_would_overwrite_the_others_gradient
             op.linear_logprob_losses(hidden, weight, parts)
         with pytest.raises(ValueError, match=said), torch.no_grad():
             op.linear_logprob_losses(hidden, weight, parts)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "targets", "said"),
+    [
+        ((3, 4), (5, 6), [1, 2, 3], r"hidden is \[3, 4\], weight \[5, 6\], targets \[3\]; expected \[N, dim\]"),
+        ((3, 4), (5, 4), [1, 2], r"targets \[2\]; expected"),
+        ((2, 3, 4), (5, 4), [1, 2], r"hidden is \[2, 3, 4\]"),
+        ((3, 4), (5, 4), [1.0, 2.0, 3.0], "targets are torch.float32; expected torch.int64"),
+        ((3, 4), (5, 4), [0, 4, 5], "targets hold 5; expected 0 to 4"),
+        ((3, 4), (5, 4), [0, -100, 4], "targets hold -100; expected 0 to 4"),
+    ],
+)
+def test_what_does_not_fit_is_named(hidden, weight, targets, said):
+    with pytest.raises(InputError, match=said):
+        ops.token_logprobs(torch.zeros(hidden), torch.zeros(weight), torch.tensor(targets))
+
+
+def test_no_rows_are_no_log_probs():
+    logp, lse = ops.token_logprobs(torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.int64))
+    assert logp.shape == lse.shape == (0,)
