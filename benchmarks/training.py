@@ -71,7 +71,8 @@ def pythons(kind: str, names: Sequence[str], directory: Path | None) -> dict[str
     found = {}
     for name in names:
         if kind == "logprob" and name == "trl":
-            continue  # its head cannot be called without its model
+            print("trl left out: its head cannot be called without its model; `train` measures it")
+            continue
         if name not in PEERS:
             raise InputError(f"peer is {name!r}; expected some of {', '.join(PEERS)}")
         if other and other.is_file():

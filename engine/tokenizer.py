@@ -21,6 +21,22 @@ NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 
 CHAT_LAYOUT = "{bos}[INST] {user} [/INST]{answer}{eos}; system: <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}"
 
+# The same for transformers' apply_chat_template, whose tokenizer sets a dummy space behind every special token.
+CHAT_TEMPLATE = """\
+{%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else none -%}
+{%- for message in (messages if system is none else messages[1:]) -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{- raise_exception('user and assistant must take turns, the user first') -}}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{{- bos_token + '[INST] ' -}}
+{%- if loop.first and system is not none -%}{{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}
+{{- message['content'] | trim + ' [/INST]' -}}
+{%- else -%}
+{{- ' ' + message['content'] | trim + eos_token -}}
+{%- endif -%}
+{%- endfor -%}"""
+
 
 class Tokenizer:
     """A SentencePiece model with Llama's conventions: a dummy space before the text, no BOS or EOS unless asked for."""
@@ -130,6 +146,7 @@ class Tokenizer:
             "add_eos_token": False,
             "legacy": True,
             "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
         }
         (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
