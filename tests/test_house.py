@@ -56,6 +56,7 @@ def built(tmp_path_factory):
     return {info.filename: info for info in zipfile.ZipFile(wheel).infolist()}, members
 
 
+@pytest.mark.full  # the wheel is compiled anew, which takes a minute
 def test_the_wheel_holds_every_module_and_every_data_file(built):
     wheel, _ = built
     modules = {str(path.relative_to(ROOT)) for path in sources("engine", "selfreward")}
@@ -73,11 +74,13 @@ def test_the_wheel_holds_every_module_and_every_data_file(built):
     assert all(wheel[name].file_size > 0 for name in kernels)  # real files, not a link
 
 
+@pytest.mark.full  # the wheel is compiled anew, which takes a minute
 def test_the_wheel_installs_no_top_level_package_but_engine_and_selfreward(built):
     wheel, _ = built
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"engine", "selfreward"}
 
 
+@pytest.mark.full  # the wheel is compiled anew, which takes a minute
 def test_the_source_distribution_holds_what_the_extension_is_built_from(built):
     _, sdist = built
     extension = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
