@@ -168,13 +168,14 @@ def _may_be_chosen(candidate: Row, allow_truncated: bool) -> bool:
 
 
 def _pair_row(prompt_row: Row, chosen: Row, rejected: Row, number: int, agreed: float | None) -> dict[str, Any]:
-    """TRL's preference format plus what the trainer and the report need: scores, places, ids, which end is cut."""
+    """TRL's conversational preference format plus what the trainer and the report need: scores, places, ids, which end is
+    cut. As messages another trainer puts them into the chat layout that the model answered in (tokenizer_config.json)."""
     return {
         "id": pair_id(prompt_row["id"], number),
         "prompt_id": prompt_row["id"],
-        "prompt": prompt_row["prompt"],
-        "chosen": chosen["text"],
-        "rejected": rejected["text"],
+        "prompt": [{"role": "user", "content": prompt_row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": chosen["text"]}],
+        "rejected": [{"role": "assistant", "content": rejected["text"]}],
         "score_chosen": chosen["score"],
         "score_rejected": rejected["score"],
         "chosen_index": chosen["index"],
@@ -185,6 +186,11 @@ def _pair_row(prompt_row: Row, chosen: Row, rejected: Row, number: int, agreed: 
         "rejected_truncated": rejected["finish_reason"] == "length",
         "consistency": agreed,
     }
+
+
+def said(pair: Row, key: str) -> str:
+    """The text of a pair's "prompt", "chosen" or "rejected"."""
+    return str(pair[key][0]["content"])
 
 
 def pair_id(prompt_id: str, number: int) -> str:

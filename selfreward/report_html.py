@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from selfreward.formats import read_jsonl
+from selfreward.pairs import said
 from selfreward.report import NONE, build_report, graded_instructions, model_table, number, reasons, with_error
 from selfreward.report_plots import Plot, draw_plots
 from selfreward.report_rounds import round_figures
@@ -164,11 +165,16 @@ def example_pairs(folder: Path, stages: Iterable[str]) -> list[Row]:
 
 def _example(pair: Row) -> Row:
     answers = [
-        {"kind": kind, "text": _shown(pair[kind]), "score": number(pair[f"score_{kind}"], ".2f"), "tokens": len(ids)}
+        {
+            "kind": kind,
+            "text": _shown(said(pair, kind)),
+            "score": number(pair[f"score_{kind}"], ".2f"),
+            "tokens": len(ids),
+        }
         for kind in ("chosen", "rejected")
         for ids in [pair[f"{kind}_token_ids"]]
     ]
-    return {"prompt": _shown(pair["prompt"]), "answers": answers}
+    return {"prompt": _shown(said(pair, "prompt")), "answers": answers}
 
 
 def _shown(text: str) -> str:

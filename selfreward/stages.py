@@ -10,7 +10,7 @@ from selfreward.context import GateError, Row, Run
 from selfreward.eft import select
 from selfreward.gates import check_judgements, length_drift
 from selfreward.judging import Item, by_answer, judge_by_model, judge_candidates, ranked_items, scored_candidates
-from selfreward.pairs import TOO_LONG, Rules, pair_id
+from selfreward.pairs import TOO_LONG, Rules, pair_id, said
 from selfreward.pairs import build_pairs as prompt_pairs
 from selfreward.prompts import take_prompts, write_prompts
 from selfreward.recipe import Candidates, Recipe
@@ -210,7 +210,7 @@ def _more_prompts(recipe: Recipe) -> str:
 
 
 def _pair_tokens(run: Run, pair: Row) -> int:
-    prompt = run.tokenizer.chat_prompt(pair["prompt"])
+    prompt = run.tokenizer.chat_prompt(said(pair, "prompt"))
     return len(prompt) + len(pair["chosen_token_ids"]) + len(pair["rejected_token_ids"])
 
 

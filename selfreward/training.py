@@ -28,7 +28,7 @@ from engine import (
 )
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.judging import scored_candidates
-from selfreward.pairs import positive
+from selfreward.pairs import positive, said
 from selfreward.seeds import example_ids, file_of, ift_rows
 from selfreward.state import row_seed
 
@@ -66,7 +66,8 @@ def train_dpo(run: Run, k: int) -> Row:
     if run.recipe.pairs.consistency:
         config = replace(config, label_smoothing=1 - run.dir.counts(f"iter_{k}/pairs")["consistency"])
     rows = [
-        DPORow(run.tokenizer.chat_prompt(p["prompt"]), p["chosen_token_ids"], p["rejected_token_ids"]) for p in pairs
+        DPORow(run.tokenizer.chat_prompt(said(p, "prompt")), p["chosen_token_ids"], p["rejected_token_ids"])
+        for p in pairs
     ]
     computing = compute_model(model, config.precision)
     rows = _with_reference(run, k, computing, rows, config)

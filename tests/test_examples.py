@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import load_checkpoint
+from engine import Tokenizer, load_checkpoint, rows_from_trl
 from selfreward.pairs import build_pairs
 
 ROOT = Path(__file__).parent.parent
@@ -39,21 +39,24 @@ def test_pairs_train_the_same_in_trl_and_here(monkeypatch):
     assert gap <= 1e-4
 
 
-def test_a_runs_own_pairs_with_all_their_columns_train_the_same_in_trl(monkeypatch, tmp_path):
+def test_a_runs_own_pairs_train_the_same_in_trl_with_the_ids_that_the_loop_trains_on(monkeypatch, tmp_path):
     pytest.importorskip("trl")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = runpy.run_path(str(ROOT / "examples/pairs_in_trl.py"))
-    rows = []
+    model, pairs = names["checkpoint"](tmp_path), tmp_path / "pairs.jsonl"
+    tokenizer, rows, expected = Tokenizer(model), [], []
     for number, pair in enumerate(names["PAIRS"]):
+        answers = [[*tokenizer.encode(pair[kind].strip()), tokenizer.eos_id] for kind in ("chosen", "rejected")]
         candidates = [
-            {"id": f"{number}-{i}", "prompt_id": str(number), "prompt": pair["prompt"], "index": i, "text": pair[kind],
-             "token_ids": [5, 6], "finish_reason": "stop", "score": score, "draws": [score]}
-            for i, (kind, score) in enumerate((("chosen", 4.5), ("rejected", 2.0)))
+            {"id": f"{number}-{i}", "prompt_id": str(number), "prompt": pair["prompt"], "index": i, "draws": [score],
+             "text": tokenizer.decode(ids), "token_ids": ids, "finish_reason": "stop", "score": score}
+            for i, (ids, score) in enumerate(zip(answers, (4.5, 2.0)))
         ]  # fmt: skip
         rows += [row for row, _ in build_pairs({"id": str(number), "prompt": pair["prompt"]}, candidates)]
-    model, pairs = names["checkpoint"](tmp_path), tmp_path / "pairs.jsonl"
+        expected.append((tokenizer.chat_prompt(pair["prompt"]), *answers))
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     theirs, records = names["train_in_trl"](model, pairs, tmp_path / "out")
+    assert [(row.prompt, row.chosen, row.rejected) for row in rows_from_trl(records)] == expected
     ours, gap = names["train_here"](model, records)
     assert ours == pytest.approx(theirs, abs=1e-4) and gap <= 1e-4 and len(ours) == 3
 

@@ -48,15 +48,15 @@ def indices(*candidates: dict[str, Any], **options: Any) -> tuple[int, int] | st
     return (pair["chosen_index"], pair["rejected_index"]) if pair else reason
 
 
-def test_pair_row_is_trl_preference_format_plus_scores_and_ids() -> None:
+def test_pair_row_is_trls_conversational_preference_format_plus_scores_and_ids() -> None:
     pair, reason = build_pair(PROMPT, [candidate(0, 2.5, finish="length"), candidate(1, 14 / 3), candidate(2, 3.0)])
     assert reason is None
     assert pair == {
         "id": "p7",
         "prompt_id": "p7",
-        "prompt": "Why?",
-        "chosen": "answer 1",
-        "rejected": "answer 0",
+        "prompt": [{"role": "user", "content": "Why?"}],
+        "chosen": [{"role": "assistant", "content": "answer 1"}],
+        "rejected": [{"role": "assistant", "content": "answer 0"}],
         "score_chosen": 14 / 3,
         "score_rejected": 2.5,
         "chosen_index": 1,

@@ -33,9 +33,7 @@ def judgement(score, status="ok"):
 def pair(number=0, chosen=2, rejected=1, text="b a"):
     return {
         "id": f"1-{number}",
-        "prompt": f"prompt {number} {text}",
-        "chosen": f"chosen {number} {text}",
-        "rejected": f"rejected {number} {text}",
+        **{key: [{"role": "any", "content": f"{key} {number} {text}"}] for key in ("prompt", "chosen", "rejected")},
         "score_chosen": 4.5,
         "score_rejected": 3.0,
         "chosen_token_ids": [1] * chosen,

@@ -41,8 +41,8 @@ def round_one(tmp_path):
     for number, prompt in enumerate(("copy a b c", "sort c b")):
         answers = [[*encode(text), run.tokenizer.eos_id] for text in ("a b c", "a")]
         pairs.append(
-            {"id": f"p{number}", "prompt_id": f"p{number}", "prompt": prompt, "chosen_index": 1, "rejected_index": 0,
-             "chosen_token_ids": answers[0], "rejected_token_ids": answers[1]}
+            {"id": f"p{number}", "prompt_id": f"p{number}", "prompt": [{"content": prompt}],
+             "chosen_index": 1, "rejected_index": 0, "chosen_token_ids": answers[0], "rejected_token_ids": answers[1]}
         )  # fmt: skip
         data.append(DPORow(run.tokenizer.chat_prompt(prompt), *answers))
     for pair, (chosen, rejected) in zip(pairs, reference_logprobs(model, data), strict=True):
