@@ -155,15 +155,20 @@ def judge_round(run: Run, k: int) -> Row:
     rows = judge_candidates(run, k, list(items.values()))
     statuses = Counter(row["status"] for row in rows)
     assert sum(statuses.values()) == len(candidates) * options.draws
-    readable = statuses["ok"] / len(rows)
+    asked = len(rows) - statuses["duplicate"]
+    readable = statuses["ok"] / asked
     if readable < run.recipe.gates.min_readable:
         raise GateError(
-            f"round {k}: {readable:.1%} of {len(rows)} judgements are readable ({reasons(statuses)}), the floor is "
+            f"round {k}: {readable:.1%} of {asked} judgements are readable ({reasons(statuses)}), the floor is "
             f"{run.recipe.gates.min_readable:.0%}: give the model judge data (data.eft), more room (judge.max_tokens), a "
             f"template that it can follow (judge.template), or lower gates.min_readable; what it wrote is in "
             f"{run.dir.file(f'iter_{k}/judgements.jsonl')}"
         )
-    return {"judgements": len(rows), "statuses": dict(statuses)}
+    counts: Row = {"judgements": len(rows), "statuses": dict(statuses)}
+    if options.score == "expected":
+        counts["expected"] = sum(row.get("expected") is not None for row in rows)
+        counts["without_place"] = statuses["ok"] - counts["expected"]  # they count as the score that was drawn
+    return counts
 
 
 def build_pairs(run: Run, k: int) -> Row:

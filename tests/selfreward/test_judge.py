@@ -366,9 +366,31 @@ def test_parser_reads_the_score_of(text: str, score: float) -> None:
     assert parse_score(text) == Judgement(float(score), "ok")
 
 
+@pytest.mark.parametrize(("text", "score"), READ, ids=[repr(t)[:40] for t, _ in READ])
+def test_parser_says_where_the_score_stands(text: str, score: float) -> None:
+    span = parse_score(text).span
+    assert span is not None and float(text[slice(*span)]) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "begin"),
+    [
+        ("Score: 4\n\nScore: 4/5", 7),  # equal totals: where it was decided
+        ("4/5, so the score: 4", 0),
+        ("2 points, no: 3 points, yes 3 points", 14),  # the last value counts, from where it is kept
+        ("3 points, no: 2 points, or 3 points", 27),
+        ("**Score:**\r\n\r\n  <4>  ", 17),
+        ("Total = 1 + 1 + 1 + 1 + 0 = 4", 28),
+    ],
+)
+def test_of_scores_that_agree_the_first_place_counts(text: str, begin: int) -> None:
+    assert parse_score(text).span == (begin, begin + 1)
+
+
 @pytest.mark.parametrize(("text", "status"), UNREAD, ids=[repr(t)[:40] for t, _ in UNREAD])
 def test_parser_gives_no_number_for(text: str, status: str) -> None:
     assert parse_score(text) == Judgement(None, status)
+    assert parse_score(text).span is None
 
 
 @given(st.text(max_size=200) | st.text(alphabet="0123456789 score:/.-+%tof5pin\n*<>()|", max_size=200))
@@ -377,6 +399,9 @@ def test_parser_never_raises_and_never_leaves_the_scale(text: str) -> None:
     assert judgement.status in STATUSES
     assert (judgement.score is not None) == (judgement.status == "ok")
     assert judgement.score is None or 0 <= judgement.score <= 5
+    assert (judgement.span is not None) == (judgement.status == "ok")
+    if judgement.span is not None and "=" not in (written := text[slice(*judgement.span)]):  # "-1+1=0" is a 0
+        assert float(written) == judgement.score
 
 
 WORDS = st.text(alphabet="abcdeghijklm ,\n", max_size=80)  # cannot spell a score, a number or a negation
