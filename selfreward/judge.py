@@ -109,13 +109,13 @@ _KEYED = re.compile(
     r"(?<![\w-])(?:(?:total|final|overall) )*(?:scores?|total|ratings?|grade)"
     r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
     rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+))?"
-    r"(?: ?[-=]+> ?| ?-- ?"  # Score -> 4
+    r"(?: ?(?:[-=]+>|\u2192) ?| ?-- ?"  # Score -> 4
     rf"| ?[:=\uff1a] ?(?:\n+(?={_NUM}(?:\n|$)))?"  # Score: 4, or the number alone on the line below
     r"| ?[\u2013\u2014] ?| ?- |-(?=[0-9])"  # Score - 4
     r"| (?:is|was|of|as|would be|comes to|equals)(?: (?:therefore|thus|hence))? ?:? ?(?:an? )?"
     r"|(?P<bare> ))"  # Score 4
     rf"\(?(?P<value>-?{_NUM})"
-    rf"(?P<range>(?:-| ?\u2013 ?| ?to | ?or | - (?={_NUM}(?:[.;)\n/]| points?| out of|$))){_NUM})?"
+    rf"(?P<range>(?:-| ?\u2013 ?| ?(?:[-=]+>|\u2192) ?| ?to | ?or | - (?={_NUM}(?:[.;)\n/]| points?| out of|$))){_NUM})?"
     r"(?: ?(?:points?|pts)\b)?"
     rf"(?: ?{_OUT_OF} ?(?P<denominator>{_NUM}))?(?P<percent> ?%)?",
     re.IGNORECASE,
@@ -128,7 +128,8 @@ _FRACTION = re.compile(
 )
 _VERDICT = re.compile(
     r"\b(?:giv(?:e|es|en|ing)|rat(?:e|es|ed|ing)|scor(?:e|es|ed|ing)|grad(?:e|es|ed|ing)|deserves?|merits?|earns?|gets?"
-    r"|receives?)(?:(?: (?:it|this|that|the|response|answer|reply|overall|only|as|at)){1,5}(?: an?)?| an?)"
+    r"|receives?|award(?:s|ed)?|assign(?:s|ed)?)"
+    r"(?:(?: (?:it|this|that|the|response|answer|reply|overall|only|as|at)){1,5}(?: an?)?| an?)"
     rf" (?P<value>{_NUM})(?= ?(?:stars?\b|because\b|since\b|[.,;:!)\n]|$))",
     re.IGNORECASE,
 )
@@ -145,25 +146,35 @@ _BARE = re.compile(
 _SUM = re.compile(rf"(?<![\w.+])\+?{_NUM}(?: ?\+ ?{_NUM})+ ?= ?(?={_NUM})")
 
 # What stands before a number and takes its meaning as the verdict away.
+_CRITERION = (
+    r"(?:relevan\w+|coverage|completeness|usefulness|helpfulness|clarity|organi[sz]ation|expertise|depth|accuracy"
+    r"|correctness|criterion(?: [0-9])?)"
+)
+_OF_ONE = re.compile(rf"\b{_CRITERION}(?: score)? ?[:=(\u2013-] ?$", re.IGNORECASE)  # "Relevance: 5/5"
+_FOR_ONE = re.compile(rf" ?(?:points? )?(?:for|on|in) (?:the )?{_CRITERION}\b", re.IGNORECASE)
 _ONE_CRITERION = re.compile(
-    r"(?:relevan\w+|coverage|completeness|usefulness|helpfulness|clarity|organi[sz]ation|expertise|criterion(?: [0-9])?"
+    rf"(?:{_CRITERION}"
     r"|max\w*|minimum|highest|lowest|possible|sub|average|previous|each)[ -]$",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
     r"(?:\bnot|\bcannot|n't|\bnever|\bshort of|\binstead of|\brather than|\b(?:less|more|lower|higher) than|\babove"
-    r"|\bbelow|\bat (?:least|most)|\bup to)(?: \w+){0,3} ?$",
+    r"|\bbelow|\bat (?:least|most)|\bup to|\bnearly|\balmost|\bclose to|\b(?:w|c)ould have been"
+    r"|\bto (?:reach|get|earn|receive|achieve))(?: \w+){0,3} ?$",
     re.IGNORECASE,
 )
 _SOME_POINTS = re.compile(
     r"(?:\bof (?:the |a )?|\bto |\+ ?|\badd(?:s|ed|ing)? (?:an? )?|\b(?:another|additional|extra|further|worth) "
-    r"|\bmax\w* (?:of )?|\b(?:loses?|lost|losing|minus|less) |\b(?:deduct|subtract)\w* |[0-9] ?(?:-|\u2013|or) ?)$",
+    r"|\bmax\w* (?:of )?|\b(?:lists?|listed|covers?|covered|raises?|raised|mentions?|contains?|includes?|asked for|there are) "
+    r"|\b(?:loses?|lost|losing|minus|less) |\b(?:deduct|subtract)\w* |[0-9] ?(?:-|\u2013|or) ?)$",
     re.IGNORECASE,
 )
 # What stands behind it and does the same.
 _CONDITIONAL = re.compile(
     r" (?:or|and) (?:higher|above|more|lower|less|below|better)\b| ?\+| (?:if|when|of the|of all)\b"
-    r"|[-\u2013] ?(?:\n|$)| [1-9]/[2-9]\b",  # "4-", a range that was cut; "3 1/2"
+    r"|[-\u2013] ?(?:\n|$)| [1-9]/[2-9]\b| and (?:a|one) half\b"  # "4-", a range that was cut; "3 1/2"
+    r"| would (?!be\b)"  # "a score of 5 would need"
+    r"| (?:people|users|doctors|dentists|experts|students|steps|items|questions|parts|tips|examples|times)\b",
     re.IGNORECASE,
 )
 _OF_CRITERION = re.compile(
@@ -221,6 +232,8 @@ def _keyed_values(text: str, match: re.Match[str]) -> list[_Found]:
     before, after = _before(text, match), text[match.end() :]
     if _ONE_CRITERION.search(before) or _NEGATED.search(before) or _CONDITIONAL.match(after):
         return []
+    if _FOR_ONE.match(after):
+        return []
     if match["bare"] and re.match(r" ?[:=]", after):  # "Score 1: ..." numbers a heading
         return []
     if match["range"]:
@@ -236,7 +249,9 @@ def _fractions(text: str, wanted: Callable[[float], bool]) -> list[_Found]:
     values = []
     for match in _FRACTION.finditer(text):
         scale = float(match["scale"] or match["scale_of"])
-        verdict = not (_NEGATED.search(_before(text, match)) or _CONDITIONAL.match(text[match.end() :]))
+        before, after = _before(text, match), text[match.end() :]
+        one = _OF_ONE.search(before) or _FOR_ONE.match(after)
+        verdict = not (one or _NEGATED.search(before) or _CONDITIONAL.match(after))
         if verdict and wanted(scale):
             values.append(_found(match, value=None if scale == TOP_SCORE else OFF_SCALE))
     return values
@@ -252,7 +267,9 @@ def _point_totals(text: str) -> list[_Found]:
     values = []
     for match in _POINTS.finditer(text):
         before = _before(text, match)
-        if match["value"] and (_SOME_POINTS.search(before) or _OF_CRITERION.match(text[match.end() :])):
+        if match["value"] and (
+            _SOME_POINTS.search(before) or _OF_ONE.search(before) or _OF_CRITERION.match(text[match.end() :])
+        ):
             continue
         if match["after"] and _LISTED.match(text[match.end() :]):
             continue
