@@ -49,18 +49,18 @@ def score_step(
 ) -> int | None:
     """Which of the tokens wrote text[begin:end], the score; None unless it is one digit that one token wrote.
 
-    text: decode(ids), but for a stop token at the end of the ids. Decoding a part can differ from the part of the text
-    (bytes of a character that is not complete): what is found is checked, never guessed.
+    text: decode(ids), but for a stop token at the end of the ids. What is found is checked, never guessed: the bytes of a
+    character that is not complete decode to more characters than it has, so the beginning may be long enough too early,
+    never too late.
     """
     begin, end = span
     if end - begin != 1:
         return None
-    step = bisect_right(range(len(ids)), begin, key=lambda number: len(decode(ids[: number + 1])))
-    if step == len(ids) or str(labels.get(ids[step])) != text[begin:end]:
-        return None
-    before, after = decode(ids[:step]), decode(ids[: step + 1])
-    wrote = after[len(before) :].strip() == text[begin:end] and len(before) <= begin
-    return step if wrote and after == text[:end] and after.startswith(before) else None
+    first = bisect_right(range(len(ids)), begin, key=lambda number: len(decode(ids[: number + 1])))
+    for step in range(first, len(ids)):
+        if str(labels.get(ids[step])) == text[begin:end] and decode(ids[: step + 1]) == text[:end]:
+            return step
+    return None
 
 
 def distribution(logprobs: Sequence[float], scores: Sequence[int]) -> Distribution:

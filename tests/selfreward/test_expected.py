@@ -30,13 +30,18 @@ def tiny() -> Tokenizer:
     return Tokenizer(TINY_DATA.parent / "m0")
 
 
+@functools.cache
+def labels_of(tokenizer: Tokenizer) -> dict[int, int]:
+    return score_labels(tokenizer)
+
+
 def wrote(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str] | None:
     """(text before the token that wrote the score, what that token spells), by the parser and score_step."""
     text = tokenizer.decode(ids)
     span = parse_score(text).span
     if span is None:
         return None
-    step = score_step(text, span, ids, score_labels(tokenizer), tokenizer.decode)
+    step = score_step(text, span, ids, labels_of(tokenizer), tokenizer.decode)
     return None if step is None else (tokenizer.decode(ids[:step]), tokenizer.decode([ids[step]]))
 
 
@@ -55,7 +60,7 @@ PLACES = [
     ("Score: 1 + 1 + 1 + 1 = 4", "Score: 1 + 1 + 1 + 1 = "),
     ("caf\u00e9 \u2728\u2728 \U0001f600 Score: 4 \U0001f600", "caf\u00e9 \u2728\u2728 \U0001f600 Score: "),
     ("  Score:   4", "  Score:   "),
-    ("\u2728\U0001f6004/5", "\u2728\U0001f600"),  # the bytes before it decode to more characters while some are missing
+    ("\U0001f600\U0001f6004/5", "\U0001f600\U0001f600"),  # the bytes before it decode to more characters while some are missing
     ("Score: 4\n\nScore: 4/5", "Score: "),  # what follows repeats it
     ("I'd give it a 3; no, I'd give it a 4. So 4 points.", "I'd give it a 3; no, I'd give it a "),
 ]
