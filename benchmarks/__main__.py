@@ -1,6 +1,6 @@
 """`python -m benchmarks sampling|judging`: what each idea of the engine gives; with `--peers`, and for `prefill` and
 `single`, the engine beside other engines, at a smaller load. `kernels`, `quantization`,
-`train` and `logprob` have options of their own."""
+`train`, `logprob` and `sharing` have options of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, quantization, training
+from benchmarks import kernels, quantization, sharing, training
 from benchmarks.compare import children, compare
 from benchmarks.limits import Limits, machine
 from benchmarks.models import MODELS, peaked, random_model
@@ -30,6 +30,7 @@ OTHERS: dict[str, Callable[[Sequence[str]], int]] = {
     "quantization": quantization.main,
     "train": partial(training.main, "train"),
     "logprob": partial(training.main, "logprob"),
+    "sharing": sharing.main,
 }
 
 

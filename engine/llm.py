@@ -158,7 +158,10 @@ class LLM:
 
         computed_rows: tokens that went through the model, recomputed_tokens among them; head_rows: of those, through the
         head; prefix_tokens_saved: prompt tokens that other requests had computed, fork_tokens_saved: that a request's first
-        candidate had computed for the others. seconds: time spent in steps; host_seconds: of it outside the model's
+        candidate had computed for the others. prefill_tokens: prompt tokens computed, which without preemptions are those of
+        full blocks that nobody had asked for before (block_tokens) and of every request's last, partial block (tail_tokens),
+        less what was copied from another request's block (copied_tokens); a prompt that others had computed to its end
+        computes its last token again. seconds: time spent in steps; host_seconds: of it outside the model's
         operations, among them scheduler_seconds, for planning, laying out and committing. tokens_per_second: new tokens;
         scoring has none. kv_bytes_read: keys and values of the items of attention, each once; kv_bytes_ungrouped: what
         they would be if every sequence read its own. replayed_steps: whose kernels were launched all at once, on a GPU as
@@ -171,6 +174,10 @@ class LLM:
             "replayed_steps": self._runner.replayed_steps,
             "prefix_tokens_saved": scheduler.prefix_tokens_saved,
             "fork_tokens_saved": scheduler.fork_tokens_saved,
+            "prefill_tokens": scheduler.prefill_tokens,
+            "block_tokens": scheduler.block_tokens,
+            "tail_tokens": scheduler.tail_tokens,
+            "copied_tokens": scheduler.copied_tokens,
             "preemptions": scheduler.preemptions,
             "recomputed_tokens": scheduler.recomputed_tokens,
             "tokens_per_second": stats["new_tokens"] / stats["seconds"] if stats["seconds"] else 0.0,

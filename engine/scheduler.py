@@ -143,6 +143,10 @@ class Scheduler:
         self.prefix_tokens_saved = 0  # prompt tokens that another request had computed
         self.fork_tokens_saved = 0  # prompt tokens that candidates found computed by the first one
         self.recomputed_tokens = 0  # computed a second time after a preemption
+        self.prefill_tokens = 0  # prompt tokens computed; without preemptions block + tail - copied, of these three:
+        self.block_tokens = 0  # prompt tokens in full blocks that nobody had asked for before
+        self.tail_tokens = 0  # prompt tokens behind the last full block, of every request
+        self.copied_tokens = 0  # of both, those whose keys and values are copied from another request's block
         self._step: Plan | None = None  # planned, not yet under way
         self._unsettled = 0  # steps planned or under way: until they are settled, what the pool says may not be true
         self._unlisted: list[tuple[Sequence, int]] = []  # blocks that decoding filled with a token not known yet
@@ -375,6 +379,11 @@ class Scheduler:
             head = 0  # the source itself is needed as a block
         if head:
             self.pool.hold([source])
+        if not sequence.group.forked:
+            tail = len(known) % size
+            self.block_tokens += (new - (tail > 0)) * size
+            self.tail_tokens += tail
+            self.copied_tokens += head
         blocks = self.pool.allocate(new)
         assert blocks is not None, f"sequence {sequence.key}: {new} blocks were counted but are not there"
         sequence.blocks = found + blocks
@@ -409,6 +418,8 @@ class Scheduler:
                     self._unlisted.append((sequence, number))
                 else:
                     self._list(sequence, number)
+        if start < sequence.group.prompt_len:
+            self.prefill_tokens += min(stop, sequence.group.prompt_len) - start
         if start > sequence.computed or start < sequence.reached:
             self._count(sequence, start, stop)
         sequence.computed = stop

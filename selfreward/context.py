@@ -48,6 +48,7 @@ class Run:
     template: JudgeTemplate
     report: Reporter
     stop: Event = field(default_factory=Event)
+    judge_model_template: JudgeTemplate | None = None  # of recipe.judge_model; None: `template`
     _loaded: tuple[Path, LLM] | None = field(default=None)
 
     @property

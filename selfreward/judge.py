@@ -10,9 +10,9 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jinja2
 from jinja2 import meta, nodes
@@ -21,15 +21,27 @@ from jinja2.sandbox import SandboxedEnvironment
 from engine import InputError
 
 TOP_SCORE = 5.0
-STATUSES = ("ok", "no_score", "ambiguous", "out_of_range", "truncated", "empty", "prompt_too_long")
+STATUSES = ("ok", "no_score", "ambiguous", "out_of_range", "truncated", "empty", "prompt_too_long", "duplicate")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One reading of one judgement text. `score` is in 0..5 where `status` is "ok", else None."""
+    """One reading of one judgement text. `score` is in 0..5 where `status` is "ok", else None.
+
+    span: text[begin:end] is where the score is written, digits and a minus only; the first place of those that agree.
+    """
 
     score: float | None
     status: str
+    span: tuple[int, int] | None = field(default=None, compare=False)
+
+
+class _Found(NamedTuple):
+    """A value and where it stands in the plain text."""
+
+    value: float
+    begin: int
+    end: int
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,16 +61,26 @@ def parse_score(text: str) -> Judgement:
     Points of a single criterion ("+1", "1 point for") are no totals. Only ASCII digits are read. A total on another
     scale ("8/10") is `out_of_range`.
     """
-    text = _plain(text)
+    text, places = _plain(text)
     totals = _keyed_totals(text) + _fractions(text, lambda scale: scale == TOP_SCORE)
     totals = totals or _fractions(text, lambda scale: scale in (10, 100))
-    if len(set(totals)) > 1:
+    if len({found.value for found in totals}) > 1:
         return Judgement(None, "ambiguous")
     values = totals or _verdicts(text) or _point_totals(text) or _bare_numbers(text)
     if not values:
         return Judgement(None, "no_score")
-    score = values[-1] + 0.0  # "-0" is 0
-    return Judgement(score, "ok") if 0 <= score <= TOP_SCORE else Judgement(None, "out_of_range")
+    score = values[-1].value + 0.0  # "-0" is 0
+    if not 0 <= score <= TOP_SCORE:
+        return Judgement(None, "out_of_range")
+    first = _first_that_agrees(values)
+    return Judgement(score, "ok", (places[first.begin], places[first.end - 1] + 1))
+
+
+def _first_that_agrees(values: list[_Found]) -> _Found:
+    """Where the value that counts was decided on: equal ones behind it repeat it."""
+    ordered = sorted(values, key=lambda found: found.begin)
+    different = [number for number, found in enumerate(ordered) if found.value != values[-1].value]
+    return ordered[different[-1] + 1 if different else 0]
 
 
 def judge_status(text: str, finish_reason: str) -> Judgement:
@@ -87,13 +109,13 @@ _KEYED = re.compile(
     r"(?<![\w-])(?:(?:total|final|overall) )*(?:scores?|total|ratings?|grade)"
     r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
     rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+))?"
-    r"(?: ?[-=]+> ?| ?-- ?"  # Score -> 4
+    r"(?: ?(?:[-=]+>|\u2192) ?| ?-- ?"  # Score -> 4
     rf"| ?[:=\uff1a] ?(?:\n+(?={_NUM}(?:\n|$)))?"  # Score: 4, or the number alone on the line below
     r"| ?[\u2013\u2014] ?| ?- |-(?=[0-9])"  # Score - 4
     r"| (?:is|was|of|as|would be|comes to|equals)(?: (?:therefore|thus|hence))? ?:? ?(?:an? )?"
     r"|(?P<bare> ))"  # Score 4
     rf"\(?(?P<value>-?{_NUM})"
-    rf"(?P<range>(?:-| ?\u2013 ?| ?to | ?or | - (?={_NUM}(?:[.;)\n/]| points?| out of|$))){_NUM})?"
+    rf"(?P<range>(?:-| ?\u2013 ?| ?(?:[-=]+>|\u2192) ?| ?to | ?or | - (?={_NUM}(?:[.;)\n/]| points?| out of|$))){_NUM})?"
     r"(?: ?(?:points?|pts)\b)?"
     rf"(?: ?{_OUT_OF} ?(?P<denominator>{_NUM}))?(?P<percent> ?%)?",
     re.IGNORECASE,
@@ -106,7 +128,8 @@ _FRACTION = re.compile(
 )
 _VERDICT = re.compile(
     r"\b(?:giv(?:e|es|en|ing)|rat(?:e|es|ed|ing)|scor(?:e|es|ed|ing)|grad(?:e|es|ed|ing)|deserves?|merits?|earns?|gets?"
-    r"|receives?)(?:(?: (?:it|this|that|the|response|answer|reply|overall|only|as|at)){1,5}(?: an?)?| an?)"
+    r"|receives?|award(?:s|ed)?|assign(?:s|ed)?)"
+    r"(?:(?: (?:it|this|that|the|response|answer|reply|overall|only|as|at)){1,5}(?: an?)?| an?)"
     rf" (?P<value>{_NUM})(?= ?(?:stars?\b|because\b|since\b|[.,;:!)\n]|$))",
     re.IGNORECASE,
 )
@@ -117,31 +140,41 @@ _POINTS = re.compile(
 )
 _BARE = re.compile(
     r"^(?:(?:final|overall|my) )*(?:(?:overall|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
-    r"[:=]? ?\(?(-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$",
+    r"[:=]? ?\(?(?P<value>-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$",
     re.MULTILINE | re.IGNORECASE,
 )
 _SUM = re.compile(rf"(?<![\w.+])\+?{_NUM}(?: ?\+ ?{_NUM})+ ?= ?(?={_NUM})")
 
 # What stands before a number and takes its meaning as the verdict away.
+_CRITERION = (
+    r"(?:relevan\w+|coverage|completeness|usefulness|helpfulness|clarity|organi[sz]ation|expertise|depth|accuracy"
+    r"|correctness|criterion(?: [0-9])?)"
+)
+_OF_ONE = re.compile(rf"\b{_CRITERION}(?: score)? ?[:=(\u2013-] ?$", re.IGNORECASE)  # "Relevance: 5/5"
+_FOR_ONE = re.compile(rf" ?(?:points? )?(?:for|on|in) (?:the )?{_CRITERION}\b", re.IGNORECASE)
 _ONE_CRITERION = re.compile(
-    r"(?:relevan\w+|coverage|completeness|usefulness|helpfulness|clarity|organi[sz]ation|expertise|criterion(?: [0-9])?"
+    rf"(?:{_CRITERION}"
     r"|max\w*|minimum|highest|lowest|possible|sub|average|previous|each)[ -]$",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
     r"(?:\bnot|\bcannot|n't|\bnever|\bshort of|\binstead of|\brather than|\b(?:less|more|lower|higher) than|\babove"
-    r"|\bbelow|\bat (?:least|most)|\bup to)(?: \w+){0,3} ?$",
+    r"|\bbelow|\bat (?:least|most)|\bup to|\bnearly|\balmost|\bclose to|\b(?:w|c)ould have been"
+    r"|\bto (?:reach|get|earn|receive|achieve))(?: \w+){0,3} ?$",
     re.IGNORECASE,
 )
 _SOME_POINTS = re.compile(
     r"(?:\bof (?:the |a )?|\bto |\+ ?|\badd(?:s|ed|ing)? (?:an? )?|\b(?:another|additional|extra|further|worth) "
-    r"|\bmax\w* (?:of )?|\b(?:loses?|lost|losing|minus|less) |\b(?:deduct|subtract)\w* |[0-9] ?(?:-|\u2013|or) ?)$",
+    r"|\bmax\w* (?:of )?|\b(?:lists?|listed|covers?|covered|raises?|raised|mentions?|contains?|includes?|asked for|there are) "
+    r"|\b(?:loses?|lost|losing|minus|less) |\b(?:deduct|subtract)\w* |[0-9] ?(?:-|\u2013|or) ?)$",
     re.IGNORECASE,
 )
 # What stands behind it and does the same.
 _CONDITIONAL = re.compile(
     r" (?:or|and) (?:higher|above|more|lower|less|below|better)\b| ?\+| (?:if|when|of the|of all)\b"
-    r"|[-\u2013] ?(?:\n|$)| [1-9]/[2-9]\b",  # "4-", a range that was cut; "3 1/2"
+    r"|[-\u2013] ?(?:\n|$)| [1-9]/[2-9]\b| and (?:a|one) half\b"  # "4-", a range that was cut; "3 1/2"
+    r"| would (?!be\b)"  # "a score of 5 would need"
+    r"| (?:people|users|doctors|dentists|experts|students|steps|items|questions|parts|tips|examples|times)\b",
     re.IGNORECASE,
 )
 _OF_CRITERION = re.compile(
@@ -154,14 +187,29 @@ _OF_CRITERION = re.compile(
 _LISTED = re.compile(r" ?\([^\W\d]|, ?[0-9]")  # "Points: 1 (relevance), 1 (coverage)" lists criteria
 
 
-def _plain(text: str) -> str:
-    """The text without markup around words and numbers, sums replaced by their result, spaces made single."""
+def _plain(text: str) -> tuple[str, list[int]]:
+    """The text without markup around words and numbers, sums replaced by their result, spaces made single.
+
+    Second: for each of its characters, where it stands in the text. All steps up to the spaces keep the length.
+    """
     text = text.replace("\r", "\n").replace("\u2212", "-").replace("\u2019", "'")
     text = re.sub(r"<(/?\w(?:[\w./ -]{0,30}\w)?)>", r" \1 ", text)  # <4>, <score>4</score>
-    text = re.sub(r"\\(?:boxed|text\w*)|[*`\"\u201c\u201d_{}\[\]$#|]|(?<!\w)'|'(?!\w)", " ", text)
-    text = re.sub(r"[^\S\n]+", " ", text)
-    text = re.sub(r" ?\n ?", "\n", text).strip()
-    return _SUM.sub("", text)
+    markup = r"\\(?:boxed|text\w*)|[*`\"\u201c\u201d_{}\[\]$#|]|(?<!\w)'|'(?!\w)"
+    text = re.sub(markup, lambda found: " " * len(found[0]), text)
+    places = list(range(len(text)))
+    text, places = _shortened(r"[^\S\n]+", " ", text, places)
+    text, places = _shortened(r" ?\n ?", "\n", text, places)
+    blank = len(text) - len(text.lstrip())
+    text = text.strip()
+    return _shortened(_SUM, "", text, places[blank : blank + len(text)])
+
+
+def _shortened(pattern: str | re.Pattern[str], by: str, text: str, places: list[int]) -> tuple[str, list[int]]:
+    """re.sub by at most one character, which stands where the match began; `places` go along."""
+    for match in reversed([match for match in re.finditer(pattern, text) if len(match[0]) > len(by)]):
+        begin, end = match.span()
+        places[begin:end] = places[begin : begin + len(by)]
+    return re.sub(pattern, by, text), places
 
 
 def _before(text: str, match: re.Match[str]) -> str:
@@ -169,60 +217,71 @@ def _before(text: str, match: re.Match[str]) -> str:
     return text[max(0, match.start() - 60) : match.start()].rpartition("\n")[2]
 
 
-def _keyed_totals(text: str) -> list[float]:
+def _found(match: re.Match[str], group: str = "value", value: float | None = None) -> _Found:
+    """What a group of a match says, or the value given, at its place."""
+    return _Found(float(match[group]) if value is None else value, *match.span(group))
+
+
+def _keyed_totals(text: str) -> list[_Found]:
     """Values announced by a word: "Score: 4", "total of 3.5", "Rating (out of 5) - 4"."""
-    return [value for match in _KEYED.finditer(text) for value in _keyed_values(text, match)]
+    return [found for match in _KEYED.finditer(text) for found in _keyed_values(text, match)]
 
 
-def _keyed_values(text: str, match: re.Match[str]) -> list[float]:
+def _keyed_values(text: str, match: re.Match[str]) -> list[_Found]:
     """No value if the match is no verdict, two for a range ("3-4"), else one."""
     before, after = _before(text, match), text[match.end() :]
     if _ONE_CRITERION.search(before) or _NEGATED.search(before) or _CONDITIONAL.match(after):
         return []
+    if _FOR_ONE.match(after):
+        return []
     if match["bare"] and re.match(r" ?[:=]", after):  # "Score 1: ..." numbers a heading
         return []
     if match["range"]:
-        return [float(match["value"]), OFF_SCALE]
+        return [_found(match), _found(match, "range", OFF_SCALE)]
     scale = _SCALE_END.search(match["scale"] or "")
     stated = [float(s) for s in (scale and scale[1], match["denominator"]) if s]
     off_scale = match["percent"] or any(s != TOP_SCORE for s in stated)
-    return [OFF_SCALE if off_scale else float(match["value"])]
+    return [_found(match, value=OFF_SCALE if off_scale else None)]
 
 
-def _fractions(text: str, wanted: Callable[[float], bool]) -> list[float]:
+def _fractions(text: str, wanted: Callable[[float], bool]) -> list[_Found]:
     """Values written over a wanted scale: "4/5", "4 out of 5", "4 of 5 points"."""
     values = []
     for match in _FRACTION.finditer(text):
         scale = float(match["scale"] or match["scale_of"])
-        verdict = not (_NEGATED.search(_before(text, match)) or _CONDITIONAL.match(text[match.end() :]))
+        before, after = _before(text, match), text[match.end() :]
+        one = _OF_ONE.search(before) or _FOR_ONE.match(after)
+        verdict = not (one or _NEGATED.search(before) or _CONDITIONAL.match(after))
         if verdict and wanted(scale):
-            values.append(float(match["value"]) if scale == TOP_SCORE else OFF_SCALE)
+            values.append(_found(match, value=None if scale == TOP_SCORE else OFF_SCALE))
     return values
 
 
-def _verdicts(text: str) -> list[float]:
+def _verdicts(text: str) -> list[_Found]:
     """Values of sentences that give the response a number: "I would rate this response a 4."."""
-    return [float(m["value"]) for m in _VERDICT.finditer(text) if not _NEGATED.search(_before(text, m))]
+    return [_found(match) for match in _VERDICT.finditer(text) if not _NEGATED.search(_before(text, match))]
 
 
-def _point_totals(text: str) -> list[float]:
+def _point_totals(text: str) -> list[_Found]:
     """Values of "n points" that are no points of one criterion; several of at most 1 are criteria too."""
     values = []
     for match in _POINTS.finditer(text):
         before = _before(text, match)
-        if match["value"] and (_SOME_POINTS.search(before) or _OF_CRITERION.match(text[match.end() :])):
+        if match["value"] and (
+            _SOME_POINTS.search(before) or _OF_ONE.search(before) or _OF_CRITERION.match(text[match.end() :])
+        ):
             continue
         if match["after"] and _LISTED.match(text[match.end() :]):
             continue
         if not _NEGATED.search(before):
-            values.append(float(match["value"] or match["after"]))
-    small = [v for v in values if v <= 1]
-    return [v for v in values if v > 1] if len(small) > 1 else values
+            values.append(_found(match, "value" if match["value"] else "after"))
+    small = [found for found in values if found.value <= 1]
+    return [found for found in values if found.value > 1] if len(small) > 1 else values
 
 
-def _bare_numbers(text: str) -> list[float]:
+def _bare_numbers(text: str) -> list[_Found]:
     """Numbers alone on their line; with a full stop ("4.") only if there is no other line, else it numbers a list."""
-    return [float(v) for v in _BARE.findall(text.removesuffix(".") if "\n" not in text else text)]
+    return [_found(match) for match in _BARE.finditer(text.removesuffix(".") if "\n" not in text else text)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

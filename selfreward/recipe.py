@@ -18,6 +18,7 @@ from selfreward.recipe_errors import FORMS, Source, explained
 from selfreward.recipe_file import (
     PACKAGE,
     PATH_KEYS,
+    TEMPLATE_KEYS,
     at,
     is_path,
     merged,
@@ -234,6 +235,11 @@ class EFT(Sampling):
         """An attempt is one draw of every answer of a group."""
         return self.attempts
 
+    @property
+    def score(self) -> Literal["mean"]:
+        """What is written is trained on, so what is written must agree with the ranks."""
+        return "mean"
+
 
 class Prompts(Sampling):
     mode: Literal["few_shot", "continue", "file"] = "few_shot"
@@ -276,12 +282,19 @@ class Judge(Sampling):
         "model"  # the last two are controls: any score, and the tiny world's truth
     )
     template: str = "llama2"  # a shipped name, or the path of a .jinja file
+    model_template: str | None = None  # of judge_model, for the rounds; null: `template`, which the run's models have
     draws: Count = 3
     max_tokens: Count = 256
     min_valid_draws: Count = 1
+    score: Literal["mean", "expected"] = "mean"  # of the drawn scores, or of the means of their distributions
+    duplicates: Literal["apart", "once"] = (
+        "apart"  # answers to a prompt that have the same text: draws for each, or shared
+    )
 
     @model_validator(mode="after")
     def _enough_draws(self) -> Judge:
+        if self.score == "expected" and self.by != "model":
+            raise InputError(f"by is {self.by!r}, which has no distribution of scores; set score to mean")
         if self.min_valid_draws > self.draws:
             raise InputError(f"min_valid_draws is {self.min_valid_draws}, above draws ({self.draws})")
         return self
@@ -390,6 +403,8 @@ class Recipe(Group):
             raise InputError(
                 f"judge.by is {self.judge.by!r} and judge_model is set; a judge model needs judge.by 'model'"
             )
+        if self.judge.model_template is not None and self.judge_model is None:
+            raise InputError("judge.model_template is that of judge_model, which is not set; set judge.template")
         if self.judge.by == "oracle" and self.evaluation.oracle is None:
             raise InputError("judge.by is 'oracle', which only the tiny world has; set evaluation.oracle to tiny too")
         if self.eft.required and self.m1 is None and not self.data.has_eft:
@@ -456,7 +471,7 @@ class Recipe(Group):
         """Every file or directory that the recipe names, by dotted key."""
         values = self.model_dump()
         found = {key: at(values, key) for key in PATH_KEYS}
-        return {k: Path(v) for k, v in found.items() if v is not None and (k != "judge.template" or is_path(v))}
+        return {k: Path(v) for k, v in found.items() if v is not None and (k not in TEMPLATE_KEYS or is_path(v))}
 
     def dump(self) -> dict[str, Any]:
         """All keys as JSON values, for the manifest; shipped files as "package:x", so that a moved install agrees."""

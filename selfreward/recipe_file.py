@@ -14,6 +14,7 @@ from selfreward.recipe_errors import nearest, shown
 
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes"
+TEMPLATE_KEYS = ("judge.template", "judge.model_template")  # a path, or the name of a shipped file
 PATH_KEYS = (
     "model",
     "m1",
@@ -25,7 +26,7 @@ PATH_KEYS = (
     "data.heldout",
     "data.ranked",
     "prompts.file",
-    "judge.template",
+    *TEMPLATE_KEYS,
 )
 
 
@@ -133,10 +134,10 @@ def with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Strings under path keys become absolute paths; values of a wrong type stay for the validation to name."""
     for key in PATH_KEYS:
         value = at(values, key)
-        if not isinstance(value, str) or not value or (key == "judge.template" and not is_path(value)):
+        if not isinstance(value, str) or not value or (key in TEMPLATE_KEYS and not is_path(value)):
             continue
         path = _absolute(value, base)
-        change: Any = str(path) if key == "judge.template" else path
+        change: Any = str(path) if key in TEMPLATE_KEYS else path
         for part in reversed(key.split(".")):
             change = {part: change}
         values = merged(values, change)

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 from selfreward.formats import read_jsonl
@@ -20,6 +21,7 @@ Row = dict[str, Any]
 FIGURES = (
     *("prompts_kept", "prompts_dropped"),
     *("judgements", "statuses", "score_histogram", "score_entropy_bits", "score_mean"),
+    *("draw_variance", "expected_share", "expected_gap"),
     *("pairs", "pair_yield", "pairs_dropped"),
     "length_drift",
     *("length_chosen", "length_rejected", "length_gap", "length_gap_se"),
@@ -56,7 +58,8 @@ def judgement_figures(judgements: Sequence[Row]) -> Row:
 
     Single judgements are counted, not the means over an answer's draws, which are what pairs are built from: a judge that
     has collapsed to one score shows here, and a whole number needs no rounding. A fraction (4.5) counts as the whole
-    number below it.
+    number below it. draw_variance: between the draws of an answer, the mean over answers with two or more. expected_share: of
+    the readable judgements those with an expected score; expected_gap: how far it is from the one that was drawn.
     """
     scores = [row["score"] for row in judgements if row["score"] is not None]
     counted = Counter(math.floor(score) for score in scores)
@@ -67,7 +70,26 @@ def judgement_figures(judgements: Sequence[Row]) -> Row:
         "score_histogram": histogram,
         "score_entropy_bits": entropy_bits(histogram),
         "score_mean": math.fsum(scores) / len(scores) if scores else None,
-    }
+        "draw_variance": _draw_variance(judgements),
+    } | _expected_figures(judgements)
+
+
+def _draw_variance(judgements: Sequence[Row]) -> float | None:
+    drawn: dict[str, list[float]] = {}
+    for row in judgements:
+        if row["score"] is not None:
+            drawn.setdefault(row["candidate_id"], []).append(row["score"])
+    found = [pvariance(scores) for scores in drawn.values() if len(scores) > 1]
+    return math.fsum(found) / len(found) if found else None
+
+
+def _expected_figures(judgements: Sequence[Row]) -> Row:
+    """None where no judgement has an expected score: the recipe did not ask for it."""
+    read = [row for row in judgements if row["score"] is not None]
+    gaps = [abs(row["expected"] - row["score"]) for row in read if row.get("expected") is not None]
+    if not gaps:
+        return {"expected_share": None, "expected_gap": None}
+    return {"expected_share": len(gaps) / len(read), "expected_gap": math.fsum(gaps) / len(gaps)}
 
 
 def pair_figures(pairs: Sequence[Row], dropped: Sequence[Row]) -> Row:

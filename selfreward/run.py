@@ -223,13 +223,15 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
         torch.set_num_threads(threads)
     tokenizer = load_tokenizer(recipe)
     template = JudgeTemplate(recipe.judge.template)
+    of_judge = recipe.judge.model_template
+    judge_model_template = None if of_judge is None else JudgeTemplate(of_judge)
     odd = check_inputs(recipe, tokenizer, template)
-    with RunDir(out, _manifest(recipe, tokenizer, template), without_places) as directory:
+    with RunDir(out, _manifest(recipe, tokenizer, template, judge_model_template), without_places) as directory:
         for sentence in odd:
             report.warn(sentence)
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
         try:
-            models = loop(Run(recipe, directory, tokenizer, template, report, stop))
+            models = loop(Run(recipe, directory, tokenizer, template, report, stop, judge_model_template))
         except GateError as error:
             said = f"{error} ({CHANGEABLE})"
             with suppress(InputError, OSError):  # what the gate says matters more than the page
@@ -242,7 +244,9 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
             print(f"report: {directory.file('report.html')}", file=sys.stderr)
 
 
-def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
+def _manifest(
+    recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate, judge_model_template: JudgeTemplate | None = None
+) -> Row:
     """Everything that decides a run's bytes."""
     judge_files = recipe.judge_model / "tokenizer.model" if recipe.judge_model else None
     return {
@@ -254,6 +258,7 @@ def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> 
         "tokenizer": tokenizer.template_hash,
         "judge_tokenizer": file_hash(judge_files) if judge_files and judge_files.is_file() else None,
         "judge_template": template.hash,
+        "judge_model_template": None if judge_model_template is None else judge_model_template.hash,
         "selfreward": metadata.version("selfreward"),
         "torch": torch.__version__,
         "numpy": metadata.version("numpy"),  # its permutations are the order of the data

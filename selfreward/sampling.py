@@ -19,7 +19,10 @@ GROUP = 64  # prompts
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, how to continue it, and the `params.n` rows that the output becomes (None: the prompt was too long)."""
+    """A prompt, how to continue it, and the `params.n` rows that the output becomes.
+
+    The output is None where nothing is sampled: the prompt is too long, or empty because the rows are known without.
+    """
 
     ids: list[int]
     params: SamplingParams
@@ -61,7 +64,7 @@ def sample_groups(
 def _finished(llm: LLM, groups: Sequence[Sequence[Request]]) -> Generator[list[Row], None, None]:
     """The rows of one group after the other, while the sampler already works on later ones."""
     requests = [request for group in groups for request in group]
-    asked = [number for number, request in enumerate(requests) if len(request.ids) < llm.max_model_len]
+    asked = [number for number, request in enumerate(requests) if 0 < len(request.ids) < llm.max_model_len]
     stream = llm.stream([requests[number].ids for number in asked], [requests[number].params for number in asked])
     outputs: dict[int, RequestOutput | None] = dict.fromkeys(set(range(len(requests))) - set(asked))
     start = 0

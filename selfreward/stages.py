@@ -159,7 +159,11 @@ def judge_round(run: Run, k: int) -> Row:
     statuses = Counter(row["status"] for row in rows)
     assert sum(statuses.values()) == len(candidates) * options.draws
     check_judgements(run, k, rows)
-    return {"judgements": len(rows), "statuses": dict(statuses)}
+    counts: Row = {"judgements": len(rows), "statuses": dict(statuses)}
+    if options.score == "expected":
+        counts["expected"] = sum(row.get("expected") is not None for row in rows)
+        counts["without_place"] = statuses["ok"] - counts["expected"]  # they count as the score that was drawn
+    return counts
 
 
 def build_pairs(run: Run, k: int) -> Row:

@@ -83,7 +83,7 @@ def train_positives(run: Run, k: int) -> Row:
     found = [
         best
         for j in range(1, k + 1)
-        for candidates in scored_candidates(run, j).values()
+        for candidates in scored_candidates(run, j, drawn=True).values()
         if (best := positive(candidates, run.recipe.pairs.allow_truncated_chosen)) is not None
     ]
     if not found:

@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, get_args
 
 import numpy as np
+from pydantic import BaseModel
 
 from engine import InputError
 from selfreward.formats import read_jsonl
+from selfreward.judging import draw_score
 from selfreward.metrics import mean_and_error
 from selfreward.recipe import Recipe
 from selfreward.run import deciding
@@ -52,6 +55,7 @@ class Variant:
 VARIANTS = (
     Variant("self", "the recipe: each model judges its own answers", 10, lambda base: []),
     Variant("replay", "the same, with judge data beside DPO", 10, lambda base: [f"dpo.replay_weight={REPLAY_WEIGHT}"]),
+    Variant("expected", "the recipe, with expected scores", 10, lambda base: ["judge.score=expected"]),
     Variant("random", "scores drawn at random", 3, lambda base: [*_from(base / "m1/model"), "judge.by=random"]),
     Variant("oracle", "the truth as judge (the bound)", 3, lambda base: [*_from(base / "m1/model"), "judge.by=oracle"]),
     Variant(
@@ -106,15 +110,19 @@ def _check_recipe(path: Path, overrides: list[str]) -> None:
     there = json.loads((path / "manifest.json").read_text())["recipe"]
     here = deciding(Recipe.load("tiny", overrides))
     for key, value in here.items():
-        if there.get(key) != value and not _same(there.get(key), value):
+        if not _same(there, key, value, Recipe):
             raise InputError(f"{path} holds a run with another {key!r}; give a new --out, or remove it")
 
 
-def _same(there: Any, here: Any) -> bool:
-    """Whether every value here stands there too (there may be more keys)."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        return all(key in there and _same(there[key], value) for key, value in here.items())
-    return bool(there == here)
+def _same(there: Row, key: str, here: Any, group: type[BaseModel]) -> bool:
+    """Whether the value here stands there too, where a key may be missing that is new since and has its default (and there
+    may be more keys)."""
+    field = group.model_fields[key]
+    if isinstance(here, dict) and isinstance(there.get(key, {}), dict):
+        kind = next(k for k in (field.annotation, *get_args(field.annotation)) if hasattr(k, "model_fields"))
+        return all(_same(there.get(key, {}), name, value, kind) for name, value in here.items())
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    return bool(there.get(key, list(default) if isinstance(default, tuple) else default) == here)
 
 
 def directory(out: Path, variant: Variant, seed: int) -> Path:
@@ -164,6 +172,7 @@ def tables(runs: Runs) -> str:
         _seed_table(runs["self"]),
         _control_table(runs),
         _random_line(runs),
+        _tie_table(runs),
         _judge_table(runs),
         _check_table(runs),
     )
@@ -188,7 +197,7 @@ def _control_table(runs: Runs) -> str:
     """The variants, and the recipe once more on the seeds that the controls have: those rows may be compared."""
     controls = {seed: path for seed, path in runs["self"].items() if seed in runs["random"]}
     lines = [(v.name, v.meaning, runs[v.name]) for v in VARIANTS]
-    lines.insert(2, ("self", "the recipe on the controls' seeds", controls))
+    lines.insert(3, ("self", "the recipe on the controls' seeds", controls))
     rows = []
     for name, meaning, by_seed in lines:
         paths = list(by_seed.values())
@@ -218,6 +227,42 @@ def _random_line(runs: Runs) -> str:
         f"The random judge's gain M3 - M1 over {len(pairs)} seeds is {random.mean():+.3f} (95% interval {low:+.3f} to "
         f"{high:+.3f}), {random.mean() / own.mean():.0%} of the {own.mean():+.3f} of the model's own judge on the same seeds."
     )
+
+
+def _tie_table(runs: Runs) -> str:
+    """Per round, of all prompts: how many gave a pair, why the others gave none, and where the index chose an end of the
+    pair, because another answer had the same score."""
+    rows = []
+    for name in ("self", "expected"):
+        for k in (1, 2):
+            found = [tie_figures(path, k) for path in runs[name].values() if (path / f"iter_{k}/pairs.jsonl").is_file()]
+            if found:
+                shares = np.mean([list(figures.values()) for figures in found], axis=0)
+                rows.append([name, str(k), str(len(found)), *(f"{share:.1%}" for share in shares)])
+    heading = ["judge", "round", "seeds", "pairs per prompt", "all equal", "one text only", "another reason"]
+    return _table([*heading, "best not alone", "worst not alone"], rows) if rows else ""
+
+
+def tie_figures(path: Path, k: int) -> dict[str, float]:
+    """Shares of the prompts of a round. Answers with one text are one answer here, as they are for a pair."""
+    files = path / f"iter_{k}"
+    drawn: dict[str, list[float]] = {}
+    for row in read_jsonl(files / "judgements.jsonl"):
+        drawn.setdefault(row["candidate_id"], []).extend([score] if (score := draw_score(row)) is not None else [])
+    scores: dict[str, dict[str, list[float]]] = {}  # prompt -> text -> the means of its draws
+    for row in read_jsonl(files / "candidates.jsonl"):
+        if drawn[row["id"]]:
+            scores.setdefault(row["prompt_id"], {}).setdefault(row["text"], []).append(fmean(drawn[row["id"]]))
+    pairs, dropped = read_jsonl(files / "pairs.jsonl"), read_jsonl(files / "dropped.jsonl")
+    reasons = [row["reason"] for row in dropped]
+    alike = {"score_chosen": 0, "score_rejected": 0}
+    for pair in pairs:
+        means = [fmean(each) for each in scores[pair["prompt_id"]].values()]
+        for end in alike:
+            alike[end] += sum(abs(mean - pair[end]) < 1e-9 for mean in means) > 1
+    counts = {"pairs": len(pairs), "tie": reasons.count("tie"), "duplicate": reasons.count("duplicate")}
+    counts["other"] = len(reasons) - counts["tie"] - counts["duplicate"]
+    return {name: count / (len(pairs) + len(dropped)) for name, count in (counts | alike).items()}
 
 
 def _judge_table(runs: Runs) -> str:

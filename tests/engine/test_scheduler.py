@@ -299,6 +299,20 @@ def test_candidates_compute_only_their_own_tokens():
     assert scheduler.fork_tokens_saved == 15
 
 
+def test_prefill_is_full_blocks_once_and_tails_less_what_is_copied():
+    scheduler, pages = start(size=4)
+    prompts = [[*range(10, 20), 1, 1, 5], [*range(10, 20), 1, 1, 5, 6], [*range(10, 22), 5], [*range(10, 18)]]
+    scheduler.add(Group(index, prompt, [3] * 2) for index, prompt in enumerate(prompts))
+    while not scheduler.idle:
+        run_step(scheduler, pages, endless)
+    full = {tuple(p[: end + 4]) for p in prompts for end in range(0, len(p) - 3, 4)}
+    assert scheduler.block_tokens == 4 * len(full) == 16
+    assert scheduler.tail_tokens == sum(len(p) % 4 for p in prompts) == 1 + 2 + 1 + 0
+    assert scheduler.copied_tokens == 1  # the second tail begins with the first; a common 18, 19 is no listed head
+    again = 1  # the last prompt is in others' blocks to its end: its last token is computed for its logits
+    assert scheduler.prefill_tokens == 16 + 4 - 1 + again and scheduler.preemptions == 0
+
+
 def test_the_common_head_of_a_partial_block_is_copied_not_computed():
     scheduler, pages = start(size=32)
     head = list(range(10, 30))

@@ -24,12 +24,14 @@ def run_with():
     return build
 
 
-def judged(*scores: float | None) -> list[dict[str, Any]]:
-    return [{"score": score, "status": "no_score" if score is None else "ok"} for score in scores]
+def judged(*scores: float | None, copies: int = 0) -> list[dict[str, Any]]:
+    read = [(score, "no_score" if score is None else "ok") for score in scores] + [(None, "duplicate")] * copies
+    return [{"candidate_id": "p-0", "score": score, "status": status} for score, status in read]
 
 
 def test_unreadable_judgements_stop_a_round_below_the_floor(run_with) -> None:
     check_judgements(run_with(), 1, judged(None, 1.0, None, 3.0))
+    check_judgements(run_with(), 1, judged(None, 1.0, None, 3.0, copies=9))  # what was not asked for is not counted
     with pytest.raises(GateError, match=r"round 1: 33.3% of 3 judgements are readable \(no score 2, ok 1\), .* 50%"):
         check_judgements(run_with(), 1, judged(None, 3.0, None))
     with pytest.raises(GateError, match=r"0\.0% of 2"):

@@ -256,6 +256,25 @@ READ = [
     ("| Total | 4 | 5 |", 4),
     ("Score: 4 - good", 4),
     ("I'd give it a 2. So 3 points.", 2),
+    # a criterion's score, what was missed, and numbers of the answer's own
+    ("Relevance: 5/5\nClarity: 4/5\nOverall: 4/5", 4),
+    ("Relevance (5/5), depth (2/5). Score: 3", 3),
+    ("Helpfulness: 4/5\nScore: 3", 3),
+    ("4/5 for clarity, 2/5 for depth. Score: 3", 3),
+    ("A score of 4 for clarity, a score of 2 for depth: score: 3", 3),
+    ("This is almost a 5/5. Score: 4", 4),
+    ("Close to 5/5, but the last step is missing. Score: 4", 4),
+    ("Score: 3\n\nTo reach a score of 5 it needs an example.", 3),
+    ("Score: 3. A score of 5 would need an example.", 3),
+    ("It would have been a 5/5 with an example. Score: 3", 3),
+    ("A score of 4 would be fair.", 4),
+    ("4 out of 5 people agree, it says. Score: 2", 2),
+    ("2 out of 5 steps are missing, therefore 3 points.", 3),
+    ("The user asked for 5 points and the response lists 4 points. In all 3 points.", 3),
+    ("Therefore I award it 4.", 4),
+    ("I assign it a 4.", 4),
+    ("That makes 3 points in total.", 3),
+    ("Score \u2192 4", 4),
 ]
 
 UNREAD = [
@@ -358,6 +377,17 @@ UNREAD = [
     ("Relevance: 1\nCoverage: 1", "no_score"),
     ("I would give it a 7.", "out_of_range"),
     ("Final answer: 42", "out_of_range"),
+    ("Relevance: 5/5", "no_score"),
+    ("Relevance - 1 point", "no_score"),  # cut before the other criteria
+    ("Score: 4 for relevance", "no_score"),
+    ("Score: 3 and a half", "no_score"),
+    ("Score: 3 -> 4", "ambiguous"),
+    ("Score: 3 \u2192 4", "ambiguous"),
+    ("nearly 4/5", "no_score"),
+    ("4 out of 5 dentists recommend it.", "no_score"),
+    ("There are 3 points to consider.", "no_score"),
+    ("The response lists 4 points: a, b, c, d.", "no_score"),
+    ("The article covers 5 points.", "no_score"),
 ]
 
 
@@ -366,9 +396,31 @@ def test_parser_reads_the_score_of(text: str, score: float) -> None:
     assert parse_score(text) == Judgement(float(score), "ok")
 
 
+@pytest.mark.parametrize(("text", "score"), READ, ids=[repr(t)[:40] for t, _ in READ])
+def test_parser_says_where_the_score_stands(text: str, score: float) -> None:
+    span = parse_score(text).span
+    assert span is not None and float(text[slice(*span)]) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "begin"),
+    [
+        ("Score: 4\n\nScore: 4/5", 7),  # equal totals: where it was decided
+        ("4/5, so the score: 4", 0),
+        ("2 points, no: 3 points, yes 3 points", 14),  # the last value counts, from where it is kept
+        ("3 points, no: 2 points, or 3 points", 27),
+        ("**Score:**\r\n\r\n  <4>  ", 17),
+        ("Total = 1 + 1 + 1 + 1 + 0 = 4", 28),
+    ],
+)
+def test_of_scores_that_agree_the_first_place_counts(text: str, begin: int) -> None:
+    assert parse_score(text).span == (begin, begin + 1)
+
+
 @pytest.mark.parametrize(("text", "status"), UNREAD, ids=[repr(t)[:40] for t, _ in UNREAD])
 def test_parser_gives_no_number_for(text: str, status: str) -> None:
     assert parse_score(text) == Judgement(None, status)
+    assert parse_score(text).span is None
 
 
 @given(st.text(max_size=200) | st.text(alphabet="0123456789 score:/.-+%tof5pin\n*<>()|", max_size=200))
@@ -377,6 +429,9 @@ def test_parser_never_raises_and_never_leaves_the_scale(text: str) -> None:
     assert judgement.status in STATUSES
     assert (judgement.score is not None) == (judgement.status == "ok")
     assert judgement.score is None or 0 <= judgement.score <= 5
+    assert (judgement.span is not None) == (judgement.status == "ok")
+    if judgement.span is not None and "=" not in (written := text[slice(*judgement.span)]):  # "-1+1=0" is a 0
+        assert float(written) == judgement.score
 
 
 WORDS = st.text(alphabet="abcdeghijklm ,\n", max_size=80)  # cannot spell a score, a number or a negation

@@ -1,6 +1,7 @@
 """Who judges: a model, chance or the truth; each writes the same kind of rows."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from engine import Tokenizer
 from selfreward import tiny
 from selfreward.context import Run
+from selfreward.expected import score_labels
 from selfreward.judge import JudgeTemplate
-from selfreward.judging import Item, judge_by_model, judge_candidates
+from selfreward.judging import Item, draw_score, judge_by_model, judge_candidates, once, scored_candidates
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
 from selfreward.state import RunDir
@@ -29,6 +31,9 @@ def run(tmp_path, request):
         yield Run(recipe, directory, Tokenizer(recipe.model), JudgeTemplate("tiny"), Reporter(quiet=True))
 
 
+BY_M0 = "judge_model=package:tiny/m0"
+EXPECTED = pytest.mark.parametrize("run", [["judge.score=expected", BY_M0]], indirect=True)
+ONCE = ["judge.duplicates=once"]
 BY_CHANCE = pytest.mark.parametrize("run", [["judge.by=random"]], indirect=True)
 BY_TRUTH = pytest.mark.parametrize("run", [["judge.by=oracle"]], indirect=True)
 
@@ -86,3 +91,108 @@ def test_a_fixed_judge_is_asked_instead_of_the_rounds_model(run, tmp_path, monke
     fixed = Recipe.load("micro", [f"judge_model={run.recipe.model}"])
     judge_candidates(Run(fixed, run.dir, run.tokenizer, run.template, run.report), 2, PROMPTS)
     assert asked == [run.model(2), run.recipe.model]
+
+
+@EXPECTED
+def test_expected_scores_change_no_draw_and_are_the_distributions_means(run):
+    """The reference: the log-probs that the engine gives to the judgement continued with each of the scores instead."""
+    judge = run.recipe.judge.model_copy(update={"max_tokens": 16})
+    plain = judge_by_model(
+        run, "j.jsonl", run.recipe.model, PROMPTS, judge.model_copy(update={"score": "mean"}), (1, "judge")
+    )
+    rows = judge_by_model(run, "k.jsonl", run.recipe.model, PROMPTS, judge, (1, "judge"))
+    added = ("expected", "score_probabilities", "score_mass")
+    assert [{key: row[key] for key in row if key not in added} for row in rows] == plain
+    assert json.loads(run.dir.file("k.jsonl").read_text().splitlines()[0]) == rows[0]
+    llm, of = run.llm(run.recipe.model), {score: token for token, score in score_labels(run.tokenizer).items()}
+    read = [row for row in rows if row["status"] == "ok"]
+    assert len(read) > 5 and all(row["expected"] is not None for row in read)
+    for row in read:
+        item = next(item for item in ITEMS if item.id == row["candidate_id"])
+        ids = row["token_ids"]
+        step = next(number for number, token in enumerate(ids) if token == of[row["score"]])
+        prompt = run.template.token_ids(run.tokenizer, item.prompt, item.answer)
+        scored = llm.score(prompt, [[*ids[:step], of[score]] for score in range(6)])
+        exact = [math.exp(logprobs[-1]) for logprobs in scored]
+        assert row["score_mass"] == pytest.approx(sum(exact), abs=1e-5)
+        assert row["score_probabilities"] == pytest.approx([p / sum(exact) for p in exact], abs=1e-5)
+        assert row["expected"] == pytest.approx(sum(s * p for s, p in enumerate(exact)) / sum(exact), abs=1e-4)
+        assert draw_score(row) == row["expected"] != row["score"]
+
+
+@EXPECTED
+def test_a_draw_without_a_place_counts_as_the_score_that_was_drawn(run):
+    drawn = {"score": 4.5, "status": "ok", "expected": None}
+    assert draw_score(drawn) == 4.5
+    assert draw_score(drawn | {"expected": 4.25}) == 4.25
+    assert draw_score({"score": None, "status": "no_score", "expected": None}) is None
+
+
+def judged_candidates(run, texts):
+    """Candidates with these texts for one prompt, in the files of round 1, and their judgements by the recipe's judge."""
+    run.dir.write_jsonl(
+        "iter_1/candidates.jsonl",
+        [{"id": f"p-{i}", "prompt_id": "p", "index": i, "text": text} for i, text in enumerate(texts)],
+    )
+    return judge_candidates(run, 1, [[Item(f"p-{i}", "copy a b c", text) for i, text in enumerate(texts)]])
+
+
+@EXPECTED
+def test_scores_of_candidates_are_means_of_expected_scores_or_of_drawn_ones(run):
+    rows = judged_candidates(run, ["a b c", "a b"])
+    for drawn, value in ((False, draw_score), (True, lambda row: row["score"])):
+        (found,) = scored_candidates(run, 1, drawn).values()
+        for number, candidate in enumerate(found):
+            draws = [value(row) for row in rows[3 * number : 3 * number + 3]]
+            assert candidate["draws"] == draws
+            read = [score for score in draws if score is not None]
+            assert candidate["score"] == pytest.approx(sum(read) / len(read))
+
+
+def test_copies_point_to_the_first_with_their_text():
+    items = [Item(str(i), "p", text) for i, text in enumerate(["x", "y", "x", "x", "y", ""])]
+    assert [item.same_as for item in once(items)] == [None, None, "0", "0", "1", None]
+
+
+@pytest.mark.parametrize(
+    "run", [[*ONCE, BY_M0], [*ONCE, "judge.by=random"], [*ONCE, BY_M0, "judge.score=expected"]], indirect=True
+)
+def test_copies_are_judged_once_and_share_the_scores(run):
+    rows = judged_candidates(run, ["a b", "c", "a b"])
+    assert [(row["candidate_id"], row["draw"]) for row in rows] == [(f"p-{i}", d) for i in range(3) for d in range(3)]
+    assert [row["status"] == "duplicate" for row in rows] == [False] * 6 + [True] * 3
+    assert {(row["same_as"], row["score"], row["text"]) for row in rows[6:]} == {("p-0", None, "")}
+    ((first, other, copy),) = scored_candidates(run, 1).values()
+    assert copy["score"] == first["score"] and copy["draws"] == first["draws"] and other["draws"] != []
+
+
+@pytest.mark.parametrize("run", [[BY_M0]], indirect=True)
+def test_copies_are_judged_apart_unless_asked(run):
+    rows = judged_candidates(run, ["a b", "a b"])
+    assert {"duplicate"}.isdisjoint(row["status"] for row in rows) and len({row["text"] for row in rows[3:]} | {""}) > 1
+
+
+@pytest.mark.parametrize("run", [ONCE], indirect=True)
+def test_copies_draw_no_tokens_and_leave_the_others_draws(run):
+    llm = run.llm(run.recipe.model)
+    rows = {}
+    for number, ids in enumerate((["a b", "c"], ["a b", "a b+", "c", "a b++"])):
+        items = once([Item(name, "copy a b c", name.strip("+")) for name in ids])
+        before = llm.stats()["new_tokens"]
+        judge_by_model(run, f"{number}.jsonl", run.recipe.model, [items], run.recipe.judge, (1, "judge"))
+        rows[number] = [row for row in run.rows(f"{number}.jsonl") if row["status"] != "duplicate"]
+        rows[number].append(llm.stats()["new_tokens"] - before)
+    assert rows[0] == rows[1]
+
+
+def test_the_judge_model_has_a_template_of_its_own_in_the_rounds_only(run, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text(JudgeTemplate("tiny").path.read_text().replace("=>", "=> yes no yes yes no"))
+    recipe = Recipe.load("micro", [f"judge_model={run.recipe.model}", f"judge.model_template={own}"])
+    fixed = Run(recipe, run.dir, run.tokenizer, run.template, run.report, judge_model_template=JudgeTemplate(own))
+    rows = judge_candidates(fixed, 1, PROMPTS)
+    usual = judge_by_model(fixed, "j.jsonl", recipe.judge_model, PROMPTS, recipe.judge, (1, "judge"))
+    assert usual != rows
+    assert rows == judge_by_model(
+        fixed, "k.jsonl", recipe.judge_model, PROMPTS, recipe.judge, (1, "judge"), JudgeTemplate(own)
+    )

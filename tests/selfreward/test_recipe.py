@@ -54,7 +54,8 @@ lora.rank lora.alpha lora.targets lora.base
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
-judge.temperature judge.top_p judge.by judge.template judge.draws judge.max_tokens judge.min_valid_draws
+judge.temperature judge.top_p judge.by judge.template judge.model_template judge.draws judge.max_tokens
+judge.min_valid_draws judge.score judge.duplicates
 pairs.allow_truncated_chosen pairs.tie_break pairs.length_control pairs.per_prompt pairs.consistency
 dpo.lr dpo.min_lr dpo.schedule dpo.warmup_steps dpo.epochs dpo.max_steps dpo.batch_size dpo.weight_decay dpo.betas
 dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.activation_checkpointing dpo.precision dpo.beta dpo.loss
@@ -261,6 +262,8 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
         (["dpo.min_lr=[0, 0, 0]", "rounds=1"], "dpo.min_lr has 3 values, rounds is 1"),
         (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
         (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
+        (["judge.by=random", "judge.score=expected"], "by is 'random', which has no distribution of scores"),
+        (["judge.model_template=tiny"], "judge.model_template is that of judge_model, which is not set"),
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
         (["candidates.n=300"], "candidates.n is 300, above sampler.max_sequences (256)"),
         (["judge.draws=300"], "judge.draws is 300, above sampler.max_sequences (256)"),

@@ -146,6 +146,19 @@ def test_scores_are_counted_by_hand():
     assert figures["score_mean"] == (5 + 5 + 4.5 + 4) / 4
 
 
+def test_draws_and_expected_scores_are_compared_by_hand():
+    rows = [
+        {"candidate_id": c, "score": s, "status": "ok", "expected": e} for c, s, e in (("a", 4, 3.5), ("a", 2, 2.25))
+    ]
+    rows += [{"candidate_id": "b", "score": 5, "status": "ok", "expected": 4.75}, {"candidate_id": "c", "score": 0.5}]
+    rows += [{"candidate_id": "b", "score": None, "status": "empty", "expected": None}]
+    figures = judgement_figures([row | {"status": "ok"} for row in rows])
+    assert figures["draw_variance"] == 1.0  # of answer a alone: the others have one readable draw
+    assert figures["expected_share"] == 0.75 and figures["expected_gap"] == 1 / 3
+    plain = judgement_figures([{key: row[key] for key in ("candidate_id", "score")} | {"status": "ok"} for row in rows])
+    assert plain["draw_variance"] == 1.0 and plain["expected_share"] is plain["expected_gap"] is None
+
+
 def test_no_readable_score_is_none_and_not_zero():
     figures = judgement_figures([judgement(None, "empty")])
     assert figures["score_entropy_bits"] is None and figures["score_mean"] is None

@@ -70,6 +70,35 @@ def test_the_tables_hold_the_runs_figures(studied):
     assert "| self | 2 |  |" not in text and "0.500 (0.600)" in text
 
 
+def test_ties_are_counted_over_different_texts(studied):
+    folder = directory(studied, VARIANTS[0], 0) / "iter_1"
+    folder.mkdir()
+    scores = {"p": {"a": 5, "b": 5, "c": 1}, "q": {"a": 4, "b": 4}, "r": {"a": 4.5, "b": 0, "c": 2}}
+    candidates = [{"id": p + t, "prompt_id": p, "text": t} for p, texts in scores.items() for t in texts]
+    candidates.append({"id": "rA", "prompt_id": "r", "text": "a"})  # a copy, whose own mean of 4 makes it 4.25 together
+    judged = [
+        {"candidate_id": p + t, "score": score, "expected": None}
+        for p, texts in scores.items()
+        for t, score in texts.items()
+    ]
+    judged += [{"candidate_id": "rA", "score": 3, "expected": 4.0}, {"candidate_id": "rA", "score": None}]
+    pairs = [{"prompt_id": "p", "score_chosen": 5, "score_rejected": 1}]
+    pairs.append({"prompt_id": "r", "score_chosen": 4.25, "score_rejected": 0})
+    dropped = [{"prompt_id": "q", "reason": "tie"}, {"reason": "duplicate"}, {"reason": "none_choosable"}]
+    for name, rows in (("candidates", candidates), ("judgements", judged), ("pairs", pairs), ("dropped", dropped)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = study.tie_figures(folder.parent, 1)
+    assert figures == {
+        "pairs": 0.4,
+        "tie": 0.2,
+        "duplicate": 0.2,
+        "other": 0.2,
+        "score_chosen": 0.2,
+        "score_rejected": 0.0,
+    }
+    assert "| self | 1 | 1 | 40.0% | 20.0% | 20.0% | 20.0% | 20.0% | 0.0% |" in tables(read(studied, 10))
+
+
 def test_the_share_of_yes_is_told_apart_by_whether_the_check_holds(studied):
     group = read_jsonl(DATA / "eft_heldout.jsonl")[0]
     truth = [checks(group["prompt"], answer["text"]) for answer in group["answers"]]
@@ -105,6 +134,22 @@ def test_a_finished_run_of_another_recipe_is_refused(studied):
     assert study._run(studied, VARIANTS[0], 0, []) == "self-0: finished before"
     with pytest.raises(InputError, match="another 'dpo'"):
         study._run(studied, VARIANTS[0], 0, ["dpo.beta=0.2"])
+
+
+def test_a_key_that_is_new_since_a_run_has_its_default_there(studied):
+    path, recipe = directory(studied, VARIANTS[0], 0), deciding(Recipe.load("tiny", ["seed=0", "threads=1"]))
+    older = json.loads(json.dumps(recipe))
+    del older["judge"]["score"], older["dpo"]["betas"], older["judge_model"], older["lora"]
+    older["gone"] = older["judge"]["gone"] = 1  # a key that there is no more had the value that is built in now
+    (path / "manifest.json").write_text(json.dumps({"recipe": older}))
+    assert study._run(studied, VARIANTS[0], 0, []) == "self-0: finished before"
+    for overrides in (["judge.score=expected"], ["dpo.betas=[0.8, 0.9]"], ["lora.rank=2"]):
+        with pytest.raises(InputError, match="holds a run with another"):
+            study._run(studied, VARIANTS[0], 0, overrides)
+    del older["judge"]["draws"], older["prompts"]["count"]  # tiny's 800 is not the default
+    (path / "manifest.json").write_text(json.dumps({"recipe": older}))
+    with pytest.raises(InputError, match="another 'prompts'"):
+        study._run(studied, VARIANTS[0], 0, [])
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
