@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine import LLM, InputError, Llama, LoRA, Tokenizer, load_adapter, load_checkpoint, read_config
+from selfreward.device import find_device, free_memory, sampler_dtype
 from selfreward.formats import read_jsonl
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
@@ -62,6 +63,16 @@ class Run:
         return self.base if self.recipe.m1 is None else self.recipe.m1
 
     @property
+    def device(self) -> str:
+        """cpu or cuda, where this run samples and trains."""
+        return find_device(self.recipe)
+
+    @property
+    def rough_sampler(self) -> bool:
+        """Whether the sampler rounds to bf16 or 8 bits."""
+        return sampler_dtype(self.recipe) != "float32" or self.recipe.sampler.quantization is not None
+
+    @property
     def context(self) -> int:
         """Tokens that the models of this run can see."""
         return read_config(self.start).max_seq_len
@@ -77,23 +88,29 @@ class Run:
     def llm(self, path: Path) -> LLM:
         """The sampler on a model of the run; the last one stays loaded."""
         if self._loaded is None or self._loaded[0] != path:
-            self._loaded = None  # free the old weights before the new ones come
+            self._free()
             tokenizer = self.tokenizer
             if path == self.recipe.judge_model and (path / "tokenizer.model").is_file():
                 tokenizer = Tokenizer(path)  # a judge from elsewhere speaks its own vocabulary
             with keys_named():
-                settings = self.recipe.sampler.model_dump()
-                self._loaded = (path, LLM(path, tokenizer, device="cpu", dtype="float32", **settings))
+                settings = self.recipe.sampler.model_dump() | {"dtype": sampler_dtype(self.recipe)}
+                self._loaded = (path, LLM(path, tokenizer, device=self.device, **settings))
         return self._loaded[1]
+
+    def _free(self) -> None:
+        """Give up the loaded weights and their KV cache before others take the memory."""
+        self._loaded = None
+        free_memory(self.device)
 
     def fresh(self, path: Path, precision: str) -> Llama | LoRA:
         """A copy of a model that training may change, with the parameters that it updates in this precision: of a recipe
         with a LoRA the model that the run begins with, and the adapters beside `path`, or new ones."""
-        self._loaded = None
+        self._free()
         options = self.recipe.lora
         if not options.rank:
-            return load_checkpoint(path, torch.bfloat16 if precision == "bf16-stochastic" else torch.float32)
-        base = load_checkpoint(self.start, torch.bfloat16 if options.base == "bf16" else torch.float32)
+            dtype = torch.bfloat16 if precision == "bf16-stochastic" else torch.float32
+            return load_checkpoint(path, dtype, self.device)
+        base = load_checkpoint(self.start, torch.bfloat16 if options.base == "bf16" else torch.float32, self.device)
         if path != self.start:
             return load_adapter(base, path.with_name("adapter"))
         seed = row_seed(self.recipe.seed, 0, "lora", 0) >> 1

@@ -303,8 +303,10 @@ class Judge(Sampling):
 class Sampler(Group):
     """engine.LLM's knobs."""
 
-    kv_cache_gb: Positive | None = None  # null: room for max_sequences, at most a quarter of the free memory
-    max_batch_tokens: Count = 512  # rows computed in one step
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights, keys, values; auto: bfloat16 on a GPU alone
+    quantization: Literal["int8"] | None = None  # of matrices, on a CPU
+    kv_cache_gb: Positive | None = None  # null: room for max_sequences, at most a quarter of a CPU's free memory
+    max_batch_tokens: Count | None = None  # rows computed in one step; null: 512, on a GPU 8192
     max_sequences: Count = 256  # candidates in flight
     block_size: Count = 64  # tokens in a block of the KV cache; part of the numbers
 
@@ -363,6 +365,7 @@ class Recipe(Group):
     gates: Gates = Gates()
     evaluation: Evaluation = Evaluation()
     sampler: Sampler = Sampler()
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of sampler and training; auto: a GPU where there is one
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     @model_validator(mode="after")

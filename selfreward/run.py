@@ -33,9 +33,10 @@ from typing import Any
 
 import torch
 
-from engine import InputError, NotBuiltError, Tokenizer, backends, content_hash
+from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import evaluation, stages, training
 from selfreward.context import GateError, Row, Run, Stopped
+from selfreward.device import check_device, device_facts
 from selfreward.inputs import check_inputs, load_tokenizer
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
@@ -59,10 +60,10 @@ UNDECIDING = (
 )
 CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other key needs a new --out directory"
 HELP = """\
-shipped recipes: {recipes} (a .yaml file of your own: begin with a copy of llama2-plain)
+shipped recipes: {recipes} (a .yaml file of your own: begin with a copy of llama2-7b)
 
 keys that are often set (all of them, with their defaults: selfreward/recipe.py):
-    seed, rounds, threads
+    seed, rounds, threads, device
     model                      a Llama 2 directory; m1 to begin with one that is already trained
     data.ift, data.eft         instructions with answers; ranked answers
     data.ranked                one file of ranked answers for both, and for measuring the judge
@@ -71,14 +72,15 @@ keys that are often set (all of them, with their defaults: selfreward/recipe.py)
     judge.template             a shipped template or a .jinja file
     sft.lr, dpo.lr, dpo.beta
     lora.rank                  adapters of this rank are trained instead of all weights
-    sampler.kv_cache_gb        memory of the sampler's cache
+    sampler.kv_cache_gb        memory of the sampler's cache; sampler.dtype: bfloat16, half of it
     gates.min_pairs            below it a round is not trained
 
 example: python -m selfreward.run --out runs/other seed=1 prompts.count=400
 The same command on the same directory goes on where it stopped.
 """
 MEMORY_KEYS = (
-    "sampler.kv_cache_gb or sampler.max_batch_tokens (sampling; then resume), or sft.max_pack_tokens or "
+    "sampler.kv_cache_gb or sampler.max_batch_tokens (sampling; then resume), set sft.activation_checkpointing and "
+    "dpo.activation_checkpointing to full (training; then resume), or lower sft.max_pack_tokens or "
     "dpo.max_pack_tokens (training; in a new directory: they decide the last bits)"
 )
 
@@ -221,6 +223,7 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     threads = recipe.threads or began_with
     if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
         torch.set_num_threads(threads)
+    check_device(recipe)
     tokenizer = load_tokenizer(recipe)
     template = JudgeTemplate(recipe.judge.template)
     of_judge = recipe.judge.model_template
@@ -229,7 +232,8 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     with RunDir(out, _manifest(recipe, tokenizer, template, judge_model_template), without_places) as directory:
         for sentence in odd:
             report.warn(sentence)
-        report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
+        place = directory.manifest.get("gpu", "the CPU")
+        report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}, on {place}")
         try:
             models = loop(Run(recipe, directory, tokenizer, template, report, stop, judge_model_template))
         except GateError as error:
@@ -265,14 +269,13 @@ def _manifest(
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "training_threads": torch.get_num_threads(),
-        "backends": backends(),
-    }
+    } | device_facts(recipe)
 
 
 def deciding(recipe: Recipe) -> Row:
     """The keys that decide a run's bytes: the others may be changed before a resume, such as a gate that stopped the run."""
     values = recipe.dump()
-    for key in ("gates", "threads"):  # the count of threads is pinned as it was, not as it was asked for
+    for key in ("gates", "threads", "device"):  # threads and device are pinned as they were, not as they were asked for
         del values[key]
     for group, key in UNDECIDING:
         del values[group][key]

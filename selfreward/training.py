@@ -71,7 +71,7 @@ def train_dpo(run: Run, k: int) -> Row:
     ]
     computing = compute_model(model, config.precision)
     rows = _with_reference(run, k, computing, rows, config)
-    parity = _parity(run, k, pairs, rows, computing.embed.dtype)
+    parity = _parity(run, k, pairs, rows, run.rough_sampler or computing.embed.dtype == torch.bfloat16)
     replay = eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
     steps = _train(run, model, rows, config, f"iter_{k}", replay)
     return {"pairs": len(pairs)} | steps | parity | ({"replay": len(replay)} if replay else {})
@@ -164,10 +164,11 @@ def _check_step_zero(run: Run, k: int, model: Llama | LoRA, rows: list[DPORow]) 
         )
 
 
-def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], computed_in: torch.dtype = torch.float32) -> Row:
+def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], rough: bool = False) -> Row:
     """How far the sampler's log-probs of the pairs' answers are from the trainer's, in nats a token: mean and most.
 
-    M_k drew the answers and M_k is the reference, so nothing but rounding may lie between them.
+    M_k drew the answers and M_k is the reference, so nothing but rounding may lie between them. rough: one of the two rounds
+    to 16 bits or fewer.
     """
     sampled = {row["id"]: row["logprob"] for row in run.rows(f"iter_{k}/candidates.jsonl")}
     gaps = [
@@ -176,7 +177,7 @@ def _parity(run: Run, k: int, pairs: list[Row], rows: list[DPORow], computed_in:
         for kind, trained in zip(("chosen", "rejected"), row.reference or (), strict=True)
     ]
     worst = max(gaps)  # of finite numbers: neither file can hold others
-    allowed = max(run.recipe.gates.parity_tolerance, PARITY_BF16 if computed_in == torch.bfloat16 else 0.0)
+    allowed = max(run.recipe.gates.parity_tolerance, PARITY_BF16 if rough else 0.0)
     if worst > allowed:
         raise GateError(
             f"round {k}: the sampler's log-probs of an answer are {worst:.1e} nats a token from the trainer's, allowed are "

@@ -63,8 +63,9 @@ dpo.label_smoothing dpo.nll_weight dpo.replay_weight dpo.replay_batch_size
 gates.min_readable gates.min_score_entropy gates.max_length_drift gates.min_pairs gates.step0_tolerance gates.parity_tolerance
 evaluation.oracle evaluation.prompts evaluation.temperature evaluation.greedy evaluation.max_tokens
 evaluation.judge_groups
-sampler.kv_cache_gb sampler.max_batch_tokens sampler.max_sequences sampler.block_size
-threads
+sampler.dtype sampler.quantization sampler.kv_cache_gb sampler.max_batch_tokens sampler.max_sequences
+sampler.block_size
+device threads
 """
 
 
@@ -106,7 +107,7 @@ def test_a_list_has_a_value_for_each_round_and_a_number_is_for_all(tmp_path: Pat
     assert all(DPOConfig(**each) for each in found)
 
 
-@pytest.mark.parametrize("name", ["tiny", "micro", "llama2-plain", "trial"])
+@pytest.mark.parametrize("name", ["tiny", "micro", "llama2-7b", "llama2-13b", "trial"])
 def test_shipped_recipes_are_valid_and_name_a_shipped_template(name: str) -> None:
     assert name in recipe_names()
     recipe = Recipe.load(name, check_files=False)
@@ -129,8 +130,8 @@ def test_tiny_holds_the_settled_settings() -> None:
 
 
 def test_the_example_for_real_weights_says_which_path_to_fill() -> None:
-    with pytest.raises(InputError, match=r"llama2-plain.yaml: model is .*llama-2-hf, which does not exist.*model=PATH"):
-        Recipe.load("llama2-plain")
+    with pytest.raises(InputError, match=r"llama2-7b.yaml: model is .*llama-2-7b-hf, which does not exist.*model=PATH"):
+        Recipe.load("llama2-7b")
 
 
 def test_command_line_beats_file_beats_default(tmp_path: Path) -> None:
@@ -309,7 +310,7 @@ def test_a_file_that_is_no_recipe_is_named_with_its_line(text: str, message: str
 
 
 def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'tiney' is not shipped; did you mean tiny.*use one of.*llama2-plain"):
+    with pytest.raises(InputError, match=r"'tiney' is not shipped; did you mean tiny.*use one of.*llama2-7b"):
         Recipe.load("tiney")
     with pytest.raises(InputError, match=r"nowhere.yaml cannot be read"):
         Recipe.load(tmp_path / "nowhere.yaml")

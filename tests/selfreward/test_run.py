@@ -346,7 +346,7 @@ def test_help_shows_actions_recipes_and_keys(capsys):
     said = capsys.readouterr().out
     for part in (
         "run",
-        "llama2-plain",
+        "llama2-7b",
         "tiny",
         "rounds",
         "prompts.count",

@@ -82,6 +82,11 @@ def test_the_samplers_log_probs_are_the_trainers_or_the_round_stops(round_one, t
     path.write_text("".join(json.dumps(row) + "\n" for row in candidates))
     with pytest.raises(GateError, match=r"log-probs of an answer are 2.5e-02 nats a token from the trainer's"):
         _parity(run, 1, pairs, rows)
+    assert _parity(run, 1, pairs, rows, rough=True)["parity_max"] == 2.5e-2
+    candidates[3]["logprob"] -= 0.4
+    path.write_text("".join(json.dumps(row) + "\n" for row in candidates))
+    with pytest.raises(GateError, match=r"1.2e-01 nats a token from the trainer's, allowed are 1e-01"):
+        _parity(run, 1, pairs, rows, rough=True)
 
 
 @pytest.mark.parametrize("name", ["trl", "messages", "sharegpt", "alpaca", "preference", "open_assistant"])
