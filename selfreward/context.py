@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine import LLM, InputError, Llama, LoRA, Tokenizer, load_adapter, load_checkpoint, read_config
+from selfreward.few_shot import PromptTemplate
 from selfreward.formats import read_jsonl
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
@@ -48,6 +49,7 @@ class Run:
     template: JudgeTemplate
     report: Reporter
     stop: Event = field(default_factory=Event)
+    prompt_template: PromptTemplate | None = None  # of prompts.mode few_shot
     _loaded: tuple[Path, LLM] | None = field(default=None)
 
     @property
@@ -73,13 +75,18 @@ class Run:
             return self.recipe.m1
         return self.dir.file(self.dir.counts("m1/model").get("same_as", "m1/model"))
 
+    @property
+    def prompt_model(self) -> Path:
+        """The model that writes the prompts of all rounds."""
+        return self.recipe.prompt_model or self.model(1)
+
     def llm(self, path: Path) -> LLM:
         """The sampler on a model of the run; the last one stays loaded."""
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None  # free the old weights before the new ones come
             tokenizer = self.tokenizer
-            if path == self.recipe.judge_model and (path / "tokenizer.model").is_file():
-                tokenizer = Tokenizer(path)  # a judge from elsewhere speaks its own vocabulary
+            if path in (self.recipe.judge_model, self.recipe.prompt_model) and (path / "tokenizer.model").is_file():
+                tokenizer = Tokenizer(path)  # a model from elsewhere speaks its own vocabulary
             with keys_named():
                 settings = self.recipe.sampler.model_dump()
                 self._loaded = (path, LLM(path, tokenizer, device="cpu", dtype="float32", **settings))

@@ -18,6 +18,7 @@ PATH_KEYS = (
     "model",
     "m1",
     "judge_model",
+    "prompt_model",
     "tokenizer",
     "data.ift",
     "data.eft",
@@ -26,7 +27,9 @@ PATH_KEYS = (
     "data.ranked",
     "prompts.file",
     "judge.template",
+    "prompts.template",
 )
+TEMPLATE_KEYS = ("judge.template", "prompts.template")  # a shipped name, or a path
 
 
 def recipe_names() -> list[str]:
@@ -133,10 +136,10 @@ def with_absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Strings under path keys become absolute paths; values of a wrong type stay for the validation to name."""
     for key in PATH_KEYS:
         value = at(values, key)
-        if not isinstance(value, str) or not value or (key == "judge.template" and not is_path(value)):
+        if not isinstance(value, str) or not value or (key in TEMPLATE_KEYS and not is_path(value)):
             continue
         path = _absolute(value, base)
-        change: Any = str(path) if key == "judge.template" else path
+        change: Any = str(path) if key in TEMPLATE_KEYS else path
         for part in reversed(key.split(".")):
             change = {part: change}
         values = merged(values, change)

@@ -36,7 +36,8 @@ import torch
 from engine import InputError, NotBuiltError, Tokenizer, backends, content_hash
 from selfreward import evaluation, stages, training
 from selfreward.context import GateError, Row, Run, Stopped
-from selfreward.inputs import check_inputs, load_tokenizer
+from selfreward.few_shot import PromptTemplate
+from selfreward.inputs import check_inputs, load_prompt_template, load_tokenizer
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
 from selfreward.recipe_file import PATH_KEYS, recipe_names
@@ -67,6 +68,7 @@ keys that are often set (all of them, with their defaults: selfreward/recipe.py)
     data.ift, data.eft         instructions with answers; ranked answers
     data.ranked                one file of ranked answers for both, and for measuring the judge
     prompts.count              new prompts a round; prompts.file with prompts.mode=file
+    prompt_model               the directory of a model that writes them; M1 does if there is none
     candidates.n               answers a prompt
     judge.template             a shipped template or a .jinja file
     sft.lr, dpo.lr, dpo.beta
@@ -222,14 +224,14 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
         torch.set_num_threads(threads)
     tokenizer = load_tokenizer(recipe)
-    template = JudgeTemplate(recipe.judge.template)
+    template, prompt_template = JudgeTemplate(recipe.judge.template), load_prompt_template(recipe)
     odd = check_inputs(recipe, tokenizer, template)
-    with RunDir(out, _manifest(recipe, tokenizer, template), without_places) as directory:
+    with RunDir(out, _manifest(recipe, tokenizer, template, prompt_template), without_places) as directory:
         for sentence in odd:
             report.warn(sentence)
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
         try:
-            models = loop(Run(recipe, directory, tokenizer, template, report, stop))
+            models = loop(Run(recipe, directory, tokenizer, template, report, stop, prompt_template))
         except GateError as error:
             said = f"{error} ({CHANGEABLE})"
             with suppress(InputError, OSError):  # what the gate says matters more than the page
@@ -242,18 +244,23 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
             print(f"report: {directory.file('report.html')}", file=sys.stderr)
 
 
-def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
+def _manifest(
+    recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate, prompt_template: PromptTemplate | None
+) -> Row:
     """Everything that decides a run's bytes."""
-    judge_files = recipe.judge_model / "tokenizer.model" if recipe.judge_model else None
     return {
         "recipe": deciding(recipe),
         "inputs": {key: file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
         "models": {
-            key: content_hash(path) for key, path in recipe.paths().items() if key in ("model", "m1", "judge_model")
+            key: content_hash(path)
+            for key, path in recipe.paths().items()
+            if key in ("model", "m1", "judge_model", "prompt_model")
         },
         "tokenizer": tokenizer.template_hash,
-        "judge_tokenizer": file_hash(judge_files) if judge_files and judge_files.is_file() else None,
+        "judge_tokenizer": _tokenizer_hash(recipe.judge_model),
         "judge_template": template.hash,
+        "prompt_tokenizer": _tokenizer_hash(recipe.prompt_model),
+        "prompt_template": prompt_template.hash if prompt_template else None,
         "selfreward": metadata.version("selfreward"),
         "torch": torch.__version__,
         "numpy": metadata.version("numpy"),  # its permutations are the order of the data
@@ -262,6 +269,12 @@ def _manifest(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> 
         "training_threads": torch.get_num_threads(),
         "backends": backends(),
     }
+
+
+def _tokenizer_hash(model: Path | None) -> str | None:
+    """Of the vocabulary that a model from elsewhere brings, if it does."""
+    file = model / "tokenizer.model" if model else None
+    return file_hash(file) if file and file.is_file() else None
 
 
 def deciding(recipe: Recipe) -> Row:
@@ -284,7 +297,7 @@ def without_places(manifest: Row) -> Row:
         key = prefix[:-1]
         if key not in PATH_KEYS or not isinstance(values, str):
             return values
-        return Path(values).name if key.startswith(("data.", "prompts.")) else "a path"
+        return Path(values).name if key.startswith("data.") or key == "prompts.file" else "a path"
 
     return manifest | {"recipe": shortened(manifest.get("recipe"), "")}
 
