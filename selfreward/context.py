@@ -13,6 +13,7 @@ import torch
 
 from engine import LLM, InputError, Llama, LoRA, Tokenizer, load_adapter, load_checkpoint, read_config
 from selfreward.device import find_device, free_memory, sampler_dtype
+from selfreward.few_shot import PromptTemplate
 from selfreward.formats import read_jsonl
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
@@ -50,6 +51,7 @@ class Run:
     report: Reporter
     stop: Event = field(default_factory=Event)
     judge_model_template: JudgeTemplate | None = None  # of recipe.judge_model; None: `template`
+    prompt_template: PromptTemplate | None = None  # of prompts.mode few_shot
     _loaded: tuple[Path, LLM] | None = field(default=None)
 
     @property
@@ -85,13 +87,18 @@ class Run:
             return self.recipe.m1
         return self.dir.file(self.dir.counts("m1/model").get("same_as", "m1/model"))
 
+    @property
+    def prompt_model(self) -> Path:
+        """The model that writes the prompts of all rounds."""
+        return self.recipe.prompt_model or self.model(1)
+
     def llm(self, path: Path) -> LLM:
         """The sampler on a model of the run; the last one stays loaded."""
         if self._loaded is None or self._loaded[0] != path:
             self._free()
             tokenizer = self.tokenizer
-            if path == self.recipe.judge_model and (path / "tokenizer.model").is_file():
-                tokenizer = Tokenizer(path)  # a judge from elsewhere speaks its own vocabulary
+            if path in (self.recipe.judge_model, self.recipe.prompt_model) and (path / "tokenizer.model").is_file():
+                tokenizer = Tokenizer(path)  # a model from elsewhere speaks its own vocabulary
             with keys_named():
                 settings = self.recipe.sampler.model_dump() | {"dtype": sampler_dtype(self.recipe)}
                 self._loaded = (path, LLM(path, tokenizer, device=self.device, **settings))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine import InputError, LlamaConfig, Tokenizer, read_config
+from selfreward.few_shot import PromptTemplate
+from selfreward.filters import MAX_WORDS
 from selfreward.judge import JudgeTemplate
-from selfreward.prompts import take_prompts
+from selfreward.prompts import seed_rows, take_prompts
 from selfreward.recipe import Recipe
 from selfreward.seeds import (
     eft_groups,
@@ -21,17 +23,18 @@ from selfreward.seeds import (
 )
 
 Row = dict[str, Any]
+OTHERS = ("judge_model", "prompt_model")  # models that may come from elsewhere
 
 
 def load_tokenizer(recipe: Recipe) -> Tokenizer:
     """The run's tokenizer, once every model is seen to be a checkpoint with an embedding for each of its pieces."""
-    models = {"model": recipe.model, "m1": recipe.m1, "judge_model": recipe.judge_model}
+    models = {name: getattr(recipe, name) for name in ("model", "m1", *OTHERS)}
     configs = {key: read_config(path) for key, path in models.items() if path is not None}
     tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
     for key, config in configs.items():
         path = models[key]
         assert path is not None
-        if key == "judge_model" and (path / "tokenizer.model").is_file():
+        if key in OTHERS and (path / "tokenizer.model").is_file():
             continue  # it speaks its own vocabulary
         if tokenizer.vocab_size > config.vocab_size:
             raise InputError(
@@ -39,6 +42,24 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
                 "do not belong together; give the one that this model was trained with (tokenizer=PATH)"
             )
     return tokenizer
+
+
+class Templates(NamedTuple):
+    """What a run asks with; None where it has no use for one."""
+
+    judge: JudgeTemplate
+    judge_model: JudgeTemplate | None
+    prompts: PromptTemplate | None
+
+
+def load_templates(recipe: Recipe) -> Templates:
+    """Read and checked."""
+    of_model, judge, prompts = recipe.judge.model_template, JudgeTemplate(recipe.judge.template), recipe.prompts
+    return Templates(
+        judge,
+        None if of_model is None else JudgeTemplate(of_model),
+        PromptTemplate(prompts.template) if prompts.mode == "few_shot" else None,
+    )
 
 
 def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> list[str]:
@@ -76,11 +97,41 @@ def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) 
     if recipe.prompts.file is not None:
         take_prompts(recipe, 1, known)
         texts[str(recipe.prompts.file)] = [(row["id"], row["prompt"]) for row in prompt_pool(recipe)]
+    odd += _shots(recipe, tokenizer, texts)
     if groups or heldout or (recipe.judge.by == "model" and recipe.judge_model is None):
         rubric, _, _, cue = template.segments("a prompt", "an answer")
         texts[f"judge template {template.path}"] = [("the rubric", rubric), ("the cue", cue)]
     odd += [said for where, rows_of in texts.items() for said in _unknown(tokenizer, where, rows_of)]
     return odd + _beyond_context(recipe, tokenizer)
+
+
+def _shots(recipe: Recipe, tokenizer: Tokenizer, texts: dict[str, list[tuple[str, str]]]) -> list[str]:
+    """What a few-shot request needs: enough instructions, and room for them; its text joins `texts`."""
+    options, template = recipe.prompts, load_templates(recipe).prompts
+    if template is None:
+        return []
+    seeds = [row["prompt"] for row in seed_rows(recipe)]
+    if len(seeds) < max(options.shots_seed, 1):
+        raise InputError(
+            f"{file_of(recipe, 'data.ift')} has {len(seeds)} different instructions of at most {MAX_WORDS} words, and "
+            f"prompts.shots_seed is {options.shots_seed}; give more of them, or lower it"
+        )
+    if recipe.prompt_model and (recipe.prompt_model / "tokenizer.model").is_file():
+        tokenizer = Tokenizer(recipe.prompt_model)
+    else:  # the tokenizer whose words are looked at
+        texts[f"prompts template {template.path}"] = [("the text", template.text([]))]
+    config = read_config(recipe.prompt_model) if recipe.prompt_model else _start_config(recipe, tokenizer)
+    shown, ordered = options.shots_seed + options.shots_generated, sorted(seeds, key=len)
+    least, most = (len(template.token_ids(tokenizer, some)) for some in (ordered[:shown], ordered[-shown:]))
+    said = f"{shown} of the instructions of {file_of(recipe, 'data.ift')} are a request of {least} to {most} tokens, "
+    room = config.max_seq_len
+    if least >= room:
+        raise InputError(f"{said}above the context of {room}; lower prompts.shots_seed and prompts.shots_generated")
+    if most + options.max_tokens > room:
+        return [
+            f"{said}prompts.max_tokens is {options.max_tokens} and the context {room}: what has no room is cut or left out"
+        ]
+    return []
 
 
 def _check_apart(recipe: Recipe, groups: list[Row], heldout: list[Row]) -> None:
@@ -148,11 +199,11 @@ def context_of(recipe: Recipe, tokenizer: Tokenizer) -> int:
 
 def _beyond_context(recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
     """The lengths that the recipe asks for and the model cannot reach."""
-    context = context_of(recipe, tokenizer)
+    context, own_prompts = context_of(recipe, tokenizer), recipe.prompt_model is None
     lengths = {
         "data.max_tokens": recipe.data.max_tokens if recipe.m1 is None else 0,
         "eft.max_tokens": recipe.eft.max_tokens if recipe.m1 is None and recipe.data.has_eft else 0,
-        "prompts.max_tokens": recipe.prompts.max_tokens if recipe.prompts.mode == "continue" else 0,
+        "prompts.max_tokens": recipe.prompts.max_tokens if recipe.prompts.mode == "continue" and own_prompts else 0,
         "candidates.max_tokens": recipe.candidates.max_tokens,
         "judge.max_tokens": recipe.judge.max_tokens if recipe.judge.by == "model" and not recipe.judge_model else 0,
         "evaluation.max_tokens": recipe.evaluation.max_tokens if recipe.data.heldout else 0,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from engine import InputError
+from selfreward.template_files import sandbox, template_line, template_path
 
 TOP_SCORE = 5.0
 STATUSES = ("ok", "no_score", "ambiguous", "out_of_range", "truncated", "empty", "prompt_too_long", "duplicate")
@@ -294,7 +294,6 @@ _VARIABLES: dict[str, set[str]] = {
     "answer": {"prompt", "answer"},
     "cue": {"prompt", "answer"},
 }
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 class TextEncoder(Protocol):
@@ -317,7 +316,7 @@ class JudgeTemplate:
     """
 
     def __init__(self, path_or_name: str | Path) -> None:
-        self.path = _template_path(path_or_name)
+        self.path = template_path("judge", path_or_name)
         try:
             source = self.path.read_bytes()
             text = source.decode("utf-8")
@@ -333,7 +332,7 @@ class JudgeTemplate:
         try:
             return ["".join(self._template.blocks[name](context)) for name in BLOCKS]
         except Exception as error:  # a user's template can raise anything; the sandbox keeps it from doing more
-            line = _template_line(error, self._template)
+            line = template_line(error, self._template)
             raise InputError(f"judge template {self.path}{line}: {error}; correct the template") from None
 
     def token_ids(self, tokenizer: TextEncoder, prompt: str, answer: str) -> list[int]:
@@ -345,28 +344,8 @@ class JudgeTemplate:
         return ids
 
 
-def _template_path(path_or_name: str | Path) -> Path:
-    """A shipped template for a plain name, else the file itself."""
-    name = str(path_or_name)
-    if isinstance(path_or_name, Path) or "/" in name or "." in name:
-        return Path(path_or_name)
-    path = _TEMPLATES / f"judge_{name.removeprefix('judge_')}.jinja"
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem.removeprefix("judge_") for p in _TEMPLATES.glob("judge_*.jinja")))
-        raise InputError(f"judge template {name!r} is not shipped; use one of {shipped}, or the path of a .jinja file")
-    return path
-
-
-def _environment() -> SandboxedEnvironment:
-    """Sandboxed and deterministic: `lipsum` and `random` would make two renderings differ."""
-    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    environment.globals = {"range": environment.globals["range"]}
-    del environment.filters["random"]
-    return environment
-
-
 def _compile(text: str, path: Path) -> jinja2.Template:
-    environment = _environment()
+    environment = sandbox()
     try:
         tree = environment.parse(text, name=str(path), filename=str(path))
         _check_blocks(tree, environment, path)
@@ -424,9 +403,3 @@ def _check_variables(block: nodes.Block, environment: SandboxedEnvironment, path
             f"judge template {path}, line {block.lineno}: block {block.name!r} does not use its variable; "
             f"write {{{{ {block.name} }}}} where the text belongs"
         )
-
-
-def _template_line(error: Exception, template: jinja2.Template) -> str:
-    """The suffix ", line N": a block's own frames carry lines of the compiled code, mapped back to the source here."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == template.filename]
-    return f", line {template.get_corresponding_lineno(lines[-1])}" if lines and lines[-1] else ""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from engine import PRESETS, InputError, LlamaConfig, NotBuiltError
+from engine import PRESETS, InputError, LlamaConfig
 from selfreward.recipe_errors import FORMS, Source, explained
 from selfreward.recipe_file import (
     PACKAGE,
@@ -248,11 +248,19 @@ class Prompts(Sampling):
     temperature: Rate = 0.6
     max_tokens: Count = 256
     valid: Literal["tiny"] | None = None  # well-formedness check
+    template: str = "chat"  # of few_shot: a shipped name ("plain" for a base model), or the path of a .jinja file
+    shots_seed: Steps = 6  # instructions of the seed data that a request shows
+    shots_generated: Steps = 2  # and new prompts; as long as there are fewer, more of the seed data
+    filter: Literal["none", "similar", "self_instruct"] | None = None  # null: self_instruct in few_shot, else none
+    rouge: Share = 0.7  # a prompt with a higher ROUGE-L against any other is dropped, unless the filter is none
+
+    @property
+    def level(self) -> str:
+        """The filter, of filters.LEVELS."""
+        return self.filter or ("self_instruct" if self.mode == "few_shot" else "none")
 
     @model_validator(mode="after")
     def _source(self) -> Prompts:
-        if self.mode == "few_shot":
-            raise NotBuiltError("mode 'few_shot' is not built yet; use 'continue' (the model goes on) or 'file'")
         if (self.mode == "file") != (self.file is not None):
             raise InputError(
                 f"mode is {self.mode!r} and file is {'not ' if self.file is None else ''}set; a file belongs to mode "
@@ -261,8 +269,19 @@ class Prompts(Sampling):
         unused = self.model_fields_set & {"temperature", "top_p", "max_tokens"} if self.mode == "file" else ()
         if unused:
             raise InputError(f"mode is 'file', where {' and '.join(sorted(unused))} has no effect; leave it out")
-        if self.mode == "continue" and self.count is None:
-            raise InputError("mode 'continue' needs count, the number of new prompts in each round")
+        if self.mode != "file" and self.count is None:
+            raise InputError(f"mode {self.mode!r} needs count, the number of new prompts in each round")
+        changed = {name for name, value in self if value != type(self).model_fields[name].default}
+        unused = changed & {"template", "shots_seed", "shots_generated"}
+        if unused and self.mode != "few_shot":
+            raise InputError(
+                f"mode is {self.mode!r}, where {' and '.join(sorted(unused))} has no effect; leave it out, or set mode to "
+                "few_shot"
+            )
+        if self.shots_seed + self.shots_generated == 0:
+            raise InputError("shots_seed and shots_generated are both 0; few_shot shows at least one instruction")
+        if "rouge" in changed and self.level == "none":
+            raise InputError("rouge has no effect without a filter; set filter to similar or self_instruct")
         return self
 
 
@@ -352,6 +371,7 @@ class Recipe(Group):
     init: Init | None = None
     m1: Path | None = None  # begin the rounds with this model: no SFT, no EFT
     judge_model: Path | None = None  # a fixed judge for all rounds; null: each round's own model
+    prompt_model: Path | None = None  # a fixed model that writes the prompts of all rounds; null: M1
     method: Literal["dpo", "positives"] = "dpo"  # positives: SFT again, with the perfectly scored answers added
     data: Data = Data()
     sft: SFT = SFT()
@@ -402,6 +422,13 @@ class Recipe(Group):
                     f"{name}.precision is {training.precision!r} and lora.rank is {self.lora.rank}; adapters are fp32 in any "
                     "case: leave it out, and set lora.base to bf16 to compute in it"
                 )
+        if self.prompt_model is not None and self.prompts.mode == "file":
+            raise InputError("prompts.mode is 'file', where nothing is written by prompt_model; set one of them only")
+        if self.prompts.mode == "few_shot" and not self.data.has_ift:
+            raise InputError(
+                "prompts.mode 'few_shot' shows the model instructions of data.ift, which is missing; set it, or set "
+                "prompts.mode to 'file'"
+            )
         if self.judge_model is not None and self.judge.by != "model":
             raise InputError(
                 f"judge.by is {self.judge.by!r} and judge_model is set; a judge model needs judge.by 'model'"

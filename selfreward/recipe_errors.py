@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engine import InputError, NotBuiltError
+from engine import InputError
 
 FORMS = ("one value", "a value for each round")  # of a per-round key
 _EXPECTED = {
@@ -25,7 +25,6 @@ _EXPECTED = {
     "model_type": "a group of keys",
     "model_attributes_type": "a group of keys",
 }
-_NOT_BUILT = ("prompt_model",)
 
 
 class Source:
@@ -54,15 +53,12 @@ def explained(error: ValidationError, source: Source, keys: Sequence[str]) -> In
     key = ".".join(parts)
     more = f" ({len(mistakes) - 1} more after this one)" if len(mistakes) > 1 else ""
     cause = first.get("ctx", {}).get("error")
-    kind = NotBuiltError if isinstance(cause, NotBuiltError) or key in _NOT_BUILT else InputError
-    return kind(f"{source.of(key)}: {_complaint(first, key, cause, keys)}{more}")
+    return InputError(f"{source.of(key)}: {_complaint(first, key, cause, keys)}{more}")
 
 
 def _complaint(mistake: Any, key: str, cause: Any, keys: Sequence[str]) -> str:
     if cause is not None:  # raised by our own checks above, which name the key within their group
         return f"{key}: {cause}" if key else str(cause)
-    if key in _NOT_BUILT:
-        return f"the key {key!r} is not built yet; leave it out"
     if mistake["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, keys)}"
     if ".split" in key:

@@ -118,6 +118,12 @@ def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
     table = [
         ("prompts kept", [number(row["prompts_kept"], "d") for row in rounds]),
         ("prompts left out", [_counts(row["prompts_dropped"]) for row in rounds]),
+        ("words of a prompt", [number(row["prompt_words"], ".1f") for row in rounds]),
+        ("likeness to earlier ones", [number(row["prompt_rouge"], ".2f") for row in rounds]),
+        ("different openings", [number(row["openings_different"], ".1%") for row in rounds]),
+        ("entropy of the first word, bits", [number(row["opening_entropy_bits"], ".2f") for row in rounds]),
+        ("most frequent openings", [_counts(row["openings"]) for row in rounds]),
+        ("most frequent long words", [_counts(row["topics"]) for row in rounds]),
         ("length of answers against round 1", [number(row["length_drift"], ".2f") for row in rounds]),
         ("judgements", [number(row["judgements"], "d") for row in rounds]),
         ("how they could be read", [_counts(row["statuses"]) for row in rounds]),

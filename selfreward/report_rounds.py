@@ -12,14 +12,19 @@ from pathlib import Path
 from statistics import pvariance
 from typing import Any
 
+from selfreward.filters import word_count, words
 from selfreward.formats import read_jsonl
 from selfreward.judge import TOP_SCORE
 from selfreward.metrics import entropy_bits, mean_and_error
 
 Row = dict[str, Any]
 
+SHOWN_WORDS = 8  # openings and topics
+TOPIC_LETTERS = 6  # shorter words are mostly of no topic
+
 FIGURES = (
-    *("prompts_kept", "prompts_dropped"),
+    *("prompts_kept", "prompts_dropped", "prompt_words", "prompt_rouge"),
+    *("openings", "openings_different", "opening_entropy_bits", "topics"),
     *("judgements", "statuses", "score_histogram", "score_entropy_bits", "score_mean"),
     *("draw_variance", "expected_share", "expected_gap"),
     *("pairs", "pair_yield", "pairs_dropped"),
@@ -45,12 +50,34 @@ def _round(folder: Path, stages: Mapping[str, Row], k: int) -> Row:
     row: Row = {"round": k, "model": f"M{k}"} | dict.fromkeys(FIGURES)
     row |= {"prompts_kept": prompts["kept"], "prompts_dropped": _by_count(prompts["dropped"])}
     row["length_drift"] = stages.get(f"iter_{k}/candidates", {}).get("length_drift")
+    row |= prompt_figures(read_jsonl(files / "prompts.jsonl"))
     if f"iter_{k}/judgements" in stages:
         row |= judgement_figures(read_jsonl(files / "judgements.jsonl"))
     if f"iter_{k}/pairs" in stages:
         row |= pair_figures(read_jsonl(files / "pairs.jsonl"), read_jsonl(files / "dropped.jsonl"))
     row["positives"] = stages.get(f"iter_{k}/model", {}).get("positives")
     return row
+
+
+def prompt_figures(prompts: Sequence[Row]) -> Row:
+    """How varied a round's prompts are.
+
+    openings: the most frequent first two words and how many prompts begin so; openings_different: how many beginnings
+    there are, as a share of the prompts; opening_entropy_bits: of the first word alone. topics: the longer words that
+    most prompts have in common, once each prompt. prompt_words: their mean length; prompt_rouge: the mean of the
+    highest ROUGE-L of each against those before it, where that was computed.
+    """
+    texts = [words(row["prompt"]) for row in prompts]
+    openings = Counter(" ".join(text[:2]) for text in texts)
+    topics = Counter(word for text in texts for word in sorted(set(text)) if len(word) >= TOPIC_LETTERS)
+    return {
+        "prompt_words": mean_and_error([word_count(row["prompt"]) for row in prompts])[0],
+        "prompt_rouge": mean_and_error([row["rouge"] for row in prompts if "rouge" in row])[0],
+        "openings": dict(list(_by_count(openings).items())[:SHOWN_WORDS]),
+        "openings_different": len(openings) / len(texts) if texts else None,
+        "opening_entropy_bits": entropy_bits(Counter(" ".join(text[:1]) for text in texts).values()),
+        "topics": dict(list(_by_count(topics).items())[:SHOWN_WORDS]),
+    }
 
 
 def judgement_figures(judgements: Sequence[Row]) -> Row:

@@ -37,7 +37,7 @@ from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import evaluation, stages, training
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.device import check_device, device_facts
-from selfreward.inputs import check_inputs, load_tokenizer
+from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
 from selfreward.recipe_file import PATH_KEYS, recipe_names
@@ -68,6 +68,7 @@ keys that are often set (all of them, with their defaults: selfreward/recipe.py)
     data.ift, data.eft         instructions with answers; ranked answers
     data.ranked                one file of ranked answers for both, and for measuring the judge
     prompts.count              new prompts a round; prompts.file with prompts.mode=file
+    prompt_model               the directory of a model that writes them; M1 does if there is none
     candidates.n               answers a prompt
     judge.template             a shipped template or a .jinja file
     sft.lr, dpo.lr, dpo.beta
@@ -225,17 +226,26 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
         torch.set_num_threads(threads)
     check_device(recipe)
     tokenizer = load_tokenizer(recipe)
-    template = JudgeTemplate(recipe.judge.template)
-    of_judge = recipe.judge.model_template
-    judge_model_template = None if of_judge is None else JudgeTemplate(of_judge)
-    odd = check_inputs(recipe, tokenizer, template)
-    with RunDir(out, _manifest(recipe, tokenizer, template, judge_model_template), without_places) as directory:
+    templates = load_templates(recipe)
+    odd = check_inputs(recipe, tokenizer, templates.judge)
+    with RunDir(out, _manifest(recipe, tokenizer, templates), without_places) as directory:
         for sentence in odd:
             report.warn(sentence)
         place = directory.manifest.get("gpu", "the CPU")
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}, on {place}")
         try:
-            models = loop(Run(recipe, directory, tokenizer, template, report, stop, judge_model_template))
+            models = loop(
+                Run(
+                    recipe,
+                    directory,
+                    tokenizer,
+                    templates.judge,
+                    report,
+                    stop,
+                    templates.judge_model,
+                    templates.prompts,
+                )
+            )
         except GateError as error:
             said = f"{error} ({CHANGEABLE})"
             with suppress(InputError, OSError):  # what the gate says matters more than the page
@@ -248,21 +258,22 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
             print(f"report: {directory.file('report.html')}", file=sys.stderr)
 
 
-def _manifest(
-    recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate, judge_model_template: JudgeTemplate | None = None
-) -> Row:
+def _manifest(recipe: Recipe, tokenizer: Tokenizer, templates: Templates) -> Row:
     """Everything that decides a run's bytes."""
-    judge_files = recipe.judge_model / "tokenizer.model" if recipe.judge_model else None
     return {
         "recipe": deciding(recipe),
         "inputs": {key: file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
         "models": {
-            key: content_hash(path) for key, path in recipe.paths().items() if key in ("model", "m1", "judge_model")
+            key: content_hash(path)
+            for key, path in recipe.paths().items()
+            if key in ("model", "m1", "judge_model", "prompt_model")
         },
         "tokenizer": tokenizer.template_hash,
-        "judge_tokenizer": file_hash(judge_files) if judge_files and judge_files.is_file() else None,
-        "judge_template": template.hash,
-        "judge_model_template": None if judge_model_template is None else judge_model_template.hash,
+        "judge_tokenizer": _tokenizer_hash(recipe.judge_model),
+        "judge_template": templates.judge.hash,
+        "judge_model_template": templates.judge_model.hash if templates.judge_model else None,
+        "prompt_tokenizer": _tokenizer_hash(recipe.prompt_model),
+        "prompt_template": templates.prompts.hash if templates.prompts else None,
         "selfreward": metadata.version("selfreward"),
         "torch": torch.__version__,
         "numpy": metadata.version("numpy"),  # its permutations are the order of the data
@@ -270,6 +281,12 @@ def _manifest(
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "training_threads": torch.get_num_threads(),
     } | device_facts(recipe)
+
+
+def _tokenizer_hash(model: Path | None) -> str | None:
+    """Of the vocabulary that a model from elsewhere brings, if it does."""
+    file = model / "tokenizer.model" if model else None
+    return file_hash(file) if file and file.is_file() else None
 
 
 def deciding(recipe: Recipe) -> Row:
@@ -292,7 +309,7 @@ def without_places(manifest: Row) -> Row:
         key = prefix[:-1]
         if key not in PATH_KEYS or not isinstance(values, str):
             return values
-        return Path(values).name if key.startswith(("data.", "prompts.")) else "a path"
+        return Path(values).name if key.startswith("data.") or key == "prompts.file" else "a path"
 
     return manifest | {"recipe": shortened(manifest.get("recipe"), "")}
 

@@ -75,3 +75,31 @@ def _finished(llm: LLM, groups: Sequence[Sequence[Request]]) -> Generator[list[R
             outputs[asked[output.index]] = output
         yield [row for number in range(start, stop) for row in requests[number].rows(outputs.pop(number))]
         start = stop
+
+
+def sample_waves(run: Run, name: str, llm: LLM, most: int, wave: Callable[[list[Row]], Sequence[Request]]) -> list[Row]:
+    """`sample_groups` for requests that depend on what earlier ones gave, one row each, at most `most` groups of them.
+
+    wave(rows): the next requests, whole groups of 64, made of all rows so far and nothing else, so that a resumed stage
+    makes the same ones; none ends the stage. Several groups in a wave keep the sampler full.
+    """
+    kept, done = run.dir.kept_groups(name, [GROUP] * most)
+    rows, at = list[Row](), 0
+    progress = run.report.progress(name, most * GROUP)
+    while at < most and (requests := wave(rows)):
+        groups = in_groups(requests)[: most - at]
+        fresh = _finished(llm, groups[max(0, done - at) :])
+        for group in groups:
+            assert len(group) == GROUP, "a wave is whole groups"
+            if at < done:
+                rows = rows + kept[at * GROUP : (at + 1) * GROUP]
+            else:
+                with keys_named(f"{name}: "):
+                    new = next(fresh)
+                run.dir.append_group(name, new)
+                run.check_stop()
+                rows = rows + new
+            at += 1
+            progress(GROUP)
+        fresh.close()
+    return rows

@@ -12,7 +12,7 @@ from selfreward.gates import check_judgements, length_drift
 from selfreward.judging import Item, by_answer, judge_by_model, judge_candidates, ranked_items, scored_candidates
 from selfreward.pairs import TOO_LONG, Rules, pair_id, said
 from selfreward.pairs import build_pairs as prompt_pairs
-from selfreward.prompts import take_prompts, write_prompts
+from selfreward.prompts import PROMPT_TOO_LONG, by_reason, take_prompts, write_few_shot, write_prompts
 from selfreward.recipe import Candidates, Recipe
 from selfreward.report import reasons
 from selfreward.sampling import Request, in_groups, sample_groups
@@ -86,28 +86,33 @@ def _eft_advice(run: Run, counts: Counter[str]) -> str:
 
 def new_prompts(run: Run, k: int) -> Row:
     """This round's prompts, none of which an earlier round, the seed data or the held-out data has."""
-    taken = known_prompts(run.recipe)
-    if run.recipe.prompts.mode == "file":
-        rows, dropped = take_prompts(run.recipe, k, taken)
+    known, mode = known_prompts(run.recipe), run.recipe.prompts.mode
+    if mode == "file":
+        choice = take_prompts(run.recipe, k, known)
     else:
-        earlier = {row["prompt"] for j in range(1, k) for row in run.rows(f"iter_{j}/prompts.jsonl")}
-        rows, dropped = write_prompts(run, k, taken | earlier)
-    fitting = [row for row in rows if len(run.tokenizer.chat_prompt(row["prompt"])) < run.context]
-    dropped["prompt_too_long"] += len(rows) - len(fitting)
-    if not fitting:
-        raise GateError(
-            f"round {k} has no prompts left after the filters ({reasons(+dropped)}): {_prompts_advice(run)}"
-        )
-    run.dir.write_jsonl(f"iter_{k}/prompts.jsonl", fitting)
-    return {"kept": len(fitting), "dropped": dict(+dropped)}
+        earlier = [row for j in range(1, k) for row in run.rows(f"iter_{j}/prompts.jsonl")]
+        known |= {row["prompt"] for row in earlier}
+        choice = write_few_shot(run, k, known, earlier) if mode == "few_shot" else write_prompts(run, k, known)
+    kept, dropped = list[Row](), list(choice.dropped)
+    for row in choice.kept:
+        fits = len(run.tokenizer.chat_prompt(row["prompt"])) < run.context
+        (kept if fits else dropped).append(row if fits else row | {"reason": PROMPT_TOO_LONG})
+    counts = by_reason(dropped)
+    assert len(kept) + sum(counts.values()) == len(choice)
+    run.dir.write_jsonl(f"iter_{k}/prompts_dropped.jsonl", dropped)
+    if not kept:
+        raise GateError(f"round {k} has no prompts left after the filters ({reasons(counts)}): {_prompts_advice(run)}")
+    run.dir.write_jsonl(f"iter_{k}/prompts.jsonl", kept)
+    return {"kept": len(kept), "dropped": counts}
 
 
 def _prompts_advice(run: Run) -> str:
     if run.recipe.prompts.mode == "file":
         return f"give a prompts.file with shorter prompts (the model's context is {run.context} tokens)"
+    few_shot = "give another prompts.template or prompt_model, " if run.recipe.prompts.mode == "few_shot" else ""
     return (
-        "raise prompts.count or prompts.max_tokens, change prompts.temperature or prompts.top_p, or set prompts.mode=file "
-        "and prompts.file"
+        f"raise prompts.count or prompts.max_tokens, change prompts.temperature or prompts.top_p, {few_shot}or set "
+        "prompts.mode=file and prompts.file"
     )
 
 
@@ -208,7 +213,7 @@ def _consistency(k: int, pairs: list[Row]) -> float:
 
 
 def _more_prompts(recipe: Recipe) -> str:
-    if recipe.prompts.mode == "continue":
+    if recipe.prompts.mode != "file":
         return "prompts.count"
     return f"the number of prompts in {recipe.prompts.file}" + (" and prompts.count" if recipe.prompts.count else "")
 

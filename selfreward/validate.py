@@ -15,11 +15,24 @@ from selfreward.formats import Read, left_out
 from selfreward.inputs import check_inputs, context_of
 from selfreward.judge import JudgeTemplate
 from selfreward.metrics import longer_wins, ranked_pairs
+from selfreward.prompts import by_reason, usable_prompts
 from selfreward.recipe import Recipe
-from selfreward.seeds import USES, example_ids, file_of, read_part, read_ranked, same, split, split_file
+from selfreward.seeds import (
+    USES,
+    example_ids,
+    file_of,
+    known_prompts,
+    prompt_pool,
+    read_part,
+    read_ranked,
+    same,
+    split,
+    split_file,
+)
 
 Row = dict[str, Any]
 SHOWN = 5  # refused rows of one reason
+SUGGESTED, UNASKED = "self_instruct", 10_000  # a filter to look at where the recipe has none, and on how many rows
 
 
 def validate(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> Row:
@@ -34,6 +47,8 @@ def validate(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) -> R
     found: Row = {"parts": [part for part, _ in parts], "warnings": [], "errors": []}
     found["usable"] = not any(part["errors"] for part in found["parts"])
     if found["usable"]:
+        if recipe.prompts.file is not None:
+            found["parts"][-1]["filters"] = _filters(recipe)
         if recipe.data.ranked is not None:
             found["divided"] = dict(split_file(recipe).counts)
         try:
@@ -145,6 +160,22 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer, rows: list[Row]) -> Row:
     }
 
 
+def _filters(recipe: Recipe) -> Row:
+    """What becomes of the rows of prompts.file: by the recipe's filter; where it has none, what self_instruct would do
+    with the first 10,000, since every one is compared with all others."""
+    level = recipe.prompts.level
+    rows = prompt_pool(recipe)[: None if level != "none" else UNASKED]
+    asked = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"filter": SUGGESTED})})
+    choice = usable_prompts(recipe if level != "none" else asked, known_prompts(recipe), rows)
+    return {
+        "filter": level if level != "none" else SUGGESTED,
+        "asked": level != "none",
+        "rows": len(rows),
+        "kept": len(choice.kept),
+        "dropped": by_reason(choice.dropped),
+    }
+
+
 def spread(lengths: Sequence[int]) -> Row:
     """Least, median, 95th percentile and most (each a length that occurs), and the sum."""
     ordered = sorted(lengths)
@@ -195,6 +226,13 @@ def _lines(part: Row) -> Iterator[str]:
     if "limit" in part:
         cut = f"cut {part['cut']}, " if "cut" in part else ""
         yield f"    at {part['limit']} tokens: {cut}prompt too long {part['prompt_too_long']}"
+    if "filters" in part:
+        filters = part["filters"]
+        asked = "" if filters["asked"] else ", which is not asked for,"
+        yield (
+            f"    prompts.filter={filters['filter']}{asked} keeps {filters['kept']} of {filters['rows']}; it drops: "
+            f"{_counts(filters['dropped']) or 'none'}"
+        )
     if "example" in part:
         yield f"    first row {part['example']['id']}; lines with = count in the loss:"
         for on, text in part["example"]["shown"]:

@@ -17,10 +17,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine import InputError
+from selfreward.few_shot import PromptTemplate
 from selfreward.files import read_rows
+from selfreward.filters import LEVELS, Sieve
 from selfreward.formats import as_example, as_group, as_prompt, load_ift, load_prompts, load_ranked, read_file
 from selfreward.judge import JudgeTemplate
 from selfreward.pairs import NO_MORE, REASONS, Rules, build_pairs
+from selfreward.prompts import Choice, by_reason, found_in
 from selfreward.recipe import Recipe, recipe_keys
 from selfreward.records import FORMATS, Refused, format_of, read_record
 from selfreward.run import main
@@ -282,6 +285,65 @@ def test_a_template_is_taken_or_refused_in_one_sentence(count: int, folder: Path
             assert str(path) in str(error)
         else:
             assert len(segments) == 4 and text in segments[1] and text in segments[2]
+
+    check()
+
+
+LIST = st.lists(
+    st.sampled_from(
+        ["\n", "\n\n", " ", "9.", "10.", "11.", "10)", "**10.**", "Task 11:", "1.", "---", "Answer:", "[/INST]", "</s>",
+         "User:", "Name a tree", "why", "\u0661.", "\u2028", "\r", "\ud800", "{{ x }}"]
+    )
+    | TEXT,
+    max_size=14,
+).map("".join)  # fmt: skip
+
+
+@amount
+def test_every_text_of_a_completion_is_kept_or_dropped_with_a_reason(count: int) -> None:
+    @cases(count)
+    @given(
+        written=st.lists(st.tuples(LIST, st.sampled_from(["stop", "length"])), max_size=4),
+        level=st.sampled_from(LEVELS),
+        limit=st.sampled_from([0.0, 0.5, 1.0]),
+        most=st.integers(1, 4),
+        numbered=st.booleans(),
+    )
+    def check(written: list[tuple[str, str]], level: str, limit: float, most: int, numbered: bool) -> None:
+        choice = Choice(Sieve({"why", "Name a tree"}, level, limit), most)
+        total = 0
+        for number, (text, finish) in enumerate(written):
+            row = {"id": f"1-{number}", "text": text, "finish_reason": finish, "shots": ["s"] * 8}
+            found = list(found_in(row, numbered))
+            assert found and all(one.text == " ".join(one.text.split()) for one in found)
+            choice.add(found)
+            total += len(found)
+        assert len(choice) == total and len(choice.kept) <= most
+        assert all(row["prompt"] and "reason" not in row for row in choice.kept)
+        assert sum(by_reason(choice.dropped).values()) == len(choice.dropped) and all(
+            r["reason"] for r in choice.dropped
+        )
+        texts = [row["prompt"] for row in choice.kept]
+        assert len(set(texts)) == len(texts) and not {"why", "Name a tree"} & set(texts)
+
+    check()
+
+
+@amount
+def test_a_prompts_template_is_taken_or_refused_in_one_sentence(count: int, folder: Path) -> None:
+    whole = "{% for i in instructions %}{{ i }}\n{% endfor %}9."
+
+    @cases(count)
+    @given(pieces=st.lists(PIECES, max_size=8), at=st.integers(0, len(whole)), text=TEXT)
+    def check(pieces: list[str], at: int, text: str) -> None:
+        path = folder / "prompts.jinja"
+        path.write_text(whole[:at] + "".join(pieces) + whole[at:], encoding="utf-8")
+        try:
+            shown = PromptTemplate(path).text([text])
+        except InputError as error:
+            assert str(path) in str(error)
+        else:
+            assert isinstance(shown, str)
 
     check()
 

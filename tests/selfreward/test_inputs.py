@@ -51,6 +51,44 @@ def test_a_template_that_the_tokenizer_does_not_know_is_refused(tmp_path, capsys
     assert "judge_llama2.jinja: " in err and "in the rubric" in err
 
 
+def few_shot(tmp_path, *more):
+    (tmp_path / "tiny.jinja").write_text("{% for i in instructions %}[INST] {{ i }} [/INST] {% endfor %}[INST]\n")
+    return ["prompts.mode=few_shot", f"prompts.template={tmp_path / 'tiny.jinja'}", "prompts.filter=none", *more]
+
+
+def test_too_few_instructions_to_show_are_refused(tmp_path, capsys):
+    lines = (DATA / "ift.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "ift.jsonl").write_text("".join([*lines[:4], lines[0].replace("ift-", "again-")]))
+    err = said(
+        capsys, tmp_path / "out", *few_shot(tmp_path), f"data.ift={tmp_path / 'ift.jsonl'}", "data.ift_limit=null"
+    )
+    assert "ift.jsonl has 4 different instructions of at most 150 words, and prompts.shots_seed is 6; give more" in err
+
+
+def test_shots_without_room_are_refused_and_scarce_room_is_said(tmp_path, capsys):
+    err = said(capsys, tmp_path / "out", *few_shot(tmp_path, "prompts.shots_seed=20"))
+    assert "above the context of 128; lower prompts.shots_seed and prompts.shots_generated" in err
+    assert main(["validate", "--json", *few_shot(tmp_path, "prompts.count=8", "prompts.max_tokens=60")]) == 0
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning.startswith("8 of the instructions of ")
+    assert "prompts.max_tokens is 60 and the context 128: what has no room is cut or left out" in warning
+
+
+def test_a_prompts_template_that_the_tokenizer_does_not_know_is_refused(tmp_path, capsys):
+    err = said(capsys, tmp_path / "out", "prompts.mode=few_shot", "prompts.filter=none")
+    assert "prompts_chat.jinja: " in err and "are unknown to " in err
+
+
+def test_a_prompt_model_with_too_few_embeddings_is_refused(tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((PACKAGE / "tiny/m0/config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 9}))
+    (other / "model.safetensors").symlink_to(PACKAGE / "tiny/m0/model.safetensors")
+    err = said(capsys, tmp_path / "out", f"prompt_model={other}")
+    assert f"prompt_model ({other}) 9 embeddings: they do not belong together" in err
+
+
 def test_lengths_beyond_the_context_are_said(tmp_path, capsys):
     err = said(capsys, tmp_path / "out", "candidates.max_tokens=500", "judge.max_tokens=128", code=3)
     assert "warning: candidates.max_tokens is 500, above the model's context of 128 tokens: longer texts are cut" in err

@@ -114,6 +114,25 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(unbroken, half,
     assert_same(artefacts(tmp_path / "run"), expected)
 
 
+def test_a_run_with_prompts_by_example_that_is_killed_ends_with_the_same_bytes(tmp_path):
+    template = tmp_path / "tiny.jinja"
+    template.write_text("{% for i in instructions %}[INST] {{ i }} [/INST] {% endfor %}[INST]\n")
+    words = ["prompts.mode=few_shot", f"prompts.template={template}", "prompts.count=100", "prompts.filter=similar"]
+    words += ["prompts.valid=null", "gates.min_readable=0", "gates.min_pairs=1", "evaluation.prompts=20"]
+    code, said = Process(command(tmp_path / "unbroken", 64, *words)).end()
+    assert code == 0, said
+    for stage in ("iter_1/prompts", "iter_2/prompts"):
+        for delay in (0.5, 1.0):  # of about three seconds
+            running = Process(command(tmp_path / "killed", 64, *words))
+            running.wait_for(stage)
+            time.sleep(delay)
+            running.process.send_signal(signal.SIGKILL)
+            assert running.end()[0] == -signal.SIGKILL
+    code, said = Process(command(tmp_path / "killed", 64, *words)).end()
+    assert code == 0, said
+    assert_same(artefacts(tmp_path / "killed"), artefacts(tmp_path / "unbroken"))
+
+
 @pytest.mark.parametrize("variant", [["dpo.replay_weight=1"], ["method=positives"]], ids=["replay", "positives"])
 def test_a_variants_training_that_is_killed_ends_with_the_same_bytes(variant, tmp_path):
     words = ["rounds=1", "evaluation.prompts=20", *variant]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import selfreward.recipe as recipe_module
-from engine import PRESETS, DPOConfig, InputError, LlamaConfig, NotBuiltError, SFTConfig
+from engine import PRESETS, DPOConfig, InputError, LlamaConfig, SFTConfig
+from selfreward.filters import LEVELS
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import DPO, SFT, Recipe, recipe_keys
+from selfreward.recipe import DPO, SFT, Prompts, Recipe, recipe_keys
 from selfreward.recipe_file import recipe_names
 
 SMALL = """
@@ -41,10 +42,12 @@ def complaint(tmp_path: Path, *overrides: str, text: str = SMALL) -> str:
     return str(caught.value)
 
 
+FEW_SHOT = ["prompts.file=null", "prompts.mode=few_shot", "prompts.count=8"]
+
 # Frozen on purpose: each new key is a decision, made here too.
 KEYS = """
 seed rounds model tokenizer init.preset init.dim init.n_layers init.n_heads init.n_kv_heads init.ffn_dim init.seed
-m1 judge_model method
+m1 judge_model prompt_model method
 data.ift data.ift_limit data.eft data.eft_limit data.eft_heldout data.heldout data.ranked data.split
 data.language data.format.ift data.format.eft data.format.eft_heldout data.format.heldout data.format.ranked
 data.format.prompts data.max_tokens
@@ -53,6 +56,7 @@ sft.clip sft.max_pack_tokens sft.dropout sft.save_every sft.activation_checkpoin
 lora.rank lora.alpha lora.targets lora.base
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
+prompts.template prompts.shots_seed prompts.shots_generated prompts.filter prompts.rouge
 candidates.temperature candidates.top_p candidates.n candidates.max_tokens
 judge.temperature judge.top_p judge.by judge.template judge.model_template judge.draws judge.max_tokens
 judge.min_valid_draws judge.score judge.duplicates
@@ -232,19 +236,6 @@ def test_a_mistake_in_the_file_names_the_file_and_the_rest_is_counted(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("prompts={mode: few_shot, file: null}", "prompts: mode 'few_shot' is not built yet"),
-        ("prompt_model=x", "the key 'prompt_model' is not built yet"),
-    ],
-)
-def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(NotBuiltError) as caught:
-        load(tmp_path, override)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model=null"], "found none of model, init and m1"),
@@ -271,6 +262,14 @@ def test_what_is_not_built_is_a_typed_error(override: str, message: str, tmp_pat
         (["prompts.mode=continue"], "mode is 'continue' and file is set"),
         (["prompts.file=null"], "mode is 'file' and file is not set"),
         (["prompts.top_p=0.5"], "mode is 'file', where top_p has no effect"),
+        (["prompts.template=plain"], "mode is 'file', where template has no effect"),
+        (["prompts={mode: continue, count: 1, shots_seed: 1}"], "mode is 'continue' and file is set"),
+        (["prompts.file=null", "prompts.mode=few_shot"], "mode 'few_shot' needs count"),
+        ([*FEW_SHOT, "prompts.shots_seed=0", "prompts.shots_generated=0"], "shots_seed and shots_generated are both 0"),
+        ([*FEW_SHOT, "model=null", "m1=x", "data.ift=null"], "shows the model instructions of data.ift"),
+        ([*FEW_SHOT, "prompts.filter=none", "prompts.rouge=0.5"], "rouge has no effect without a filter"),
+        (["prompts.rouge=0.5"], "rouge has no effect without a filter"),
+        (["prompt_model=x"], "nothing is written by prompt_model"),
         (["model=null", "init.preset=7B"], "set tokenizer"),
         (["eft.required=true"], "data.eft is missing"),
         (["evaluation.oracle=tiny"], "evaluation.oracle needs data.heldout"),
@@ -314,6 +313,17 @@ def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
         Recipe.load("tiney")
     with pytest.raises(InputError, match=r"nowhere.yaml cannot be read"):
         Recipe.load(tmp_path / "nowhere.yaml")
+
+
+def test_new_prompts_are_filtered_where_a_model_writes_them_by_example_or_where_it_is_asked_for(tmp_path: Path) -> None:
+    assert load(tmp_path).prompts.level == "none"
+    assert load(tmp_path, *FEW_SHOT).prompts.level == "self_instruct"
+    assert load(tmp_path, *FEW_SHOT, "prompts.filter=none").prompts.level == "none"
+    asked = load(tmp_path, "prompts.filter=similar", "prompts.rouge=0.5").prompts
+    assert (asked.level, asked.rouge) == ("similar", 0.5)
+    shown = load(tmp_path, *FEW_SHOT).prompts
+    assert (shown.template, shown.shots_seed, shown.shots_generated, shown.rouge) == ("chat", 6, 2, 0.7)
+    assert get_args(Prompts.model_fields["filter"].annotation)[0] == Literal[LEVELS]
 
 
 def test_an_empty_group_means_its_defaults(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from selfreward.metrics import entropy_bits
 from selfreward.report import build_report, print_report
 from selfreward.report_html import SHOWN_CHARACTERS, example_pairs, render, write_report
 from selfreward.report_plots import Plot, draw_plots
-from selfreward.report_rounds import judgement_figures, pair_figures, round_figures
+from selfreward.report_rounds import judgement_figures, pair_figures, prompt_figures, round_figures
 from selfreward.state import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,11 @@ def pair(number=0, chosen=2, rejected=1, text="b a"):
     }
 
 
+PROMPTS = [
+    {"id": "1-0", "prompt": "Write a poem about rivers.", "rouge": 0.25},
+    {"id": "1-1", "prompt": "write a letter about rivers and rivers", "rouge": 0.75},
+    {"id": "1-2", "prompt": "Name rivers!", "rouge": 0.5},
+]
 JUDGEMENTS = [*map(judgement, (5.0, 5.0, 4.5, 4.0)), judgement(None, "truncated"), judgement(None, "no_score")]
 PAIRS = [pair(0, chosen=7, rejected=4), pair(1, chosen=5, rejected=6)]
 DROPPED = [{"id": "1-2", "prompt": "p", "reason": "tie"}]
@@ -85,6 +90,7 @@ def make_run(folder, rounds=2, sft=True, pairs=PAIRS, seconds=1.5, recipe=None):
             run.write_jsonl(f"{stage}/metrics.jsonl", sft_metrics())
             run.mark_done(f"{stage}/model", {"rows": 3, "steps": 3})
     for k in range(1, rounds + 1):
+        run.write_jsonl(f"iter_{k}/prompts.jsonl", PROMPTS)
         run.write_jsonl(f"iter_{k}/judgements.jsonl", JUDGEMENTS)
         run.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
         run.write_jsonl(f"iter_{k}/dropped.jsonl", DROPPED)
@@ -171,6 +177,18 @@ def test_no_readable_score_is_none_and_not_zero():
 )
 def test_entropy(counts, bits):
     assert entropy_bits(counts) == (None if bits is None else pytest.approx(bits, abs=1e-12))
+
+
+def test_the_spread_of_prompts_is_counted_by_hand():
+    figures = prompt_figures(PROMPTS)
+    assert figures["prompt_words"] == (5 + 7 + 2) / 3 and figures["prompt_rouge"] == 0.5
+    assert figures["openings"] == {"write a": 2, "name rivers": 1} and figures["openings_different"] == 2 / 3
+    assert figures["opening_entropy_bits"] == pytest.approx(2 / 3 * math.log2(3 / 2) + 1 / 3 * math.log2(3), abs=1e-12)
+    assert figures["topics"] == {"rivers": 3, "letter": 1}  # once each prompt, of six letters or more
+    unfiltered = prompt_figures([{"id": "1-0", "prompt": "?"}, {"id": "1-1", "prompt": "!"}])
+    assert unfiltered["prompt_rouge"] is None and unfiltered["openings"] == {"": 2} and unfiltered["topics"] == {}
+    many = prompt_figures([{"id": str(i), "prompt": f"{'abcdefghijklmnop'[i] * 6} x"} for i in range(16)])
+    assert len(many["openings"]) == len(many["topics"]) == 8 and many["opening_entropy_bits"] == 4.0
 
 
 def test_pairs_are_counted_by_hand():

@@ -115,6 +115,18 @@ def test_the_open_assistant_trees_in_three_parts(
     assert [parts[f"data.{key}"]["used"] for key in ("ift", "eft", "eft_heldout")] == [79, 15, 5]
     assert all(not part["shared"] for part in parts.values())
     assert parts["data.ift"]["refused"] == {"no_ranked_reply": 1} and parts["prompts.file"]["formats"] == {"text": 250}
+    filters = parts["prompts.file"]["filters"]
+    assert (filters["filter"], filters["asked"], filters["rows"]) == ("self_instruct", False, 250)
+    assert filters["kept"] + sum(filters["dropped"].values()) == 250
+    asked = validated(capsys, *words, "prompts.filter=similar")["prompts.file"]["filters"]
+    assert (asked["filter"], asked["asked"], asked["rows"]) == ("similar", True, 250) and asked["kept"] > filters[
+        "kept"
+    ]
+    assert main(["validate", *words]) == 0
+    assert (
+        f"prompts.filter=self_instruct, which is not asked for, keeps {filters['kept']} of 250; it"
+        in capsys.readouterr().out
+    )
 
 
 def test_spread_names_lengths_that_occur() -> None:
