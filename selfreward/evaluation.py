@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine import RequestOutput, SamplingParams
 from selfreward import tiny
 from selfreward.context import Row, Run
 from selfreward.judging import by_answer, judge_by_model, mean_of_draws, ranked_items
-from selfreward.metrics import judge_accuracy, longer_wins, mean_and_error
+from selfreward.metrics import judge_figures, length_figures, mean_and_error
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.seeds import heldout_groups, heldout_prompts
 from selfreward.state import row_seed
+from selfreward.variety import distinct, repetition
 
 
 def evaluate_model(run: Run, name: str, path: Path) -> Row:
@@ -22,7 +24,7 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
     row["true_quality_n"] = 0
     if run.recipe.data.heldout is not None:
         answers = _answers(run, path, f"{folder}/answers.jsonl", options.temperature)
-        row["mean_length"], _ = mean_and_error([len(answer["token_ids"]) for answer in answers])
+        row |= text_figures([answer["token_ids"] for answer in answers])
         greedy = _answers(run, path, f"{folder}/greedy.jsonl", 0.0) if options.greedy else []
         if options.oracle is not None:
             row["true_quality"], row["true_quality_se"] = mean_and_error([a["grade"] for a in answers])
@@ -33,8 +35,20 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
         file, judge = f"{folder}/judgements.jsonl", run.recipe.judge
         drawn = by_answer(groups, judge_by_model(run, file, path, ranked_items(groups), judge, (0, "evaluation")))
         scores = [[mean_of_draws(run, draws) for draws in drawn[group["id"]]] for group in groups]
-        row |= judge_accuracy(groups, scores) | {"longer_wins": longer_wins(groups)}
+        row |= prefixed("judge", judge_figures(groups, scores)) | prefixed("longer", length_figures(groups))
+        row["longer_wins"] = row["longer_pairwise_ties_half"]
     return row
+
+
+def text_figures(texts: Sequence[Sequence[int]]) -> Row:
+    """Length in tokens and variety of a model's answers, one to each instruction."""
+    length, error = mean_and_error([len(ids) for ids in texts])
+    figures = {"mean_length": length, "mean_length_se": error, "repetition": repetition(texts)}
+    return figures | {f"distinct_{n}": distinct(texts, n) for n in (1, 2)}
+
+
+def prefixed(prefix: str, figures: Row) -> Row:
+    return {f"{prefix}_{name}": value for name, value in figures.items()}
 
 
 def _answers(run: Run, path: Path, name: str, temperature: float) -> list[Row]:

@@ -117,6 +117,7 @@ def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
     table = [
         ("prompts kept", [number(row["prompts_kept"], "d") for row in rounds]),
         ("prompts left out", [_counts(row["prompts_dropped"]) for row in rounds]),
+        ("variety of the answers", [number(row["answer_diversity"], ".1%") for row in rounds]),
         ("judgements", [number(row["judgements"], "d") for row in rounds]),
         ("how they could be read", [_counts(row["statuses"]) for row in rounds]),
         ("mean score", [number(row["score_mean"], ".2f") for row in rounds]),

@@ -14,11 +14,13 @@ from typing import Any
 from selfreward.formats import read_jsonl
 from selfreward.judge import TOP_SCORE
 from selfreward.metrics import mean_and_error
+from selfreward.variety import diversity
 
 Row = dict[str, Any]
 
 FIGURES = (
     *("prompts_kept", "prompts_dropped"),
+    "answer_diversity",
     *("judgements", "statuses", "score_histogram", "score_entropy_bits", "score_mean"),
     *("pairs", "pair_yield", "pairs_dropped"),
     *("length_chosen", "length_rejected", "length_gap", "length_gap_se"),
@@ -41,12 +43,22 @@ def _round(folder: Path, stages: Mapping[str, Row], k: int) -> Row:
     files, prompts = folder / f"iter_{k}", stages[f"iter_{k}/prompts"]
     row: Row = {"round": k, "model": f"M{k}"} | dict.fromkeys(FIGURES)
     row |= {"prompts_kept": prompts["kept"], "prompts_dropped": _by_count(prompts["dropped"])}
+    if f"iter_{k}/candidates" in stages:
+        row["answer_diversity"] = answer_diversity(read_jsonl(files / "candidates.jsonl"))
     if f"iter_{k}/judgements" in stages:
         row |= judgement_figures(read_jsonl(files / "judgements.jsonl"))
     if f"iter_{k}/pairs" in stages:
         row |= pair_figures(read_jsonl(files / "pairs.jsonl"), read_jsonl(files / "dropped.jsonl"))
     row["positives"] = stages.get(f"iter_{k}/model", {}).get("positives")
     return row
+
+
+def answer_diversity(candidates: Sequence[Row]) -> float | None:
+    """How far the candidates of a prompt differ: at 0 there is nothing to choose from."""
+    texts: dict[str, list[str]] = {}
+    for row in candidates:
+        texts.setdefault(row["prompt_id"], []).append(row["text"])
+    return diversity(texts.values())
 
 
 def judgement_figures(judgements: Sequence[Row]) -> Row:

@@ -107,6 +107,7 @@ def loop(run: Run) -> list[Row]:
         row = stage(run, f"evaluation/{name}", evaluation.evaluate_model, name, path)
         pairs = run.dir.counts(made_by).get("pairs") if made_by.startswith("iter_") else None
         rows.append(row | {"pairs": pairs, "stage": made_by})
+    run.dir.write_jsonl("evaluation/metrics.jsonl", rows)
     return rows
 
 
