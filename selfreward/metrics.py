@@ -58,8 +58,10 @@ def judge_figures(groups: Sequence[Row], scores: Sequence[Scores]) -> Row:
 
 
 def length_figures(groups: Sequence[Row]) -> Row:
-    """The baseline: the same figures of a judge that scores a text by its length in characters."""
-    return judge_figures(groups, [_lengths(group) for group in groups])
+    """The baseline: the same figures of a judge that scores a text by its length in characters. No length is perfect, so
+    there is no 5-best."""
+    found = judge_figures(groups, [_lengths(group) for group in groups])
+    return found | {"five_best": None, "five_best_interval": None}
 
 
 def longer_wins(groups: Sequence[Row]) -> float | None:
