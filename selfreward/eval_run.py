@@ -70,11 +70,19 @@ def _models_of_run(recipe: Recipe, out: Path) -> dict[str, Path]:
 
 @contextmanager
 def opened(
-    what: str, file: Path, recipe: Recipe, models: dict[str, Path], out: Path, report: Reporter, stop: Event
+    what: str,
+    file: Path,
+    recipe: Recipe,
+    models: dict[str, Path],
+    out: Path,
+    report: Reporter,
+    stop: Event,
+    judge: str | None = None,
 ) -> Iterator[Run]:
     """A run in `OUT/eval/WHAT-FILE`: the same command goes on there, another model or setting is refused.
 
-    All models must share the tokenizer, which is that of the first. InputError says which does not.
+    judge: an external one; else a judge model of the recipe counts as a setting. All models must share the
+    tokenizer, which is that of the first. InputError says which does not.
     """
     tokenizers = {name: Tokenizer(path) for name, path in models.items()}
     first, tokenizer = next(iter(tokenizers.items()))
@@ -87,6 +95,7 @@ def opened(
         "file": file_hash(file),
         "recipe": {key: values[key] for key in SETTINGS},
         "models": {name: content_hash(path) for name, path in models.items()},
+        "judge": judge or (recipe.judge_model and content_hash(recipe.judge_model)),
         "tokenizer": tokenizer.template_hash,
         "judge_template": template.hash,
         "selfreward": metadata.version("selfreward"),
