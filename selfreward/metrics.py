@@ -1,12 +1,25 @@
-"""How good is a model, and how good a judge: plain figures over rows, no models in here."""
+"""How good is a model, and how good a judge: plain figures over rows, no models in here.
+
+docs/evaluation.md says what each figure means and how ties count.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from selfreward.judge import TOP_SCORE
+
 Row = dict[str, Any]
+Scores = Sequence[float | None]  # of a group's answers; None: unreadable
+
+RESAMPLES = 2000
+COVERED = 0.95  # of the resampled figures lie in an interval
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -20,37 +33,116 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
     return mean, math.sqrt(variance / len(values))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A judge, against human ranks
+
+
 def ranked_pairs(groups: Sequence[Row]) -> list[tuple[int, int, int]]:
     """(group, better answer, worse answer) for all answers of a group whose human ranks differ."""
-    return [
-        (number, a, b)
-        for number, group in enumerate(groups)
-        for a, better in enumerate(group["answers"])
-        for b, worse in enumerate(group["answers"])
-        if better["rank"] < worse["rank"]
-    ]
+    return [(number, a, b) for number, group in enumerate(groups) for a, b in _pairs(_ranks(group))]
 
 
-def judge_accuracy(groups: Sequence[Row], scores: Sequence[Sequence[float | None]]) -> Row:
-    """Share of ranked pairs that the scores order as humans did.
+def judge_figures(groups: Sequence[Row], scores: Sequence[Scores]) -> Row:
+    """The paper's five figures of a judge (section 3.1.2), each a number from 0 (or -1) to 1 with an interval.
 
-    `judge_pairwise` counts ties as wrong (as the paper must have), `judge_pairwise_ties_half` as one half; a pair with
-    an unreadable score is wrong in both. scores[group][answer].
+    groups: {"answers": [{"text", "rank"}]}; those whose ranks are all equal say nothing and are left out.
+    scores[group][answer]. Keys: `pairs`, `groups`, and for each name of FIGURES `name` and `name_interval`, [low, high];
+    None where nothing could be measured.
     """
-    right = ties = 0
-    pairs = ranked_pairs(groups)
-    for group, a, b in pairs:
-        better, worse = scores[group][a], scores[group][b]
-        if better is None or worse is None:
-            continue
-        right += better > worse
-        ties += better == worse
-    total = len(pairs)
-    return {
-        "judge_pairs": total,
-        "judge_pairwise": right / total if total else None,
-        "judge_pairwise_ties_half": (right + ties / 2) / total if total else None,
-    }
+    used = [(_ranks(group), each) for group, each in zip(groups, scores, strict=True) if len(set(_ranks(group))) > 1]
+    found: Row = {"pairs": len(ranked_pairs(groups)), "groups": len(used)}
+    for name, of_group in FIGURES.items():
+        parts = [of_group(ranks, each) for ranks, each in used]
+        found[name], found[f"{name}_interval"] = ratio_and_interval(parts)
+    return found
+
+
+def length_figures(groups: Sequence[Row]) -> Row:
+    """The baseline: the same figures of a judge that scores a text by its length in characters. No length is perfect, so
+    there is no 5-best."""
+    found = judge_figures(groups, [_lengths(group) for group in groups])
+    return found | {"five_best": None, "five_best_interval": None}
+
+
+def longer_wins(groups: Sequence[Row]) -> float | None:
+    """How often the longer text is the better one (equal lengths count one half)."""
+    parts = [_pairwise_ties_half(_ranks(group), _lengths(group)) for group in groups]
+    total = sum(of for _, of in parts)
+    return sum(right for right, _ in parts) / total if total else None
+
+
+def _pairwise(ranks: Sequence[int], scores: Scores) -> tuple[float, float]:
+    """Pairs in the humans' order; ties and unreadable scores are wrong (as in the paper: section A5's 26.6%)."""
+    pairs = _pairs(ranks)
+    return float(sum(_order(scores[a], scores[b]) == 1 for a, b in pairs)), len(pairs)
+
+
+def _pairwise_ties_half(ranks: Sequence[int], scores: Scores) -> tuple[float, float]:
+    """The same with one half for a tie; unreadable scores stay wrong."""
+    pairs = _pairs(ranks)
+    found = [_order(scores[a], scores[b]) for a, b in pairs]
+    return found.count(1) + found.count(0) / 2, len(pairs)
+
+
+def _five_best(ranks: Sequence[int], scores: Scores) -> tuple[float, float]:
+    """Of the answers with the perfect score: how many no human ranked below another answer of their prompt."""
+    perfect = [rank for rank, score in zip(ranks, scores, strict=True) if score is not None and score >= TOP_SCORE]
+    return perfect.count(min(ranks)), len(perfect)
+
+
+def _exact(ranks: Sequence[int], scores: Scores) -> tuple[float, float]:
+    """Whole groups in the humans' order: every pair right. Answers of equal rank may have any scores."""
+    readable = all(score is not None for score in scores)
+    return float(readable and all(_order(scores[a], scores[b]) == 1 for a, b in _pairs(ranks))), 1.0
+
+
+def _spearman(ranks: Sequence[int], scores: Scores) -> tuple[float, float]:
+    return _correlation(ranks, scores, spearman)
+
+
+def _kendall(ranks: Sequence[int], scores: Scores) -> tuple[float, float]:
+    return _correlation(ranks, scores, kendall_tau)
+
+
+def _correlation(
+    ranks: Sequence[int], scores: Scores, measure: Callable[[Sequence[float], Sequence[float]], float | None]
+) -> tuple[float, float]:
+    """Over a group's readable scores; 0 where these have no order, which is no agreement rather than no figure: a judge
+    that gives everything the same score must not be left out of its own mean."""
+    kept = [(-float(rank), score) for rank, score in zip(ranks, scores, strict=True) if score is not None]
+    return measure([rank for rank, _ in kept], [score for _, score in kept]) or 0.0, 1.0
+
+
+# Each gives a group's part of a numerator and of a denominator; the figure is the ratio of their sums.
+FIGURES: dict[str, Callable[[Sequence[int], Scores], tuple[float, float]]] = {
+    "pairwise": _pairwise,
+    "pairwise_ties_half": _pairwise_ties_half,
+    "five_best": _five_best,
+    "exact": _exact,
+    "spearman": _spearman,
+    "kendall": _kendall,
+}
+
+
+def _ranks(group: Row) -> list[int]:
+    return [answer["rank"] for answer in group["answers"]]
+
+
+def _lengths(group: Row) -> list[float]:
+    return [float(len(answer["text"])) for answer in group["answers"]]
+
+
+def _pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    return [(a, b) for a, better in enumerate(ranks) for b, worse in enumerate(ranks) if better < worse]
+
+
+def _order(first: float | None, second: float | None) -> int | None:
+    """1: the first is higher, 0: equal, -1: lower, None: one of them could not be read."""
+    return None if first is None or second is None else (first > second) - (first < second)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rank correlation
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -61,15 +153,49 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
     return order / math.sqrt(untied) if untied else None
 
 
-def longer_wins(groups: Sequence[Row]) -> float | None:
-    """The baseline: how often the longer text is the better one (equal lengths count one half)."""
-    pairs = ranked_pairs(groups)
-    won = 0.0
-    for group, a, b in pairs:
-        answers = groups[group]["answers"]
-        gap = len(answers[a]["text"]) - len(answers[b]["text"])
-        won += 1.0 if gap > 0 else 0.5 if gap == 0 else 0.0
-    return won / len(pairs) if pairs else None
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rho: the correlation of the places, ties sharing the mean of theirs; None where one has no order."""
+    a, b = ([place - (len(values) + 1) / 2 for place in _places(values)] for values in (first, second))
+    spread = sum(x * x for x in a) * sum(y * y for y in b)
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(spread) if spread else None
+
+
+def _places(values: Sequence[float]) -> list[float]:
+    """1 for the smallest; equal values have the mean of the places that they fill."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def ratio_and_interval(parts: Sequence[tuple[float, float]]) -> tuple[float | None, list[float] | None]:
+    """sum of numerators / sum of denominators, and the interval that resampling the parts gives (percentile bootstrap).
+
+    A part is a prompt with all that belongs to it, since answers to one prompt are not independent. The seed is fixed and
+    the sums are rounded to nine digits, so that equal rows give equal figures whatever the number of threads.
+    """
+    values = np.array(parts, dtype=np.float64).reshape(-1, 2)
+    total = values.sum(axis=0)
+    if not total[1]:
+        return None, None
+    drawn = resampled(values)
+    ratios = drawn[drawn[:, 1] > 0]
+    low, high = np.quantile(ratios[:, 0] / ratios[:, 1], [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return float(total[0] / total[1]), [round(float(low), 9), round(float(high), 9)]
+
+
+def resampled(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """[RESAMPLES, columns]: sums over as many rows as there are, drawn with replacement."""
+    sums: npt.NDArray[np.float64] = _counts(len(values)) @ values
+    return sums
+
+
+@functools.lru_cache(maxsize=2)
+def _counts(rows: int) -> npt.NDArray[np.float64]:
+    """How often each resample takes each row: the same for all figures over the same rows."""
+    drawn = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
+    return drawn.astype(np.float64)
 
 
 def entropy_bits(counts: Iterable[int]) -> float | None:

@@ -483,6 +483,18 @@ class Recipe(Group):
         return recipe
 
     @classmethod
+    def of_manifest(cls, manifest: Path, values: Any, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe that a run's manifest holds (`dump`), with overrides on top; the keys that it leaves out are as by
+        default."""
+        if not isinstance(values, dict):
+            raise InputError(f"{manifest} holds no recipe; restore it, or name the recipe")
+        changed: dict[str, Any] = {}
+        for override in overrides:
+            changed = merged(changed, parse_override(override))
+        source = Source(manifest, with_absolute_paths(changed, Path.cwd()))
+        return cls._build(merged(with_absolute_paths(values, PACKAGE), source.changed), source)
+
+    @classmethod
     def _build(cls, values: dict[str, Any], source: Source) -> Recipe:
         try:
             return cls.model_validate(values)

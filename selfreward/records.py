@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
@@ -209,6 +210,27 @@ def _sharegpt_preference(row: Row) -> Record:
     return _pair(row, _asked(system, turns), _answer(row, "chosen"), _answer(row, "rejected"))
 
 
+def _pandalm(row: Row) -> Record:
+    """PandaLM's test set: two answers and three people's votes (1 or 2: the better answer, 0: equals); most votes decide."""
+    votes = [_choice(row, f"annotator{number}", (0, 1, 2)) for number in (1, 2, 3)]
+    vote, count = Counter(votes).most_common(1)[0]
+    answers = tuple(_text(row, f"response{number}", may_be_empty=True) for number in (1, 2))
+    if count < 2:
+        raise Refused("undecided", f"the three annotators say {votes}; no two agree", broken=False)
+    return Record(_instruction(row), _two(answers, vote), _id(row, "idx"))
+
+
+def _llmbar(row: Row) -> Record:
+    """LLMBar: two outputs for one input, and which is the better one."""
+    answers = tuple(_text(row, f"output_{number}", may_be_empty=True) for number in (1, 2))
+    return Record(_text(row, "input"), _two(answers, _choice(row, "label", (1, 2))), _id(row))
+
+
+def _two(texts: Sequence[str], better: int) -> tuple[Answer, ...]:
+    """Two answers of which the first or the second (1, 2) is better, or neither (0)."""
+    return tuple(Answer(text, int(better not in (0, number))) for number, text in enumerate(texts, start=1))
+
+
 def _alpaca(row: Row) -> Record:
     return Record(_instruction(row), (Answer(_text(row, "output"), 0),), _id(row))
 
@@ -223,6 +245,8 @@ FORMATS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Record]]] = {
     "text": (lambda row: isinstance(row, str), _text_row),
     "open_assistant": (_is_tree, _tree),
     "ranked": (_has("prompt", "answers"), _ranked),
+    "pandalm": (_has("instruction", "response1", "response2", "annotator1"), _pandalm),
+    "llmbar": (_has("input", "output_1", "output_2", "label"), _llmbar),
     "sharegpt_preference": (_has("conversations", "chosen", "rejected"), _sharegpt_preference),
     "alpaca_preference": (_has("instruction", "chosen", "rejected"), _alpaca_preference),
     "preference_conversational": (_is_conversational, _preference),
@@ -354,6 +378,14 @@ def _rank(answer: Row) -> int:
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise Refused("wrong_type", f"'rank' is {kind(rank)}; expected an integer, 0 the best")
     return rank
+
+
+def _choice(row: Row, key: str, choices: Sequence[int]) -> int:
+    value = row.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value not in choices:
+        said = f"'{key}' is {kind(value)}; expected {', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+        raise Refused("missing" if value is None else "wrong_type", said)
+    return value
 
 
 def _id(row: Row, *names: str) -> str | None:

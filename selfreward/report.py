@@ -14,7 +14,7 @@ from rich.table import Table
 Row = dict[str, Any]
 PROGRESS_SECONDS = 5.0
 NONE = "-"  # a figure that there is not
-TIES_HALF = "ties half"
+PAGE_ONLY = ("ties half", "5-best", "exact", "Spearman", "Kendall", "distinct pairs", "repetition")  # of the columns
 
 
 class Reporter:
@@ -80,9 +80,15 @@ def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
         ("true quality", lambda row: with_error(row.get("true_quality"), row.get("true_quality_se"))),
         ("greedy", lambda row: with_error(row.get("true_quality_greedy"), row.get("true_quality_greedy_se"))),
         ("judge pairwise", lambda row: number(row.get("judge_pairwise"), ".3f")),
-        (TIES_HALF, lambda row: number(row.get("judge_pairwise_ties_half"), ".3f")),
+        ("ties half", lambda row: with_interval(row, "judge_pairwise_ties_half")),
         ("longer wins", lambda row: number(row.get("longer_wins"), ".3f")),
+        ("5-best", lambda row: with_interval(row, "judge_five_best")),
+        ("exact", lambda row: with_interval(row, "judge_exact")),
+        ("Spearman", lambda row: with_interval(row, "judge_spearman")),
+        ("Kendall", lambda row: with_interval(row, "judge_kendall")),
         ("mean length", lambda row: number(row.get("mean_length"), ".1f")),
+        ("distinct pairs", lambda row: number(row.get("distinct_2"), ".3f")),
+        ("repetition", lambda row: number(row.get("repetition"), ".3f")),
         ("pairs", lambda row: number(row.get("pairs"), "d")),
         ("seconds", lambda row: number(seconds.get(row.get("stage", "")), ".0f")),
     ]
@@ -100,7 +106,7 @@ def print_report(report: Row, as_json: bool) -> None:
     title = f"true quality 0 to 5 on {graded} held-out instructions" if graded else "every model"
     table = Table(title=f"Self-rewarding loop: {title}")
     headings, rows = model_table(report)
-    shown = [place for place, heading in enumerate(headings) if heading != TIES_HALF]  # the page has room for it
+    shown = [place for place, heading in enumerate(headings) if heading not in PAGE_ONLY]  # the page has room
     for place in shown:
         table.add_column(headings[place], justify="left" if headings[place] == "model" else "right")
     for row in rows:
@@ -123,6 +129,12 @@ def with_error(value: float | None, error: float | None, spec: str = ".2f") -> s
     if value is None:
         return NONE
     return format(value, spec) + (f" +- {error:.2f}" if error is not None else "")
+
+
+def with_interval(row: Mapping[str, Any], key: str) -> str:
+    """A figure and the interval beside it."""
+    shown, interval = number(row.get(key), ".3f"), row.get(f"{key}_interval")
+    return f"{shown} ({interval[0]:.2f} to {interval[1]:.2f})" if interval else shown
 
 
 def reasons(counts: Mapping[str, int]) -> str:

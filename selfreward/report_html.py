@@ -125,6 +125,7 @@ def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("most frequent openings", [_counts(row["openings"]) for row in rounds]),
         ("most frequent long words", [_counts(row["topics"]) for row in rounds]),
         ("length of answers against round 1", [number(row["length_drift"], ".2f") for row in rounds]),
+        ("variety of the answers", [number(row["answer_diversity"], ".1%") for row in rounds]),
         ("judgements", [number(row["judgements"], "d") for row in rounds]),
         ("how they could be read", [_counts(row["statuses"]) for row in rounds]),
         ("mean score", [number(row["score_mean"], ".2f") for row in rounds]),

@@ -16,6 +16,7 @@ from selfreward.filters import word_count, words
 from selfreward.formats import read_jsonl
 from selfreward.judge import TOP_SCORE
 from selfreward.metrics import entropy_bits, mean_and_error
+from selfreward.variety import diversity
 
 Row = dict[str, Any]
 
@@ -25,6 +26,7 @@ TOPIC_LETTERS = 6  # shorter words are mostly of no topic
 FIGURES = (
     *("prompts_kept", "prompts_dropped", "prompt_words", "prompt_rouge"),
     *("openings", "openings_different", "opening_entropy_bits", "topics"),
+    "answer_diversity",
     *("judgements", "statuses", "score_histogram", "score_entropy_bits", "score_mean"),
     *("draw_variance", "expected_share", "expected_gap"),
     *("pairs", "pair_yield", "pairs_dropped"),
@@ -51,6 +53,8 @@ def _round(folder: Path, stages: Mapping[str, Row], k: int) -> Row:
     row |= {"prompts_kept": prompts["kept"], "prompts_dropped": _by_count(prompts["dropped"])}
     row["length_drift"] = stages.get(f"iter_{k}/candidates", {}).get("length_drift")
     row |= prompt_figures(read_jsonl(files / "prompts.jsonl"))
+    if f"iter_{k}/candidates" in stages:
+        row["answer_diversity"] = answer_diversity(read_jsonl(files / "candidates.jsonl"))
     if f"iter_{k}/judgements" in stages:
         row |= judgement_figures(read_jsonl(files / "judgements.jsonl"))
     if f"iter_{k}/pairs" in stages:
@@ -78,6 +82,14 @@ def prompt_figures(prompts: Sequence[Row]) -> Row:
         "opening_entropy_bits": entropy_bits(Counter(" ".join(text[:1]) for text in texts).values()),
         "topics": dict(list(_by_count(topics).items())[:SHOWN_WORDS]),
     }
+
+
+def answer_diversity(candidates: Sequence[Row]) -> float | None:
+    """How far the candidates of a prompt differ: at 0 there is nothing to choose from."""
+    texts: dict[str, list[str]] = {}
+    for row in candidates:
+        texts.setdefault(row["prompt_id"], []).append(row["text"])
+    return diversity(texts.values())
 
 
 def judgement_figures(judgements: Sequence[Row]) -> Row:

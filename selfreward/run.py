@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from engine import InputError, NotBuiltError, Tokenizer, content_hash
-from selfreward import evaluation, stages, training
+from selfreward import eval_command, evaluation, stages, training
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.device import check_device, device_facts
 from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer
@@ -47,7 +47,7 @@ from selfreward.state import STAGES, RunDir, file_hash, written_manifest
 from selfreward.validate import show, validate
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
-BUILT = ("run", "validate")
+BUILT = ("run", "validate", "eval")
 UNDECIDING = (
     ("sampler", "kv_cache_gb"),
     ("sampler", "max_batch_tokens"),
@@ -110,6 +110,7 @@ def loop(run: Run) -> list[Row]:
         row = stage(run, f"evaluation/{name}", evaluation.evaluate_model, name, path)
         pairs = run.dir.counts(made_by).get("pairs") if made_by.startswith("iter_") else None
         rows.append(row | {"pairs": pairs, "stage": made_by})
+    run.dir.write_jsonl("evaluation/metrics.jsonl", rows)
     return rows
 
 
@@ -152,13 +153,20 @@ def _check_written(run: Run, name: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    arguments = _parser().parse_intermixed_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    evaluating = words[:1] == ["eval"]
+    arguments = (eval_command.parser() if evaluating else _parser()).parse_intermixed_args(words[evaluating:])
     report = Reporter(quiet=arguments.quiet or arguments.json, as_json=arguments.json)
     with stop_on_signals() as stop:
         try:
             if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
                 raise NotBuiltError("WORLD_SIZE is above 1; distributed runs are not built yet: start one process")
+            if evaluating:
+                eval_command.evaluate(arguments, report, stop)
+                return 0
             action, overrides = _action(arguments.words)
+            if action == "eval":
+                raise InputError("'eval' has options of its own, so it stands first: python -m selfreward.run eval ...")
             if action not in BUILT:
                 raise NotBuiltError(f"the action {action!r} is not built yet; without an action the whole loop runs")
             recipe = Recipe.load(arguments.recipe, overrides)
@@ -332,7 +340,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=HELP.format(recipes=", ".join(recipe_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    words = f"actions built so far: {', '.join(BUILT)} (run: the whole loop, the default)"
+    words = (
+        f"actions built so far: {', '.join(BUILT)} (run: the whole loop, the default; eval --help: what it can measure)"
+    )
     parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=words)
     parser.add_argument("--recipe", default="tiny", metavar="NAME_OR_FILE", help="shipped recipe or YAML file (tiny)")
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="directory of the run, resumed if it is one")

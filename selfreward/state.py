@@ -164,7 +164,7 @@ class RunDir:
             raise InputError(
                 f"{self.path} is not empty ({found[0]}) and has no {MANIFEST}, so it is not a run; give a new directory"
             )
-        there = _read(self.file(MANIFEST))
+        there = read_json(self.file(MANIFEST))
         differences = list(_differences(self._compared(there), self._compared(self.manifest), ""))
         if differences:
             more = len(differences) - _SHOWN_DIFFERENCES
@@ -198,13 +198,13 @@ class RunDir:
         if not self.resumed:
             self.write_json(MANIFEST, self.manifest)
         stages = self.file(STAGES)
-        self._stages: dict[str, Any] = _read(stages) if stages.exists() else {}
+        self._stages: dict[str, Any] = read_json(stages) if stages.exists() else {}
 
 
 def written_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of the run that stands in `path`; empty if none does."""
     file = Path(path) / MANIFEST
-    return _read(file) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _differences(there: Any, here: Any, key: str) -> Iterator[str]:
@@ -235,7 +235,8 @@ def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of a run holds. InputError says what to do where it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

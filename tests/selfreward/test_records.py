@@ -62,6 +62,12 @@ PREFERRED = [
         "preference_implicit",
         {"chosen": f"\n\nHuman: {Q}\n\nAssistant: {GOOD}", "rejected": f"\n\nHuman: {Q}\n\nAssistant: {BAD}"},
     ),
+    (
+        "pandalm",
+        {"idx": 3, "instruction": Q, "input": "", "response1": BAD, "response2": GOOD}
+        | {"annotator1": 2, "annotator2": 0, "annotator3": 2},
+    ),
+    ("llmbar", {"input": Q, "output_1": BAD, "output_2": GOOD, "label": 2}),
     ("sharegpt_preference", {"conversations": [human()], "chosen": gpt(), "rejected": gpt(BAD)}),
     ("alpaca_preference", {"instruction": Q, "input": "", "chosen": GOOD, "rejected": BAD}),
     ("ranked", {"prompt": Q, "answers": [{"text": BAD, "rank": 1}, {"text": GOOD, "rank": 0}]}),

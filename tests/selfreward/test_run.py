@@ -61,6 +61,12 @@ def test_the_loop_ends_with_a_report_of_every_model(finished):
     for row in report["models"]:
         assert 0 <= row["true_quality"] <= 5 and row["true_quality_n"] == 20
         assert 0 <= row["judge_pairwise"] <= 1 and 0 <= row["longer_wins"] <= 1
+        for name in ("pairwise", "five_best", "exact", "spearman", "kendall"):
+            figure, interval = row[f"judge_{name}"], row[f"judge_{name}_interval"]
+            assert figure is None or interval[0] <= figure <= interval[1]
+        assert row["longer_pairwise"] <= row["longer_wins"] and 0 < row["distinct_2"] <= 1 and row["mean_length"] > 0
+    assert rows(finished / "evaluation/metrics.jsonl") == report["models"]
+    assert all(0 < row["answer_diversity"] <= 1 for row in report["rounds"])
     assert report["models"][3]["pairs"] >= 1
     assert report["stages"]["m1/model"]["eft"] > 0  # else M1 is the baseline, and its training is not seen here
 

@@ -1,0 +1,279 @@
+"""`python -m selfreward.run eval`: one question about finished models, or about a file of somebody's judgements.
+
+    eval --annotations FILE                       what AlpacaEval's annotations.json says
+    eval --ranked FILE [models]                   how well models judge a file of ranked answers, beside its longer answers
+    eval --ask FILE [models]                      the same prompts answered by all of them, side by side
+    eval --compare FILE [models]                  head to head: who answers these prompts better, and by how much
+    eval --alpaca FILE [models]                   AlpacaEval's model_outputs.json, one a model
+    eval --mt-bench FILE [models]                 FastChat's model_answer/NAME.jsonl, one a model
+
+The models are those of the run in --out, or each --model NAME=DIRECTORY; docs/evaluation.md says what each figure means.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from engine import InputError
+from selfreward import alpaca, head_to_head, mt_bench
+from selfreward.context import Row, Run
+from selfreward.eval_run import answer_all, find_models, opened, read_prompts, settings
+from selfreward.evaluation import judge_groups, text_figures
+from selfreward.files import stem
+from selfreward.formats import Read, as_group, read_file
+from selfreward.metrics import FIGURES, judge_figures, length_figures
+from selfreward.report import Reporter, number, with_error, with_interval
+
+Models = dict[str, Path]
+OUT = "runs/tiny"
+LONGER = "longer text"  # the baseline's column
+SHOWN_PROMPTS, SHOWN_CHARACTERS = 10, 300  # of the table of `--ask`; the files hold all
+
+
+def parser() -> ArgumentParser:
+    assert __doc__ is not None
+    options = ArgumentParser(
+        prog="python -m selfreward.run eval",
+        description=__doc__.split("\n", 1)[0].split(": ", 1)[1].capitalize(),
+        epilog=__doc__.split("\n", 2)[2],
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    what = options.add_mutually_exclusive_group(required=True)
+    what.add_argument("--annotations", metavar="FILE", help="AlpacaEval's annotations.json: win rate and its error")
+    what.add_argument("--ranked", metavar="FILE", help="ranked answers, PandaLM's and LLMBar's files among them")
+    what.add_argument("--ask", metavar="FILE", help="prompts, to be answered by every model")
+    what.add_argument("--compare", metavar="FILE", help="prompts, for the models' answers against one another")
+    what.add_argument("--alpaca", metavar="FILE", help="instructions, for model_outputs.json")
+    what.add_argument("--mt-bench", metavar="FILE", help="FastChat's question.jsonl, both turns")
+    options.add_argument("words", nargs="*", metavar="key.sub=value", help="of seed, evaluation, judge and sampler")
+    options.add_argument(
+        "--model", action="append", default=[], metavar="NAME=DIR", help="instead of the run's; repeatable"
+    )
+    options.add_argument("--judge-command", metavar="COMMAND", help="of --compare: JSON lines in, verdicts out")
+    options.add_argument("--recipe", metavar="NAME_OR_FILE", help="settings, instead of those of the run in --out")
+    options.add_argument("--out", metavar="DIR", help=f"directory of a run ({OUT}); what is written goes to DIR/eval")
+    options.add_argument("--quiet", action="store_true", help="no progress")
+    options.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return options
+
+
+def evaluate(arguments: Namespace, report: Reporter, stop: Event) -> None:
+    """Do what was asked, and print it. Raises what `selfreward.run.main` maps to exit codes."""
+    if arguments.judge_command is not None and arguments.compare is None:
+        raise InputError("--judge-command judges the answers of --compare; leave it out")
+    if arguments.annotations is not None:
+        _refuse_settings(arguments, "--annotations reads a file and needs no model")
+        found = _annotations(Path(arguments.annotations), report)
+    elif arguments.ranked is not None and not arguments.model and arguments.out is None:
+        _refuse_settings(arguments, "without --out or --model, --ranked only looks at the file")
+        found = _ranked(_read_ranked(Path(arguments.ranked)), report, {})
+    else:
+        found = _with_models(arguments, report, stop)
+    if arguments.json:
+        print(json.dumps(found, ensure_ascii=False))
+
+
+def _refuse_settings(arguments: Namespace, why: str) -> None:
+    given = [*arguments.words, *arguments.model]
+    given += [name for name in (arguments.recipe, arguments.out) if name is not None]
+    if given:
+        raise InputError(f"{why}; leave {given[0]!r} out")
+
+
+def _with_models(arguments: Namespace, report: Reporter, stop: Event) -> Row:
+    out = Path(arguments.out or OUT)
+    recipe = settings(arguments.recipe, out, arguments.words)
+    models = find_models(arguments.model, recipe, out)
+    what = next(name for name in JOBS if getattr(arguments, name) is not None)
+    file, (read, do) = Path(getattr(arguments, what)), JOBS[what]
+    rows = read(file)
+    with opened(what.replace("_", "-"), file, recipe, models, out, report, stop, arguments.judge_command) as run:
+        return do(run, models, rows, arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files alone
+
+
+def _annotations(file: Path, report: Reporter) -> Row:
+    rows = alpaca.read_annotations(file)
+    controlled, why_not = alpaca.length_controlled(rows)
+    found = alpaca.win_rate(rows) | controlled
+    if why_not is not None:
+        report.warn(why_not)
+    if not report.as_json:
+        _print(f"{found['generator']} against {found['baseline']}", ["figure", "value"], _lines(found))
+    return found
+
+
+def _lines(found: Row) -> list[list[str]]:
+    names = {
+        "win_rate": ("win rate, %", ".2f"),
+        "standard_error": ("its standard error", ".2f"),
+        "length_controlled_winrate": ("length-controlled win rate, %", ".2f"),
+        "lc_standard_error": ("its standard error", ".2f"),
+        "discrete_win_rate": ("win rate with whole wins, %", ".2f"),
+        "n": ("preferences", "d"),
+        "n_wins": ("won", "d"),
+        "n_wins_base": ("lost", "d"),
+        "n_draws": ("tied", "d"),
+        "n_null": ("without a preference, left out", "d"),
+        "mean_length": ("characters an answer", ".1f"),
+        "mean_length_base": ("and of the baseline's", ".1f"),
+    }
+    return [[name, number(found[key], spec)] for key, (name, spec) in names.items() if found[key] is not None]
+
+
+def _read_ranked(file: Path) -> Read:
+    """Rows that cannot be used are left out with their reasons: published files have such."""
+    read = read_file(file, as_group)
+    if not read.rows:
+        first = f" ({read.refused[0].where}: {read.refused[0].said})" if read.refused else ""
+        raise InputError(f"{file} holds no ranked answers{first}; expected rows as docs/data.md lists them")
+    return read
+
+
+def _ranked(read: Read, report: Reporter, by_model: Row) -> Row:
+    """by_model: name -> figures of the model's judgements."""
+    found: Row = {"file": str(read.path), "rows": read.total, "used": len(read.rows), "refused": dict(read.reasons())}
+    for reason, count in found["refused"].items():
+        first = next(refusal for refusal in read.refused if refusal.reason == reason)
+        report.warn(f"{count} of {read.total} rows left out as {reason}, the first {first.where}: {first.said}")
+    judges = {LONGER: length_figures(read.rows), **by_model}
+    found |= {"longer": judges[LONGER], "models": by_model}
+    if not report.as_json:
+        title = f"{judges[LONGER]['pairs']} pairs of {judges[LONGER]['groups']} prompts"
+        cells = [
+            [name.replace("_", " "), *(with_interval(figures, name) for figures in judges.values())] for name in FIGURES
+        ]
+        _print(title, ["figure", *judges], cells)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With models: (run, models, what was read, arguments) -> what is printed as JSON
+
+
+def _judge(run: Run, models: Models, read: Read, arguments: Namespace) -> Row:
+    found = {}
+    for name, path in models.items():
+        scores = judge_groups(run, path, f"judgements/{name}.jsonl", read.rows)
+        found[name] = judge_figures(read.rows, scores)
+    return _ranked(read, run.report, found)
+
+
+def _ask(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
+    """side_by_side.jsonl: a row per prompt, with every model's answer."""
+    answers = answer_all(run, models, prompts)
+    rows = [
+        {"id": prompt["id"], "prompt": prompt["prompt"], "answers": {name: answers[name][i]["text"] for name in models}}
+        for i, prompt in enumerate(prompts)
+    ]
+    run.dir.write_jsonl("side_by_side.jsonl", rows)
+    if not run.report.as_json:
+        shown = [[row["prompt"], *row["answers"].values()] for row in rows[:SHOWN_PROMPTS]]
+        title = f"{len(shown)} of {len(rows)} prompts; all: {run.dir.file('side_by_side.jsonl')}"
+        _print(title, ["prompt", *models], [[_short(cell) for cell in cells] for cells in shown])
+    return {"file": str(run.dir.file("side_by_side.jsonl")), "rows": rows} | _written(run, answers)
+
+
+def _alpaca(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
+    answers, written = answer_all(run, models, prompts), {}
+    for name, rows in answers.items():
+        run.dir.write_json(f"model_outputs/{name}.json", alpaca.model_outputs(name, rows, stem(Path(arguments.alpaca))))
+        written[name] = str(run.dir.file(f"model_outputs/{name}.json"))
+    return {"files": written} | _written(run, answers, written)
+
+
+def _mt_bench(run: Run, models: Models, questions: list[Row], arguments: Namespace) -> Row:
+    answers, written = {}, {}
+    for name, path in models.items():
+        answers[name] = mt_bench.answer_questions(run, name, path, questions)
+        run.dir.write_jsonl(f"model_answer/{name}.jsonl", mt_bench.model_answers(name, answers[name]))
+        written[name] = str(run.dir.file(f"model_answer/{name}.jsonl"))
+    return {"files": written} | _written(run, answers, written)
+
+
+def _compare(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
+    if len(models) < 2:
+        raise InputError("--compare needs two models or more; add --model NAME=DIRECTORY")
+    answers, judging = answer_all(run, models, prompts), Row()
+    if arguments.judge_command is not None:
+        outcomes = head_to_head.by_command(run, arguments.judge_command, answers)
+    else:
+        judge = run.recipe.judge_model or list(models.values())[-1]
+        before = run.llm(judge).stats()
+        outcomes = head_to_head.by_scores(run, judge, answers)
+        judging = _spent(before, run.llm(judge).stats())
+    found = [
+        {"model": a, "against": b} | head_to_head.figures(each, answers[a], answers[b])
+        for (a, b), each in outcomes.items()
+    ]
+    run.dir.write_jsonl("head_to_head.jsonl", found)
+    if not run.report.as_json:
+        _print(f"Head to head on {len(prompts)} prompts", MATCH, [_match(row) for row in found])
+        if judging.get("seconds"):
+            saved, rate = judging["prefix_tokens_saved"], judging["computed_rows"] / judging["seconds"]
+            print(f"judging: {judging['seconds']:.1f} s, {rate:.0f} tokens/s computed, {saved} prompt tokens shared")
+    return {"matches": found, "judging": judging} | _written(run, answers)
+
+
+MATCH = ["model", "against", "win", "tie", "loss", "win - loss", "unread", "tokens", "tokens against"]
+
+
+def _match(row: Row) -> list[str]:
+    shares = [number(row[key], ".1%") for key in ("win", "tie", "loss")]
+    margin = with_error(row["win_minus_loss"], row["win_minus_loss_se"], "+.2f")
+    lengths = [number(row[key], ".1f") for key in ("mean_length", "mean_length_against")]
+    return [row["model"], row["against"], *shares, margin, str(row["unread"]), *lengths]
+
+
+def _spent(before: Row, after: Row) -> Row:
+    names = ("seconds", "computed_rows", "new_tokens", "prefix_tokens_saved", "fork_tokens_saved")
+    return {name: after[name] - before[name] for name in names}
+
+
+def _written(run: Run, answers: dict[str, list[Row]], files: dict[str, str] | None = None) -> Row:
+    """Length and variety of what each model wrote, printed with the files."""
+    figures = {name: text_figures([row["token_ids"] for row in rows]) for name, rows in answers.items()}
+    if not run.report.as_json:
+        names = ("mean_length", "repetition", "distinct_1", "distinct_2")
+        cells = [[model, *(number(each[name], ".3f") for name in names)] for model, each in figures.items()]
+        headings = ["model", "tokens", "repetition", "distinct-1", "distinct-2"]
+        _print("What they wrote", headings, cells)
+        for file in (files or {}).values():
+            print(file)
+    return {"models": figures}
+
+
+JOBS: dict[str, tuple[Callable[[Path], Any], Callable[[Run, Models, Any, Namespace], Row]]] = {
+    "ranked": (_read_ranked, _judge),
+    "ask": (read_prompts, _ask),
+    "compare": (read_prompts, _compare),
+    "alpaca": (read_prompts, _alpaca),
+    "mt_bench": (mt_bench.read_questions, _mt_bench),
+}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
+
+
+def _print(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title=escape(title))
+    for place, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)

@@ -1,0 +1,154 @@
+"""Models against one another: whose answer to the same prompt is better?
+
+A judge model scores every answer by itself, with the recipe's template and draws, and the higher mean score wins; equal
+scores are a tie. An external command sees two answers at once, in both orders; it wins who wins in both, all else is a
+tie (the paper's rule, section 3.1.2), since judges of pairs prefer a place.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from engine import InputError
+from selfreward.context import Row, Run
+from selfreward.files import Unreadable, read_rows
+from selfreward.judging import Item, judge_by_model, mean_of_draws
+from selfreward.metrics import mean_and_error, resampled
+from selfreward.records import kind
+
+BASELINE = "SFT"
+WINNERS = ("first", "second", "tie")
+Answers = Mapping[str, Sequence[Row]]  # model -> its rows, one a prompt, in the order of the prompts
+Outcomes = list[int | None]  # per prompt: 1 won, 0 tie, -1 lost, None: no verdict that can be read
+
+
+def matches(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Every model against the one before it and against the SFT baseline, where that is among those before."""
+    found = []
+    for place, name in enumerate(names):
+        before = names[:place]
+        opponents = [*before[-1:], *([BASELINE] if BASELINE in before[:-1] else [])]
+        found += [(name, opponent) for opponent in opponents]
+    return found
+
+
+def by_scores(run: Run, judge: Path, answers: Answers) -> dict[tuple[str, str], Outcomes]:
+    """Each match's outcomes by the judge's mean scores; its judgements go into judgements.jsonl.
+
+    The answers to one prompt stand together, so that the rubric and the prompt are computed once for all models.
+    """
+    rows = [list(each) for each in zip(*answers.values(), strict=True)]
+    items = [
+        [Item(f"{row['id']}-{name}", row["prompt"], row["text"]) for name, row in zip(answers, each, strict=True)]
+        for each in rows
+    ]
+    drawn: dict[str, list[Row]] = {}
+    for row in judge_by_model(run, "judgements.jsonl", judge, items, run.recipe.judge, (0, "head to head")):
+        drawn.setdefault(row["candidate_id"], []).append(row)
+    scores = {item.id: mean_of_draws(run, drawn[item.id]) for each in items for item in each}
+
+    def outcome(first: Row, second: Row, a: str, b: str) -> int | None:
+        return compared(first, second, scores[f"{first['id']}-{a}"], scores[f"{second['id']}-{b}"])
+
+    return {
+        (a, b): [outcome(first, second, a, b) for first, second in zip(answers[a], answers[b], strict=True)]
+        for a, b in matches(list(answers))
+    }
+
+
+def compared(first: Row, second: Row, score: float | None, other: float | None) -> int | None:
+    """The same text ties whatever the draws say."""
+    if first["text"] == second["text"]:
+        return 0
+    return None if score is None or other is None else (score > other) - (score < other)
+
+
+def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str], Outcomes]:
+    """Each match's outcomes by a command that reads {"id", "prompt", "first", "second"} a line and writes {"id", "winner"}
+    with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl and asked for once."""
+    asked = [
+        {"id": f"{a}-{b}-{row['id']}-{order}", "prompt": row["prompt"], "first": texts[0], "second": texts[1]}
+        for a, b in matches(list(answers))
+        for row, other in zip(answers[a], answers[b], strict=True)
+        for order, texts in enumerate([(row["text"], other["text"]), (other["text"], row["text"])])
+    ]
+    file = run.dir.file("verdicts.jsonl")
+    if not file.is_file():
+        raw = run.dir.file("command_output.jsonl")
+        raw.write_bytes(_output(command, asked))
+        verdicts = read_verdicts(raw, {str(row["id"]) for row in asked})
+        run.dir.write_jsonl("verdicts.jsonl", [row | {"winner": verdicts[str(row["id"])]} for row in asked])
+        raw.unlink()
+    winners = {row["id"]: row["winner"] for row in run.rows("verdicts.jsonl")}
+    return {
+        (a, b): [both_orders(*(winners[f"{a}-{b}-{row['id']}-{order}"] for order in (0, 1))) for row in answers[a]]
+        for a, b in matches(list(answers))
+    }
+
+
+def both_orders(winner: str | None, swapped: str | None) -> int | None:
+    """The outcome for who stands first in the first order. None if one of the verdicts is none."""
+    if winner is None or swapped is None:
+        return None
+    if (winner, swapped) in (("first", "second"), ("second", "first")):
+        return 1 if winner == "first" else -1
+    return 0
+
+
+def _output(command: str, asked: Sequence[Row]) -> bytes:
+    given = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked).encode("utf-8")
+    try:
+        done = subprocess.run(shlex.split(command), input=given, stdout=subprocess.PIPE)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--judge-command {command!r} cannot be started ({error}); correct it") from None
+    if done.returncode:
+        raise InputError(f"--judge-command {command!r} ended with exit code {done.returncode}; see what it says above")
+    return done.stdout
+
+
+def read_verdicts(path: Path, asked: set[str]) -> dict[str, str | None]:
+    """Id -> winner, one for each id that was asked. InputError names file and row."""
+    found: dict[str, str | None] = {}
+    for where, row in read_rows(path):
+        if isinstance(row, Unreadable):
+            raise InputError(f"{where}: {row.said}")
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: the row is {kind(row)}; expected {{'id', 'winner'}}")
+        name, winner = row.get("id"), row.get("winner")
+        if not isinstance(name, str) or name not in asked:
+            said = repr(name) if isinstance(name, str) else kind(name)
+            raise InputError(f"{where}: 'id' is {said}; expected one that was asked")
+        if name in found:
+            raise InputError(f"{where}: 'id' {name!r} stands twice; expected one verdict for each")
+        if winner is not None and winner not in WINNERS:
+            said = repr(winner) if isinstance(winner, str) else kind(winner)
+            raise InputError(f"{where}: 'winner' is {said}; expected {', '.join(WINNERS)} or null")
+        found[name] = winner
+    if len(found) < len(asked):
+        missing = min(asked - set(found))
+        raise InputError(
+            f"{path} lacks {len(asked) - len(found)} of {len(asked)} verdicts, such as that of {missing!r}"
+        )
+    return found
+
+
+def figures(outcomes: Outcomes, rows: Sequence[Row], against: Sequence[Row]) -> Row:
+    """Shares of wins, ties and losses among the prompts with a verdict, and `win_minus_loss` with the standard error that
+    resampling the prompts gives; lengths in tokens, over all prompts."""
+    read = [outcome for outcome in outcomes if outcome is not None]
+    n = len(read)
+    found: Row = {"n": n, "unread": len(outcomes) - n}
+    found |= {name: read.count(value) / n if n else None for name, value in (("win", 1), ("tie", 0), ("loss", -1))}
+    found |= {"win_minus_loss": sum(read) / n if n else None, "win_minus_loss_se": None}
+    if n > 1:
+        means = resampled(np.array(read, dtype=np.float64).reshape(-1, 1))[:, 0] / n
+        found["win_minus_loss_se"] = round(float(means.std(ddof=1)), 9)
+    for key, each in (("mean_length", rows), ("mean_length_against", against)):
+        found[key], _ = mean_and_error([len(row["token_ids"]) for row in each])
+    return found

@@ -1,0 +1,199 @@
+"""`eval` with models: what it writes, that it goes on where it stopped, and a user's mistakes in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import Tokenizer
+from selfreward import eval_run, mt_bench
+from selfreward.evaluation import text_figures
+from selfreward.formats import read_jsonl
+from selfreward.recipe import PACKAGE, Recipe
+from selfreward.run import main
+
+M0, DATA = PACKAGE / "tiny/m0", PACKAGE / "tiny/data"
+TWO = ["--model", f"A={M0}", "--model", f"B={M0}"]
+QUESTIONS = [
+    {"question_id": 82, "category": "math", "turns": ["reverse a b c", "copy d e"]},
+    {"question_id": 81, "category": "writing", "turns": ["copy x y z", "sort c b a"]},
+]
+
+
+def command(out: Path, *words: str) -> int:
+    return main(["eval", "--quiet", "--recipe", "tiny", "--out", str(out), *words])
+
+
+def lines(path: Path, count: int, source: str) -> Path:
+    path.write_text("".join((DATA / source).read_text().splitlines(keepends=True)[:count]))
+    return path
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_same_prompts_are_answered_by_every_model_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = lines(tmp_path / "asked.jsonl", 4, "heldout.jsonl")
+    assert command(tmp_path / "out", "--ask", str(file), *TWO, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    folder = tmp_path / "out/eval/ask-asked"
+    rows = read_jsonl(folder / "side_by_side.jsonl")
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_jsonl(file)] and rows == found["rows"]
+    answers = {name: read_jsonl(folder / f"answers/{name}.jsonl") for name in "AB"}
+    for i, row in enumerate(rows):
+        assert row["answers"] == {name: answers[name][i]["text"] for name in "AB"}
+        assert row["answers"]["A"] == row["answers"]["B"]  # the seeds are the same, and so is the model
+    assert found["models"]["A"] == text_figures([row["token_ids"] for row in answers["A"]])
+    before = (folder / "answers/A.jsonl").read_bytes()
+    (folder / "answers/A.jsonl").write_bytes(before[:-7])  # torn by a kill
+    assert command(tmp_path / "out", "--ask", str(file), *TWO, "--json") == 0
+    assert (folder / "answers/A.jsonl").read_bytes() == before
+    assert command(tmp_path / "out", "--ask", str(file), *TWO, "seed=1") == 2
+    assert "recipe.seed is 0 there, 1 here" in capsys.readouterr().err
+
+
+def test_outputs_for_alpaca_eval_name_instruction_and_generator(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "set.json", [{"instruction": "copy a b", "output": "a b", "generator": "ref", "dataset": "d"}]
+    )
+    assert command(tmp_path / "out", "--alpaca", str(file), *TWO, "--json") == 0
+    (row,) = json.loads((tmp_path / "out/eval/alpaca-set/model_outputs/B.json").read_text())
+    assert (row["instruction"], row["generator"], row["dataset"]) == ("copy a b", "B", "set")
+    assert row["output"] == read_jsonl(tmp_path / "out/eval/alpaca-set/answers/B.jsonl")[0]["text"]
+
+
+def test_both_turns_are_answered_the_second_behind_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(run: Any, name: str, llm: Any, groups: Any, real: Any = mt_bench.sample_groups) -> Any:
+        asked.append([request for group in groups for request in group])
+        return real(run, name, llm, groups)
+
+    monkeypatch.setattr(mt_bench, "sample_groups", noted)
+    file = write(tmp_path / "question.jsonl", QUESTIONS)
+    assert command(tmp_path / "out", "--mt-bench", str(file), "--model", f"A={M0}", "--json") == 0
+    rows = read_jsonl(tmp_path / "out/eval/mt-bench-question/model_answer/A.jsonl")
+    assert [row["question_id"] for row in rows] == [81, 82]  # as FastChat sorts them
+    assert all(row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"} for row in rows)
+    tokenizer, first, second = Tokenizer(M0), asked[0], asked[1]
+    for number, question in enumerate(QUESTIONS):
+        (choice,) = next(row["choices"] for row in rows if row["question_id"] == question["question_id"])
+        assert choice["index"] == 0 and len(choice["turns"]) == 2
+        user = [{"role": "user", "content": turn} for turn in question["turns"]]
+        assert first[number].ids == tokenizer.chat(user[:1])
+        said = {"role": "assistant", "content": choice["turns"][0]}
+        assert second[number].ids == tokenizer.chat([user[0], said, user[1]])
+        assert second[number].params.temperature == (0.0 if question["category"] == "math" else 0.7)
+
+
+def test_a_first_answer_that_was_cut_is_ended_before_the_second_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "question.jsonl", QUESTIONS)
+    words = ("--mt-bench", str(file), "--model", f"A={M0}", "evaluation.max_tokens=1")
+    asked = []
+
+    def noted(run: Any, name: str, llm: Any, groups: Any, real: Any = mt_bench.sample_groups) -> Any:
+        asked.append([request.ids for group in groups for request in group])
+        return real(run, name, llm, groups)
+
+    monkeypatch.setattr(mt_bench, "sample_groups", noted)
+    assert command(tmp_path / "out", *words) == 0
+    tokenizer = Tokenizer(M0)
+    for ids in asked[1]:
+        assert ids.count(tokenizer.bos_id) == 2 and ids[ids.index(tokenizer.bos_id, 1) - 1] == tokenizer.eos_id
+
+
+def test_models_judge_a_file_of_ranked_answers_beside_its_longer_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = lines(tmp_path / "ranked.jsonl", 6, "eft_heldout.jsonl")
+    with file.open("a") as out:
+        out.write(json.dumps({"instruction": "p", "response1": True, "response2": "b", "annotator1": 1}) + "\n")
+    assert command(tmp_path / "out", "--ranked", str(file), "--model", f"A={M0}", "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert (found["rows"], found["used"], found["refused"]) == (7, 6, {"missing": 1})
+    assert found["models"]["A"]["pairs"] == found["longer"]["pairs"] == 36
+    assert "ranked.jsonl:7: 'annotator2' is missing or null" in printed.err
+    assert main(["eval", "--ranked", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found | {"models": {}}
+
+
+def test_the_models_and_settings_of_a_run_are_found_in_its_directory(tmp_path: Path) -> None:
+    recipe, out = Recipe.load("tiny", ["evaluation.temperature=0.3"]), tmp_path / "run"
+    out.mkdir()
+    (out / "manifest.json").write_text(json.dumps({"recipe": recipe.dump()}))
+    for stage in ("sft/model", "m1/model", "iter_1/model"):
+        shutil.copytree(M0, out / stage)
+    (out / "stages.json").write_text(json.dumps({"sft/model": {}, "m1/model": {}, "iter_1/model": {}}))
+    found = eval_run.settings(None, out, ["evaluation.max_tokens=7"])
+    assert (found.evaluation.temperature, found.evaluation.max_tokens) == (0.3, 7)
+    models = eval_run.find_models([], found, out)
+    assert list(models) == ["M0", "SFT", "M1", "M2"] and models["M0"] == M0 and models["M2"] == out / "iter_1/model"
+    file = write(tmp_path / "one.jsonl", [{"prompt": "copy a b"}])
+    assert main(["eval", "--quiet", "--out", str(out), "--ask", str(file)]) == 0
+    (row,) = read_jsonl(out / "eval/ask-one/side_by_side.jsonl")
+    assert list(row["answers"]) == ["M0", "SFT", "M1", "M2"]
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ({"turns": ["a"]}, "question.jsonl:2: 'turns' has 1 entry; expected 2"),
+        ({"turns": ["a", "b", "c"]}, "question.jsonl:2: 'turns' has 3 entries; expected 2"),
+        ({"turns": ["a", True]}, "question.jsonl:2: 'turns[1]' is the boolean true"),
+        ({"turns": ["a", " "]}, "question.jsonl:2: 'turns[1]' is empty"),
+        ({"turns": "ab"}, "question.jsonl:2: 'turns' is a string"),
+        ({"question_id": True}, "question.jsonl:2: 'question_id' is the boolean true"),
+        ({"question_id": 82}, "question 82 stands twice"),
+        ({"category": None}, "question.jsonl:2: 'category' is missing or null"),
+    ],
+)
+def test_damaged_questions_are_one_sentence(
+    question: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "question.jsonl", [QUESTIONS[0], QUESTIONS[1] | question])
+    assert command(tmp_path / "out", "--mt-bench", str(file), *TWO) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "A"], "'A' is not NAME=DIRECTORY"),
+        (["--model", f"a/b={M0}"], "is not NAME=DIRECTORY"),
+        (["--model", f"A={M0}", "--model", f"A={M0}"], "names 'A' twice"),
+        (["--model", "A=nowhere"], "the model A should be in"),
+        ([], "holds no finished models"),
+        (["evaluation.maxtokens=3"], "evaluation.max_tokens"),
+    ],
+)
+def test_a_mistake_about_the_models_is_one_sentence(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "one.jsonl", [{"prompt": "copy a b"}])
+    assert command(tmp_path / "out", "--ask", str(file), *words) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_eval_stands_first_and_settings_without_use_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--quiet", "eval"]) == 2
+    assert "stands first" in capsys.readouterr().err
+    for what in ("--annotations", "--ranked"):
+        assert main(["eval", what, "x.json", "seed=3"]) == 2
+        assert "leave 'seed=3' out" in capsys.readouterr().err
+    assert main(["eval", "--ask", "x.jsonl", "--out", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""Head to head: outcomes worked out by hand, both orders of an outside judge, its damaged verdicts in one sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import InputError
+from selfreward import head_to_head
+from selfreward.head_to_head import both_orders, compared, figures, matches, read_verdicts
+from selfreward.recipe import PACKAGE
+from selfreward.run import main
+
+M0 = PACKAGE / "tiny/m0"
+LONGER = """import json, sys
+for line in reversed(sys.stdin.readlines()):
+    row = json.loads(line)
+    gap = len(row["first"]) - len(row["second"])
+    print(json.dumps({"id": row["id"], "winner": "tie" if gap == 0 else "first" if gap > 0 else "second"}))
+"""
+
+
+def answer(text: str, tokens: int = 1, id: str = "p") -> dict[str, Any]:
+    return {"id": id, "prompt": "ask", "text": text, "token_ids": [1] * tokens}
+
+
+def test_every_model_meets_the_one_before_it_and_the_baseline() -> None:
+    assert matches(["M0", "SFT", "M1", "M2"]) == [
+        ("SFT", "M0"),
+        ("M1", "SFT"),
+        ("M2", "M1"),
+        ("M2", "SFT"),
+    ]
+    assert matches(["a", "b", "c"]) == [("b", "a"), ("c", "b")] and matches(["a"]) == []
+
+
+def test_who_wins_in_both_orders_wins_and_all_else_is_a_tie() -> None:
+    wins = {("first", "second"): 1, ("second", "first"): -1}
+    for one in head_to_head.WINNERS:
+        for other in head_to_head.WINNERS:
+            assert both_orders(one, other) == wins.get((one, other), 0)
+    assert both_orders(None, "first") is None and both_orders("tie", None) is None
+
+
+def test_the_same_text_ties_and_an_unread_score_decides_nothing() -> None:
+    assert compared(answer("a"), answer("b"), 4.0, 3.0) == 1 and compared(answer("a"), answer("b"), 3.0, 3.0) == 0
+    assert compared(answer("a"), answer("b"), 2.5, 3.0) == -1 and compared(answer("a"), answer("b"), None, 3.0) is None
+    assert compared(answer("a"), answer("a"), 4.0, 3.0) == 0
+
+
+def test_figures_by_hand() -> None:
+    outcomes = [1] * 5 + [0] * 3 + [-1] * 2 + [None] * 2
+    found = figures(outcomes, [answer("x", 4)] * 12, [answer("x", 6)] * 12)
+    assert (found["n"], found["unread"], found["win"], found["tie"], found["loss"]) == (10, 2, 0.5, 0.3, 0.2)
+    assert found["win_minus_loss"] == 0.3 and (found["mean_length"], found["mean_length_against"]) == (4, 6)
+    expected = np.std(outcomes[:10]) / np.sqrt(10)  # what resampling tends to
+    assert abs(found["win_minus_loss_se"] - expected) <= 0.05 * expected
+    assert figures([None], [answer("x")], [answer("y")])["win"] is None
+
+
+def test_the_judges_mean_scores_decide_and_a_prompts_answers_stand_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def judged(run: Any, name: str, judge: Path, groups: Any, options: Any, key: Any) -> list[dict[str, Any]]:
+        asked.extend(groups)
+        scores = {"good": 5.0, "fair": 3.0, "bad": 1.0, "odd": None}
+        return [
+            {"candidate_id": item.id, "score": scores[item.answer], "status": ""} for each in groups for item in each
+        ]
+
+    monkeypatch.setattr(head_to_head, "judge_by_model", judged)
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(judge=SimpleNamespace(min_valid_draws=1)))
+    answers = {
+        "A": [answer("good", id="1"), answer("fair", id="2"), answer("bad", id="3")],
+        "B": [answer("fair", id="1"), answer("fair", id="2"), answer("odd", id="3")],
+    }
+    assert head_to_head.by_scores(run, M0, answers) == {("B", "A"): [-1, 0, None]}
+    assert [[item.answer for item in each] for each in asked] == [["good", "fair"], ["fair", "fair"], ["bad", "odd"]]
+
+
+def compare(tmp_path: Path, *more: str) -> int:
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"copy a b {letter}"}) + "\n" for letter in "cdef"))
+    two = ["--model", f"A={M0}", "--model", f"B={M0}"]
+    words = ["eval", "--quiet", "--recipe", "tiny", "--out", str(tmp_path / "out"), "--compare", str(file), *two]
+    return main([*words, *more])
+
+
+def test_a_model_ties_with_itself_and_the_engine_shares_what_both_were_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (match,) = found["matches"]
+    assert (match["model"], match["against"], match["n"], match["tie"]) == ("B", "A", 4, 1.0)
+    assert found["judging"]["new_tokens"] > 0 and found["judging"]["seconds"] > 0
+    assert match == json.loads((tmp_path / "out/eval/compare-p/head_to_head.jsonl").read_text())
+
+
+def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, log = tmp_path / "judge.py", tmp_path / "log"
+    script.write_text(LONGER + f"open({str(log)!r}, 'a').write('asked ')\n")
+    command = f"{sys.executable} {script}"
+    for _ in range(2):
+        assert compare(tmp_path, "--json", "--judge-command", command) == 0
+        assert json.loads(capsys.readouterr().out)["matches"][0]["tie"] == 1.0
+    assert log.read_text() == "asked "
+    rows = [json.loads(line) for line in (tmp_path / "out/eval/compare-p/verdicts.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and [row["first"] for row in rows[::2]] == [row["second"] for row in rows[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("import sys; sys.exit(3)", "ended with exit code 3"),
+        ("print('no json')", "command_output.jsonl:1: not JSON"),
+        ('print(\'{"id": "x", "winner": "tie"}\')', "'id' is 'x'; expected one that was asked"),
+        (LONGER.replace('"tie"', '"both"'), "'winner' is 'both'; expected first, second, tie or null"),
+        (LONGER.replace("sys.stdin.readlines()", "sys.stdin.readlines()[1:]"), "lacks 1 of 8 verdicts"),
+    ],
+)
+def test_what_an_outside_judge_does_wrong_is_one_sentence(
+    script: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "judge.py").write_text(script)
+    assert compare(tmp_path, "--judge-command", f"{sys.executable} {tmp_path / 'judge.py'}") == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_more_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(tmp_path, "--judge-command", "nowhere-to-be-found") == 2
+    assert "cannot be started" in capsys.readouterr().err
+    assert main(["eval", "--ask", "x", "--judge-command", "x"]) == 2
+    assert "of --compare" in capsys.readouterr().err
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text('{"id": "a", "winner": "tie"}\n' * 2)
+    with pytest.raises(InputError, match="stands twice"):
+        read_verdicts(path, {"a"})
+    path.write_text('{"id": "a", "winner": true}\n')
+    with pytest.raises(InputError, match="'winner' is the boolean true"):
+        read_verdicts(path, {"a"})
