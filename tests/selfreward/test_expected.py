@@ -60,7 +60,10 @@ PLACES = [
     ("Score: 1 + 1 + 1 + 1 = 4", "Score: 1 + 1 + 1 + 1 = "),
     ("caf\u00e9 \u2728\u2728 \U0001f600 Score: 4 \U0001f600", "caf\u00e9 \u2728\u2728 \U0001f600 Score: "),
     ("  Score:   4", "  Score:   "),
-    ("\U0001f600\U0001f6004/5", "\U0001f600\U0001f600"),  # the bytes before it decode to more characters while some are missing
+    (
+        "\U0001f600\U0001f6004/5",
+        "\U0001f600\U0001f600",
+    ),  # the bytes before it decode to more characters while some are missing
     ("Score: 4\n\nScore: 4/5", "Score: "),  # what follows repeats it
     ("I'd give it a 3; no, I'd give it a 4. So 4 points.", "I'd give it a 3; no, I'd give it a "),
 ]
