@@ -209,7 +209,7 @@ def stop_on_signals() -> Iterator[StopEvent]:
 
 def _validate(recipe: Recipe, report: Reporter) -> int:
     """Print what the data files hold. 2 if a run could not use them."""
-    found = validate(recipe, load_tokenizer(recipe), JudgeTemplate(recipe.judge.template))
+    found = validate(recipe, load_tokenizer(recipe), _templates(recipe)[0])
     print(json.dumps(found, ensure_ascii=False) if report.as_json else show(found))
     return 0 if found["usable"] else 2
 
@@ -222,9 +222,7 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
     if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
         torch.set_num_threads(threads)
     tokenizer = load_tokenizer(recipe)
-    template = JudgeTemplate(recipe.judge.template)
-    of_judge = recipe.judge.model_template
-    judge_model_template = None if of_judge is None else JudgeTemplate(of_judge)
+    template, judge_model_template = _templates(recipe)
     odd = check_inputs(recipe, tokenizer, template)
     with RunDir(out, _manifest(recipe, tokenizer, template, judge_model_template), without_places) as directory:
         for sentence in odd:
@@ -244,8 +242,14 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
             print(f"report: {directory.file('report.html')}", file=sys.stderr)
 
 
+def _templates(recipe: Recipe) -> tuple[JudgeTemplate, JudgeTemplate | None]:
+    """Of the run's models as judges, and of the judge model where it has its own."""
+    own = recipe.judge.model_template
+    return JudgeTemplate(recipe.judge.template), None if own is None else JudgeTemplate(own)
+
+
 def _manifest(
-    recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate, judge_model_template: JudgeTemplate | None = None
+    recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate, judge_model_template: JudgeTemplate | None
 ) -> Row:
     """Everything that decides a run's bytes."""
     judge_files = recipe.judge_model / "tokenizer.model" if recipe.judge_model else None
