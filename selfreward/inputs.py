@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from engine import InputError, LlamaConfig, Tokenizer, read_config
+from selfreward.expected import score_labels
 from selfreward.few_shot import PromptTemplate
 from selfreward.filters import MAX_WORDS
 from selfreward.judge import JudgeTemplate
@@ -101,6 +102,9 @@ def check_inputs(recipe: Recipe, tokenizer: Tokenizer, template: JudgeTemplate) 
     if groups or heldout or (recipe.judge.by == "model" and recipe.judge_model is None):
         rubric, _, _, cue = template.segments("a prompt", "an answer")
         texts[f"judge template {template.path}"] = [("the rubric", rubric), ("the cue", cue)]
+    if recipe.judge.score == "expected":
+        for speaks in _judges_tokenizers(recipe, tokenizer, bool(heldout)):
+            score_labels(speaks)  # refuses one without the digits
     odd += [said for where, rows_of in texts.items() for said in _unknown(tokenizer, where, rows_of)]
     return odd + _beyond_context(recipe, tokenizer)
 
@@ -132,6 +136,15 @@ def _shots(recipe: Recipe, tokenizer: Tokenizer, texts: dict[str, list[tuple[str
             f"{said}prompts.max_tokens is {options.max_tokens} and the context {room}: what has no room is cut or left out"
         ]
     return []
+
+
+def _judges_tokenizers(recipe: Recipe, tokenizer: Tokenizer, measured: bool) -> Iterator[Tokenizer]:
+    """Of the round's judge, and of the models that are measured as judges."""
+    own = recipe.judge_model is not None and (recipe.judge_model / "tokenizer.model").is_file()
+    if own and recipe.judge_model is not None:
+        yield Tokenizer(recipe.judge_model)
+    if measured or not own:
+        yield tokenizer
 
 
 def _check_apart(recipe: Recipe, groups: list[Row], heldout: list[Row]) -> None:

@@ -68,8 +68,8 @@ def build_pairs(
     """`rules.per_prompt` entries: (pair row, None), or (None, reason) where there is no pair (any more).
 
     `prompt_row`: {"id", "prompt"}. `candidates`, in any order, all of this prompt: {"id", "prompt_id", "prompt",
-    "index", "text", "token_ids", "finish_reason", "score", "draws"}, with `draws` the judgements' scores (None: unreadable)
-    and `score` their mean, or None.
+    "index", "text", "token_ids", "finish_reason", "score", "draws"}, `draws` what each judgement counts as
+    (None: unreadable) and `score` their mean, or None.
 
     Candidates with the same text are one candidate, with the mean of their scores: judged apart they would get different
     noise, and best and worst could be copies. The worst is any scored candidate; the best must be choosable: not empty,

@@ -38,7 +38,6 @@ from selfreward import eval_command, evaluation, stages, training
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.device import check_device, device_facts
 from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer
-from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
 from selfreward.recipe_file import PATH_KEYS, recipe_names
 from selfreward.report import Reporter, print_report
@@ -220,7 +219,7 @@ def stop_on_signals() -> Iterator[StopEvent]:
 
 def _validate(recipe: Recipe, report: Reporter) -> int:
     """Print what the data files hold. 2 if a run could not use them."""
-    found = validate(recipe, load_tokenizer(recipe), JudgeTemplate(recipe.judge.template))
+    found = validate(recipe, load_tokenizer(recipe), load_templates(recipe).judge)
     print(json.dumps(found, ensure_ascii=False) if report.as_json else show(found))
     return 0 if found["usable"] else 2
 

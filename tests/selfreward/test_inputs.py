@@ -46,6 +46,19 @@ def test_a_few_unknown_words_are_counted_and_said_once(tmp_path, capsys):
     assert "ift.jsonl: 1 of " in warning and "first 'zebra' in ift-11; the model sees <unk> there" in warning
 
 
+def test_a_tokenizer_without_the_digits_is_refused_before_expected_scores_need_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("selfreward.expected.SCORES", range(7))
+    for judge in ([], ["judge_model=package:tiny/m0"]):
+        err = said(capsys, tmp_path / "out", "judge.score=expected", *judge)
+        assert "judge.score is 'expected', and " in err and "has no token for 6: set it to mean" in err
+
+
+def test_a_template_of_the_judge_model_is_read_before_it_is_needed(tmp_path, capsys):
+    keys = ["judge_model=package:tiny/m0", "judge.model_template=lama2"]
+    assert "judge template 'lama2' is not shipped" in said(capsys, tmp_path / "out", *keys)
+    assert "judge template 'lama2' is not shipped" in said(capsys, tmp_path / "out", "validate", *keys)
+
+
 def test_a_template_that_the_tokenizer_does_not_know_is_refused(tmp_path, capsys):
     err = said(capsys, tmp_path / "out", "judge.template=llama2")
     assert "judge_llama2.jinja: " in err and "in the rubric" in err

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from engine import Tokenizer
-from selfreward import tiny
+from selfreward import stages, tiny
 from selfreward.context import Run
 from selfreward.expected import score_labels
 from selfreward.judge import JudgeTemplate
@@ -147,6 +147,25 @@ def test_scores_of_candidates_are_means_of_expected_scores_or_of_drawn_ones(run)
             assert candidate["draws"] == draws
             read = [score for score in draws if score is not None]
             assert candidate["score"] == pytest.approx(sum(read) / len(read))
+
+
+@pytest.mark.parametrize("run", [[BY_M0, "judge.score=expected", *ONCE]], indirect=True)
+def test_the_round_counts_expected_scores_places_that_are_not_found_and_copies(run, monkeypatch):
+    rows = [
+        {"id": f"p-{i}", "prompt_id": "p", "prompt": "copy a b c", "text": text}
+        for i, text in enumerate(["a b c", "a", "a b", "a"])
+    ]
+    run.dir.write_jsonl("iter_1/candidates.jsonl", rows)
+    counts = stages.judge_round(run, 1)
+    assert counts["judgements"] == 12 and counts["statuses"]["duplicate"] == 3
+    assert counts["expected"] == counts["statuses"]["ok"] and counts["without_place"] == 0
+    monkeypatch.setattr("selfreward.judging.score_step", lambda *rest: None)
+    run.dir.file("iter_1/judgements.jsonl").unlink()
+    none = stages.judge_round(run, 1)
+    assert none["statuses"] == counts["statuses"] and (none["expected"], none["without_place"]) == (
+        0,
+        counts["expected"],
+    )
 
 
 def test_copies_point_to_the_first_with_their_text():
