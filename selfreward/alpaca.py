@@ -16,7 +16,7 @@ from typing import Any
 from engine import InputError
 from selfreward.files import Unreadable, read_rows
 from selfreward.metrics import mean_and_error
-from selfreward.records import kind
+from selfreward.records import Refused, kind, text_field
 
 Row = dict[str, Any]
 
@@ -48,6 +48,8 @@ def read_annotations(path: Path) -> list[Row]:
         rows.append(_checked(where, row, rows[0] if rows else None))
     if not rows:
         raise InputError(f"{path} holds no annotations; expected a list of them")
+    if all(row["preference"] is None for row in rows):
+        raise InputError(f"{path}: none of the {len(rows)} annotations has a preference; annotate again")
     return rows
 
 
@@ -57,8 +59,10 @@ def _checked(where: str, row: Any, first: Row | None) -> Row:
     if not isinstance(row, dict):
         raise InputError(f"{where}: the row is {kind(row)}; expected an annotation, a JSON object")
     for key in (*TEXTS, *(["annotator"] if row.get("annotator") is not None else [])):
-        if not isinstance(row.get(key), str):
-            raise InputError(f"{where}: {key!r} is {kind(row.get(key))}; expected a string")
+        try:
+            text_field(row, key, may_be_empty=True)
+        except Refused as refused:
+            raise InputError(f"{where}: {refused.said}") from None
     if "preference" not in row:
         raise InputError(
             f"{where}: 'preference' is missing; expected a number from 1 to 2, or null where there is none"
@@ -82,11 +86,9 @@ def win_rate(rows: Sequence[Row]) -> Row:
 
     `standard_error` is that mean's (None for a single row). `n_wins`, `n_wins_base` and `n_draws` add up to `n`, and
     `n_null` rows have no preference. `discrete_win_rate`: every preference taken as a win, a loss or a tie. Lengths are
-    in characters, over all rows. InputError: no row has a preference.
+    in characters, over all rows. At least one row must have a preference, as in what `read_annotations` returns.
     """
     given = [float(row["preference"]) or TIE for row in rows if row["preference"] is not None]
-    if not given:
-        raise InputError(f"none of the {len(rows)} annotations has a preference; annotate again")
     rate, error = mean_and_error([preference - 1 for preference in given])
     wins, losses = sum(p > TIE for p in given), sum(p < TIE for p in given)
     draws = len(given) - wins - losses

@@ -27,7 +27,7 @@ from rich.table import Table
 from engine import InputError
 from selfreward import alpaca, head_to_head, mt_bench
 from selfreward.context import Row, Run
-from selfreward.eval_run import answer_all, find_models, opened, read_prompts, settings
+from selfreward.eval_run import USED, answer_all, find_models, opened, read_prompts, settings
 from selfreward.evaluation import judge_groups, text_figures
 from selfreward.files import stem
 from selfreward.formats import Read, as_group, read_file
@@ -55,7 +55,7 @@ def parser() -> ArgumentParser:
     what.add_argument("--compare", metavar="FILE", help="prompts, for the models' answers against one another")
     what.add_argument("--alpaca", metavar="FILE", help="instructions, for model_outputs.json")
     what.add_argument("--mt-bench", metavar="FILE", help="FastChat's question.jsonl, both turns")
-    options.add_argument("words", nargs="*", metavar="key.sub=value", help="of seed, evaluation, judge and sampler")
+    options.add_argument("words", nargs="*", metavar="key.sub=value", help=f"of {', '.join(USED)}")
     options.add_argument(
         "--model", action="append", default=[], metavar="NAME=DIR", help="instead of the run's; repeatable"
     )

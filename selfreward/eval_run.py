@@ -22,10 +22,14 @@ from selfreward.report import Reporter
 from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, read_json, written_manifest
 
 SETTINGS = ("seed", "evaluation", "judge")  # of the recipe: what decides the rows that `eval` writes
+USED = (*SETTINGS, "judge_model", "sampler")
 
 
 def settings(recipe: str | None, out: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe named, else that of the run in `out`; of it `eval` uses `seed`, `evaluation`, `judge` and `sampler`."""
+    """The recipe named, else that of the run in `out`; of it `eval` takes what USED names."""
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0].strip() not in USED:
+            raise InputError(f"{override!r} has no effect on eval, which uses {', '.join(USED)}; leave it out")
     if recipe is not None:
         return Recipe.load(recipe, overrides, check_files=False)
     if (out / MANIFEST).is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine import InputError, RequestOutput, SamplingParams
 from selfreward.context import Row, Run
 from selfreward.files import Unreadable, read_rows
-from selfreward.records import kind
+from selfreward.records import Refused, kind, text_field
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
@@ -59,9 +59,10 @@ def _checked(where: str, row: object) -> Row:
     if len(turns) != TURNS:
         raise InputError(f"{where}: 'turns' has {len(turns)} entr{'y' if len(turns) == 1 else 'ies'}; expected {TURNS}")
     for place, turn in enumerate(turns):
-        if not isinstance(turn, str) or not turn.strip():
-            said = "empty" if isinstance(turn, str) else kind(turn)
-            raise InputError(f"{where}: 'turns[{place}]' is {said}; expected a string with a question")
+        try:
+            text_field({f"turns[{place}]": turn}, f"turns[{place}]")
+        except Refused as refused:
+            raise InputError(f"{where}: {refused.said}") from None
     return {"question_id": number, "category": category, "turns": turns}
 
 

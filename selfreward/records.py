@@ -362,6 +362,11 @@ def _system(row: Row) -> str | None:
 # Fields
 
 
+def text_field(row: Row, key: str, may_be_empty: bool = False) -> str:
+    """A field that must be text which a file can hold. Refused says what it is instead."""
+    return _text(row, key, may_be_empty)
+
+
 def _text(row: Row, key: str, may_be_empty: bool = False, name: str = "") -> str:
     name, value = name or key, row.get(key)
     if not isinstance(value, str):

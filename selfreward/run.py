@@ -354,7 +354,7 @@ def _short(counts: Row) -> str:
     return "  ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in counts.items()
-        if value is not None
+        if value is not None and not name.endswith("_interval")
     )
 
 

@@ -176,6 +176,7 @@ def test_damaged_questions_are_one_sentence(
         (["--model", "A=nowhere"], "the model A should be in"),
         ([], "holds no finished models"),
         (["evaluation.maxtokens=3"], "evaluation.max_tokens"),
+        (["sft.lr=1.0"], "'sft.lr=1.0' has no effect on eval"),
     ],
 )
 def test_a_mistake_about_the_models_is_one_sentence(

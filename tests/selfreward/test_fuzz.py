@@ -17,11 +17,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine import InputError
+from selfreward.alpaca import read_annotations, win_rate
 from selfreward.few_shot import PromptTemplate
 from selfreward.files import read_rows
 from selfreward.filters import LEVELS, Sieve
 from selfreward.formats import as_example, as_group, as_prompt, load_ift, load_prompts, load_ranked, read_file
 from selfreward.judge import JudgeTemplate
+from selfreward.mt_bench import read_questions
 from selfreward.pairs import NO_MORE, REASONS, Rules, build_pairs
 from selfreward.prompts import Choice, by_reason, found_in
 from selfreward.recipe import Recipe, recipe_keys
@@ -69,6 +71,8 @@ GOOD: list[Any] = [
     {"chosen": "a b", "rejected": "a c"},
     {"prompt": {"text": "a", "replies": [{"text": "b", "rank": 0}, {"text": "c", "rank": 1}]}},
     {"prompt": "a", "answers": [{"text": "b", "rank": 0}, {"text": "c", "rank": 1}]},
+    {"instruction": "a", "response1": "b", "response2": "c", "annotator1": 1, "annotator2": 0, "annotator3": 1},
+    {"input": "a", "output_1": "b", "output_2": "c", "label": 2},
 ]
 
 
@@ -93,6 +97,19 @@ def damaged(draw: st.DrawFn) -> Any:
             here.append(draw(JSON))
         break
     return row
+
+
+ANNOTATION = st.fixed_dictionaries(
+    {
+        **dict.fromkeys(("instruction", "output_1", "output_2"), TEXT),
+        **dict.fromkeys(("generator_1", "generator_2"), st.just("g") | SCALAR),
+        "preference": st.sampled_from([1, 2, 1.37, 0, None]) | SCALAR,
+    },
+    optional={"annotator": st.just("a") | SCALAR},
+)
+QUESTION = st.fixed_dictionaries(
+    {"question_id": st.integers(0, 9) | SCALAR, "category": TEXT | SCALAR, "turns": st.lists(TEXT, max_size=3) | JSON}
+)
 
 
 ROWS = st.lists(ROW | damaged() | st.sampled_from(GOOD), max_size=6)
@@ -388,5 +405,28 @@ def test_pairs_and_what_was_dropped_add_up(count: int) -> None:
         used = [candidates[pair[f"{kind}_index"]]["text"] for pair in pairs for kind in ("chosen", "rejected")]
         assert len(used) == len(set(used)) and len({pair["id"] for pair in pairs}) == len(pairs)
         assert all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+
+    check()
+
+
+@amount
+def test_annotations_and_questions_are_read_or_refused_in_a_sentence(count: int, folder: Path) -> None:
+    @cases(count)
+    @given(annotations=st.lists(ANNOTATION | ROW, max_size=3), questions=st.lists(QUESTION | ROW, max_size=3))
+    def check(annotations: list[Any], questions: list[Any]) -> None:
+        path = folder / "benchmark.json"
+        path.write_text(json.dumps(annotations))
+        try:
+            found = win_rate(read_annotations(path))
+            assert found["n"] + found["n_null"] == len(annotations)
+            assert found["n_wins"] + found["n_wins_base"] + found["n_draws"] == found["n"]
+            json.dumps(found, ensure_ascii=False).encode()
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+        path.write_text(json.dumps(questions))
+        try:
+            assert all(len(row["turns"]) == 2 for row in read_questions(path))
+        except InputError as error:
+            assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1
 
     check()

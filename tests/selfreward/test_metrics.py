@@ -52,6 +52,9 @@ def test_figures_worked_out_by_hand() -> None:
     assert found["pairwise"] == 2 / 6
     assert found["pairwise_ties_half"] == (2 + 0.5 + 0.5) / 6
     assert found["five_best"] == 2 / 4  # 5 stands at a best answer, at both of a tied pair (one best), at a worse one
+    assert (
+        judge_figures([group(3, 1)], [[4.0, 5.0]])["five_best"] == 1
+    )  # the lowest rank is the best, whatever its number
     assert found["exact"] == 0
     tau = scipy.stats.kendalltau([0, -1, -2], [5, 3, 3]).statistic
     rho = scipy.stats.spearmanr([0, -1, -2], [5, 3, 3]).statistic
