@@ -218,6 +218,24 @@ class Adapters(Group):
         return self
 
 
+class KeepBest(Group):
+    """engine.Heldout, for SFT and DPO: a share of the prompts is measured instead of trained on, and the model ends with the
+    weights under which their loss was least. (The paper compares answers to its validation prompts every 200 steps.)"""
+
+    share: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # of instructions, and of a round's prompts with pairs; 0: off
+    every: Count = 200  # steps
+    patience: Count | None = None  # measurements without a better one after which a training ends; null: never
+
+    @model_validator(mode="after")
+    def _on(self) -> KeepBest:
+        unused = self.model_fields_set - {"share"}
+        if unused and "share" not in self.model_fields_set:
+            raise InputError(
+                f"{' and '.join(sorted(unused))} has no effect without share, which is missing; set it (0: no keep_best)"
+            )
+        return self
+
+
 class Sampling(Group):
     temperature: Rate = 0.7
     top_p: TopP = 0.9
@@ -376,6 +394,7 @@ class Recipe(Group):
     data: Data = Data()
     sft: SFT = SFT()
     lora: Adapters = Adapters()
+    keep_best: KeepBest = KeepBest()
     eft: EFT = EFT()
     prompts: Prompts
     candidates: Candidates = Candidates()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from engine import (
     DPOConfig,
     DPORow,
+    Heldout,
     InputError,
     Llama,
     LoRA,
@@ -32,6 +34,7 @@ from selfreward.pairs import positive, said
 from selfreward.seeds import example_ids, file_of, ift_rows
 from selfreward.state import row_seed
 
+R = TypeVar("R", SFTRow, DPORow)
 STEP0_PAIRS = 64
 PARITY_BF16 = 0.1  # nats a token, where the forward is bf16 and the sampler fp32: at most 0.041 in the micro recipe
 STEP0_BF16 = 0.25  # nats, where the forward is bf16 at least: by the packing the micro recipe's pairs differ by 0.015
@@ -40,7 +43,7 @@ STEP0_BF16 = 0.25  # nats, where the forward is bf16 at least: by the packing th
 def train_baseline(run: Run) -> Row:
     """The SFT baseline: M0 on the human instructions alone."""
     rows, counts = ift_examples(run)
-    return _train_sft(run, rows, "sft") | counts
+    return _train_sft(run, rows, [], "sft") | counts
 
 
 def train_m1(run: Run) -> Row:
@@ -50,7 +53,7 @@ def train_m1(run: Run) -> Row:
         return {"same_as": "sft/model", "eft_too_long": too_long}
     rows, counts = ift_examples(run)
     counts |= {"eft": len(judge_rows), "eft_too_long": too_long}
-    return _train_sft(run, rows + judge_rows, "m1") | counts
+    return _train_sft(run, rows, judge_rows, "m1") | counts
 
 
 def train_round(run: Run, k: int) -> Row:
@@ -73,7 +76,8 @@ def train_dpo(run: Run, k: int) -> Row:
     rows = _with_reference(run, k, computing, rows, config)
     parity = _parity(run, k, pairs, rows, run.rough_sampler or computing.embed.dtype == torch.bfloat16)
     replay = eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
-    steps = _train(run, model, rows, config, f"iter_{k}", replay)
+    kept, heldout = _apart(run, rows)
+    steps = _train(run, model, kept, config, f"iter_{k}", replay, heldout)
     return {"pairs": len(pairs)} | steps | parity | ({"replay": len(replay)} if replay else {})
 
 
@@ -90,16 +94,35 @@ def train_positives(run: Run, k: int) -> Row:
         raise GateError(f"round {k}: no answer has the perfect score; use method=dpo, or a model that judges better")
     rows, counts = ift_examples(run)
     limit = run.recipe.sft.max_pack_tokens
-    rows += eft_rows(run, limit)[0]
     positives = [SFTRow(run.tokenizer.chat_prompt(row["prompt"]), row["token_ids"]) for row in found]
     fitting = [row for row in positives if _tokens(row) <= limit]
     counts |= {"positives": len(fitting), "positives_too_long": len(positives) - len(fitting)}
-    return _train_sft(run, rows + fitting, f"iter_{k}") | counts
+    return _train_sft(run, rows, eft_rows(run, limit)[0] + fitting, f"iter_{k}") | counts
 
 
-def _train_sft(run: Run, rows: list[SFTRow], folder: str) -> Row:
+def _train_sft(run: Run, instructions: list[SFTRow], others: list[SFTRow], folder: str) -> Row:
+    """Judge data and the model's own answers are trained on whole: what is measured is answers by humans."""
     config = SFTConfig(**run.recipe.sft.model_dump(), seed=row_seed(run.recipe.seed, 0, folder, 0) >> 1)
-    return {"rows": len(rows)} | _train(run, run.fresh(run.base, config.precision), rows, config, folder, [])
+    kept, heldout = _apart(run, instructions)
+    model = run.fresh(run.base, config.precision)
+    return {"rows": len(kept) + len(others)} | _train(run, model, kept + others, config, folder, [], heldout)
+
+
+def _apart(run: Run, rows: list[R]) -> tuple[list[R], Heldout | None]:
+    """The rows to train on and those to measure: the recipe's share of the prompts, each with all of its rows."""
+    options = run.recipe.keep_best
+    if not options.share:
+        return rows, None
+    prompts = {tuple(row.prompt): row_seed(run.recipe.seed, 0, "held out", str(row.prompt)) for row in rows}
+    if len(prompts) < 2:
+        raise GateError(
+            "there is one prompt only, of which keep_best.share can leave out none; set it to 0 in a new directory"
+        )
+    count = max(1, round(options.share * len(prompts)))
+    out = set(sorted(prompts, key=lambda prompt: prompts[prompt])[:count])
+    held = [row for row in rows if tuple(row.prompt) in out]
+    kept = [row for row in rows if tuple(row.prompt) not in out]
+    return kept, Heldout(held, options.every, keep_best=True, patience=options.patience)
 
 
 def _train(
@@ -109,9 +132,10 @@ def _train(
     config: SFTConfig,
     folder: str,
     replay: list[SFTRow],
+    heldout: Heldout | None,
 ) -> Row:
     """Train, from a saved state if the run was interrupted here, and save folder/model; a LoRA's is the merged one, with
-    folder/adapter beside it. Returns the number of steps."""
+    folder/adapter beside it. Returns the number of steps, and of rows held out with the step that measured best."""
     out = run.dir.file(folder)
     try:
         result = train(
@@ -122,6 +146,7 @@ def _train(
             on_step=run.report.steps(folder),
             should_stop=run.stop.is_set,
             replay=replay or None,
+            heldout=heldout,
         )
     except TrainingInterrupted:
         raise Stopped from None
@@ -129,6 +154,8 @@ def _train(
         key = "dpo.lr" if isinstance(config, DPOConfig) else "sft.lr"
         raise FloatingPointError(f"{folder}/model: {error} (a changed {key} needs a new --out directory)") from None
     counts: Row = {"steps": result.steps}
+    if heldout:
+        counts |= {"held_out": len(heldout.rows), "best_step": result.best_step}
     if isinstance(model, LoRA):
         inside = run.start.is_relative_to(run.dir.file(""))
         base = run.start.relative_to(run.dir.file("")) if inside else run.start  # the same bytes in every directory

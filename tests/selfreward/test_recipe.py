@@ -54,6 +54,7 @@ data.format.prompts data.max_tokens
 sft.lr sft.min_lr sft.schedule sft.warmup_steps sft.epochs sft.max_steps sft.batch_size sft.weight_decay sft.betas
 sft.clip sft.max_pack_tokens sft.dropout sft.save_every sft.activation_checkpointing sft.precision
 lora.rank lora.alpha lora.targets lora.base
+keep_best.share keep_best.every keep_best.patience
 eft.temperature eft.top_p eft.required eft.attempts eft.max_tokens
 prompts.temperature prompts.top_p prompts.mode prompts.file prompts.count prompts.max_tokens prompts.valid
 prompts.template prompts.shots_seed prompts.shots_generated prompts.filter prompts.rouge

@@ -49,7 +49,7 @@ def test_trial_is_7b_at_reduced_counts() -> None:
     }
     reduced |= {f"{name}.max_tokens" for name in ("eft", "candidates", "judge")} | {"eft.attempts", "gates.min_pairs"}
     assert differences(loaded("llama2-7b"), loaded("trial")) == reduced | {
-        *("rounds", "device", "model", "tokenizer", "init", "eft.required"),
+        *("rounds", "device", "model", "tokenizer", "init", "eft.required", "evaluation.judge_groups"),
     }
 
 

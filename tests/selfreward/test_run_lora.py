@@ -141,3 +141,15 @@ def test_a_rank_above_the_models_dim_is_one_sentence_before_anything_is_computed
 
 def test_the_recipes_projections_are_the_engines():
     assert tuple(Adapters().targets) == PROJECTIONS
+
+
+def test_the_weights_that_measured_best_are_kept(tmp_path):
+    """At this rate the third step of SFT is worse than the second."""
+    options = ["rounds=1", "keep_best={share: 0.2, every: 1}", "sft.lr=0.03", "sft.min_lr=0.03"]
+    assert command(tmp_path / "run", *OPTIONS, *UNMEASURED, *options) == 0
+    stages = json.loads((tmp_path / "run/stages.json").read_text())
+    sft, last = stages["sft/model"], stages["iter_1/model"]
+    assert sft["rows"] + sft["held_out"] == sft["ift"] and sft["held_out"] == 5  # of 24
+    measured = [row["eval_loss"] for row in rows(tmp_path / "run/sft/metrics.jsonl")]
+    assert sft["best_step"] == 1 + measured.index(min(measured)) < len(measured) == 3
+    assert last["held_out"] == max(1, round(0.2 * last["pairs"])) and 1 <= last["best_step"] <= last["steps"]

@@ -12,7 +12,7 @@ from engine import DPOConfig, DPORow, InputError, Tokenizer, load_checkpoint, re
 from selfreward import training
 from selfreward.context import GateError, Run
 from selfreward.recipe import Recipe
-from selfreward.training import _check_step_zero, _parity, _with_reference, ift_examples
+from selfreward.training import _apart, _check_step_zero, _parity, _with_reference, ift_examples
 
 NOTHING: Any = None  # the parts of a run that these stages do not touch
 
@@ -128,3 +128,23 @@ def test_the_rounds_label_smoothing_is_what_consistency_leaves(round_one, monkey
     run.recipe = Recipe.load("tiny", ["pairs.consistency=true"])
     training.train_dpo(run, 1)
     assert [config.label_smoothing for config in seen] == [0.0, pytest.approx(0.1)]
+
+
+def keeping(*options, tmp_path):
+    recipe = Recipe.load("tiny", options)
+    return Run(recipe, SimpleNamespace(file=lambda name: tmp_path / name), NOTHING, NOTHING, NOTHING)
+
+
+def test_whole_prompts_are_held_out_the_same_ones_in_any_company(tmp_path):
+    run = keeping("keep_best={share: 0.25, every: 7, patience: 2}", tmp_path=tmp_path)
+    rows = [DPORow([1, n], [5, answer], [6]) for answer in (8, 9) for n in range(3, 43)]
+    kept, held = _apart(run, rows)
+    assert held is not None and (held.every, held.keep_best, held.patience, held.by) == (7, True, 2, "loss")
+    assert len(held.rows) == 20 and sorted(map(repr, [*kept, *held.rows])) == sorted(map(repr, rows))
+    out = {tuple(row.prompt) for row in held.rows}
+    assert len(out) == 10 and not out & {tuple(row.prompt) for row in kept}
+    _, again = _apart(run, rows[::-1])
+    assert again is not None and {tuple(row.prompt) for row in again.rows} == out
+    assert _apart(keeping("keep_best.share=0", tmp_path=tmp_path), rows) == (rows, None)
+    with pytest.raises(GateError, match="one prompt only"):
+        _apart(run, rows[:1])
