@@ -105,7 +105,7 @@ def test_the_open_assistant_trees_in_three_parts(
 ) -> None:
     words = [
         *("--recipe", "trial", f"tokenizer={test_data / 'llama2/tokenizer.model'}"),
-        *("data.ift_limit=null", "data.eft_limit=null"),
+        *("data.ift_limit=null", "data.eft_limit=null", "evaluation.judge_groups=null"),
         f"data.ranked={test_data / 'oasst/en_100_tree.jsonl'}",
         f"prompts.file={test_data / 'oasst/prompt_lottery_en_250_text.jsonl'}",
     ]
