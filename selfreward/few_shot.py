@@ -54,7 +54,7 @@ class PromptTemplate:
             raise InputError(f"prompts template {self.path} cannot be read: {error}") from None
         self.hash = hashlib.sha256(source).hexdigest()
         self._template = self._compile(text.removesuffix("\n"))
-        self.numbered = bool(re.search(r"(?<![0-9])4[ \t]?[.):]$", self.text(["a", "b", "c"])))
+        self.numbered = bool(re.search(r"(?<![0-9])4[ \t]?[.):]\s*$", self.text(["a", "b", "c"])))
 
     def _compile(self, text: str) -> jinja2.Template:
         environment, name = sandbox(), str(self.path)

@@ -284,8 +284,11 @@ def test_transformers_chat_template_gives_the_ids_of_chat(llama, vectors, tmp_pa
         for messages in (one, more[:2], more, [{"role": "system", "content": third}, *more]):
             ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
             assert ids == llama.chat(messages), messages
-    with pytest.raises(Exception, match="the user first"):
-        theirs.apply_chat_template([{"role": "assistant", "content": "hi"}], tokenize=True)
+    user = {"role": "user", "content": "hi"}
+    system, tool = user | {"role": "system"}, user | {"role": "tool"}
+    for messages in ([user | {"role": "assistant"}], [user, user], [user, system], [user, tool], [system, system]):
+        with pytest.raises(Exception, match="the user first"):
+            theirs.apply_chat_template(messages, tokenize=True)
 
 
 def test_transformers_llama_tokenizer_loads_the_saved_directory(llama, vectors, tmp_path):

@@ -135,6 +135,14 @@ def test_jinja_in_an_instruction_is_inert():
     assert "{{ 7 * 7 }} {% x %}" in PromptTemplate("plain").text(["{{ 7 * 7 }} {% x %}"])
 
 
+@pytest.mark.parametrize("end", ["4.", "4. ", "4)\n\n", "Task 4:"])
+def test_a_blank_behind_the_next_number_does_not_hide_it(end, tmp_path):
+    (tmp_path / "mine.jinja").write_text(
+        "{{ instructions }} " + end.replace("4", "{{ instructions | length + 1 }}") + "\n"
+    )
+    assert PromptTemplate(tmp_path / "mine.jinja").numbered
+
+
 def test_a_template_without_numbers_is_known_as_such(tmp_path):
     file = tmp_path / "bare.jinja"
     file.write_text("{% for i in instructions %}- {{ i }}\n{% endfor %}-\n")
