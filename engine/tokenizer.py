@@ -33,7 +33,8 @@ CHAT_TEMPLATE = """\
 {%- if loop.first and system is not none -%}{{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}
 {{- message['content'] | trim + ' [/INST]' -}}
 {%- else -%}
-{{- ' ' + message['content'] | trim + eos_token -}}
+{%- set answer = message['content'] | trim -%}
+{{- (' ' + answer if answer else '') + eos_token -}}
 {%- endif -%}
 {%- endfor -%}"""
 
