@@ -25,7 +25,7 @@ CHAT_LAYOUT = "{bos}[INST] {user} [/INST]{answer}{eos}; system: <<SYS>>\\n{syste
 CHAT_TEMPLATE = """\
 {%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else none -%}
 {%- for message in (messages if system is none else messages[1:]) -%}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
 {{- raise_exception('user and assistant must take turns, the user first') -}}
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
@@ -33,7 +33,8 @@ CHAT_TEMPLATE = """\
 {%- if loop.first and system is not none -%}{{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}
 {{- message['content'] | trim + ' [/INST]' -}}
 {%- else -%}
-{{- ' ' + message['content'] | trim + eos_token -}}
+{%- set answer = message['content'] | trim -%}
+{{- (' ' + answer if answer else '') + eos_token -}}
 {%- endif -%}
 {%- endfor -%}"""
 

@@ -5,7 +5,8 @@
 
 Both take three steps of the whole data with the same rate and the same optimizer, from the same checkpoint: their losses
 agree to 1e-4. A pairs.jsonl of the loop holds messages instead of these texts (and columns that TRL passes over): TRL puts
-them into the chat layout that stands in a model directory's tokenizer_config.json, which gives the ids that the loop trains on.
+them into the chat layout that stands in a model directory's tokenizer_config.json, which
+gives the ids that the loop trains on where an answer was sampled in the tokenizer's own tokens.
 """
 
 import json

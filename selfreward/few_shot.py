@@ -25,7 +25,7 @@ Row = dict[str, Any]
 MARKS = ("[INST]", "[/INST]")  # of the chat layout: where one of them is written, the list is over
 
 _NUMBER = re.compile(
-    r"^[ \t>*#_-]{0,8}(?:(?:task|instruction|prompt|question)[ \t]?#?)?[ \t]?([0-9]{1,4})[ \t]?[.):]\**(?=\s|$)",
+    r"^[ \t>*#_-]{0,8}(?:(?:task|instruction|prompt|question)[ \t]?#?)?[ \t]?([0-9]{1,4})[ \t]?[.):](?![0-9])\**",
     re.MULTILINE | re.IGNORECASE,
 )
 _END = re.compile(
@@ -54,7 +54,7 @@ class PromptTemplate:
             raise InputError(f"prompts template {self.path} cannot be read: {error}") from None
         self.hash = hashlib.sha256(source).hexdigest()
         self._template = self._compile(text.removesuffix("\n"))
-        self.numbered = bool(re.search(r"(?<![0-9])4[ \t]?[.):]$", self.text(["a", "b", "c"])))
+        self.numbered = bool(re.search(r"(?<![0-9])4[ \t]?[.):]\s*$", self.text(["a", "b", "c"])))
 
     def _compile(self, text: str) -> jinja2.Template:
         environment, name = sandbox(), str(self.path)
@@ -84,6 +84,9 @@ class PromptTemplate:
 
     def token_ids(self, tokenizer: Tokenizer, instructions: Sequence[str]) -> list[int]:
         return [tokenizer.bos_id, *tokenizer.encode(self.text(instructions))]
+
+
+_QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')
 
 
 def one_line(text: str) -> str:
@@ -131,7 +134,8 @@ def listed(text: str, first: int | None, cut: bool) -> list[tuple[str, str | Non
     first: the number that the request ended in, so that the text begins within that instruction; None: it ended without
     one. cut: the completion ended at max_tokens. An instruction is numbered one above the one before it, and ends at the
     next, at a blank line, at a separator, or where an answer or another turn begins. Reasons: `preamble` (text before the
-    first number), `empty`, `truncated`. A text without numbers is one instruction; there is always at least one entry.
+    first number), `empty`, `truncated`, `unfinished` (it ends in a colon: what it speaks of stood behind its end, or it
+    announces the list). A text without numbers is one instruction; there is always at least one entry.
     """
     again = _NUMBER.match(text.lstrip())
     if first is not None and not (again and int(again[1]) == first):
@@ -146,9 +150,20 @@ def listed(text: str, first: int | None, cut: bool) -> list[tuple[str, str | Non
     bodies = [text[match.end() : end] for match, end in zip(begins, ends, strict=False)] or [text]
     for number, body in enumerate(bodies):
         end = _END.search(body := body.strip())
-        instruction = one_line(body[: end.start()] if end else body)
+        instruction = _bare(one_line(body[: end.start()] if end else body))
+        reason = None if instruction else "empty"
         if cut and end is None and number == len(bodies) - 1:
-            found.append((instruction, "truncated"))
-        else:
-            found.append((instruction, None if instruction else "empty"))
+            reason = "truncated"
+        elif instruction.endswith((":", "\uff1a")):
+            reason = "unfinished"
+        found.append((instruction, reason))
     return found
+
+
+def _bare(text: str) -> str:
+    """Without the marks of bold print and the quotes that models put around an instruction: it is dropped with them, since
+    Self-Instruct's filter takes nothing that begins with punctuation."""
+    if text.startswith("**") or text.endswith("**"):
+        text = one_line(text.replace("**", " "))
+    quoted = _QUOTED.fullmatch(text)
+    return (quoted[1] or quoted[2]).strip() if quoted else text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ _KEYWORD = re.compile(rf"\b(?:{'|'.join(KEYWORDS)})\b", re.IGNORECASE)
 _UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
 )
-_WORD = re.compile(r"[^\W_]+")
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c) in ("Mn", "Mc"))
+_WORD = re.compile(rf"\w[\w{_MARKS}]*")  # a mark (an accent, a vowel sign of Hindi) goes on with its word
 
 
 def spaced(text: str) -> str:
@@ -46,18 +48,19 @@ def word_count(text: str) -> int:
 def words(text: str) -> list[str]:
     """Lower case, letters and digits: of ASCII text what rouge_score takes ([a-z0-9]+), of any other the same idea, where
     rouge_score finds nothing at all."""
-    return _WORD.findall(spaced(text.lower()))
+    return _WORD.findall(spaced(text.lower().replace("_", " ")))
 
 
 def wording(text: str) -> str | None:
-    """Why Self-Instruct drops a text whatever else there is, or None; in the order of its code."""
+    """Why Self-Instruct drops a text whatever else there is, or None; in the order of its code, which has the text
+    capitalised, with all other letters small (here a kept text stays as it is)."""
     if word_count(text) < MIN_WORDS:
         return "too_short"
     if word_count(text) > MAX_WORDS:
         return "too_long"
     if _KEYWORD.search(text):
         return "keyword"
-    if text.startswith("Write a program"):  # models write these in masses
+    if text.lower().startswith("write a program"):  # models write these in masses
         return "program"
     if text[0] in string.punctuation:
         return "punctuation"

@@ -123,7 +123,9 @@ def _shots(recipe: Recipe, tokenizer: Tokenizer, texts: dict[str, list[tuple[str
     if recipe.prompt_model and (recipe.prompt_model / "tokenizer.model").is_file():
         tokenizer = Tokenizer(recipe.prompt_model)
     else:  # the tokenizer whose words are looked at
-        texts[f"prompts template {template.path}"] = [("the text", template.text([]))]
+        texts[f"prompts template {template.path}"] = [
+            ("the text", template.text([""] * (options.shots_seed + options.shots_generated)))
+        ]
     config = read_config(recipe.prompt_model) if recipe.prompt_model else _start_config(recipe, tokenizer)
     shown, ordered = options.shots_seed + options.shots_generated, sorted(seeds, key=len)
     least, most = (len(template.token_ids(tokenizer, some)) for some in (ordered[:shown], ordered[-shown:]))

@@ -45,7 +45,7 @@ def sample_groups(
     enough(rows): asked after every group; true ends the stage there. Raises Stopped between groups.
     """
     rows, done = run.dir.kept_groups(name, [sum(request.params.n for request in group) for group in groups])
-    progress = run.report.progress(name, sum(map(len, groups)))
+    progress = run.report.progress(f"{name} (at most)" if enough else name, sum(map(len, groups)))
     progress(sum(map(len, groups[:done])))
     fresh = _finished(llm, groups[done:])
     while done < len(groups) and not (enough and done and enough(rows)):
@@ -85,7 +85,7 @@ def sample_waves(run: Run, name: str, llm: LLM, most: int, wave: Callable[[list[
     """
     kept, done = run.dir.kept_groups(name, [GROUP] * most)
     rows, at = list[Row](), 0
-    progress = run.report.progress(name, most * GROUP)
+    progress = run.report.progress(f"{name} (at most)", most * GROUP)
     while at < most and (requests := wave(rows)):
         groups = in_groups(requests)[: most - at]
         fresh = _finished(llm, groups[max(0, done - at) :])

@@ -102,6 +102,13 @@ def new_prompts(run: Run, k: int) -> Row:
     run.dir.write_jsonl(f"iter_{k}/prompts_dropped.jsonl", dropped)
     if not kept:
         raise GateError(f"round {k} has no prompts left after the filters ({reasons(counts)}): {_prompts_advice(run)}")
+    wanted = run.recipe.prompts.count or 0
+    if mode != "file" and len(kept) < wanted:
+        run.report.warn(
+            f"iter_{k}/prompts: {len(kept)} of prompts.count={wanted} in {len(run.rows(f'iter_{k}/attempts.jsonl'))} "
+            f"requests ({reasons(counts)}); the round goes on with them, what was dropped is in "
+            f"{run.dir.file(f'iter_{k}/prompts_dropped.jsonl')}"
+        )
     run.dir.write_jsonl(f"iter_{k}/prompts.jsonl", kept)
     return {"kept": len(kept), "dropped": counts}
 

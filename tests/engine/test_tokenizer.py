@@ -277,15 +277,18 @@ def test_transformers_chat_template_gives_the_ids_of_chat(llama, vectors, tmp_pa
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     llama.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    said = [text for text, _ in vectors if text.strip()]
+    said = [text for text, _ in vectors]  # also empty ones, and blanks
     for first, second, third in zip(said, said[1:], said[2:]):
         one = [{"role": "user", "content": first}]
         more = [*one, {"role": "assistant", "content": second}, {"role": "user", "content": third}]
         for messages in (one, more[:2], more, [{"role": "system", "content": third}, *more]):
             ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
             assert ids == llama.chat(messages), messages
-    with pytest.raises(Exception, match="the user first"):
-        theirs.apply_chat_template([{"role": "assistant", "content": "hi"}], tokenize=True)
+    user = {"role": "user", "content": "hi"}
+    system, tool = user | {"role": "system"}, user | {"role": "tool"}
+    for messages in ([user | {"role": "assistant"}], [user, user], [user, system], [user, tool], [system, system]):
+        with pytest.raises(Exception, match="the user first"):
+            theirs.apply_chat_template(messages, tokenize=True)
 
 
 def test_transformers_llama_tokenizer_loads_the_saved_directory(llama, vectors, tmp_path):

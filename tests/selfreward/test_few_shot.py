@@ -15,6 +15,9 @@ from selfreward.recipe import Recipe
         ("\n9. Name a fruit.\n10. Name a tree.", ["Name a fruit.", "Name a tree."]),  # the number once more
         (" Name a fruit.\n**10.** Name a tree.\nTask 11: Name a nut.", ["Name a fruit.", "Name a tree.", "Name a nut."]),
         (" Name a fruit.\n10.\n Name a tree.", ["Name a fruit.", "Name a tree."]),
+        (" Name a fruit.\n10.Name a tree.\n11.5 is a number", ["Name a fruit.", "Name a tree. 11.5 is a number"]),
+        (" **Fruit:** Name one.\n**10. Name a tree.**\n11. **Name** a nut", ["Fruit: Name one.", "Name a tree.", "Name a nut"]),
+        (' "Name a fruit."\n10. \u201cName a tree.\u201d\n11. "Be" or "not"', ["Name a fruit.", "Name a tree.", '"Be" or "not"']),
         (" Do it:\n- one\n- two\n10. Next one", ["Do it: - one - two", "Next one"]),
         (" Name a fruit.\n\nAn apple is a fruit.\n10. Name a tree.", ["Name a fruit.", "Name a tree."]),  # answers
         (" Name a fruit.\nAnswer: apple\n10. Name a tree.\nResponse: oak", ["Name a fruit.", "Name a tree."]),
@@ -44,6 +47,15 @@ def test_the_instructions_of_a_completion(text, found):
 )
 def test_the_last_instruction_of_a_cut_completion_is_dropped(text, found):
     assert listed(text, 9, cut=True) == found
+
+
+def test_an_instruction_without_what_it_speaks_of_is_dropped():
+    text = " Sure! Here are more tasks:\n\n10. Translate this sentence:\n\n'I am'\n\n11. Name a tree."
+    assert listed(text, 9, cut=False) == [
+        ("Sure! Here are more tasks:", "unfinished"),
+        ("Translate this sentence:", "unfinished"),
+        ("Name a tree.", None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +133,14 @@ def test_ids_are_those_of_one_text_behind_bos(test_data):
 
 def test_jinja_in_an_instruction_is_inert():
     assert "{{ 7 * 7 }} {% x %}" in PromptTemplate("plain").text(["{{ 7 * 7 }} {% x %}"])
+
+
+@pytest.mark.parametrize("end", ["4.", "4. ", "4)\n\n", "Task 4:"])
+def test_a_blank_behind_the_next_number_does_not_hide_it(end, tmp_path):
+    (tmp_path / "mine.jinja").write_text(
+        "{{ instructions }} " + end.replace("4", "{{ instructions | length + 1 }}") + "\n"
+    )
+    assert PromptTemplate(tmp_path / "mine.jinja").numbered
 
 
 def test_a_template_without_numbers_is_known_as_such(tmp_path):

@@ -92,6 +92,15 @@ def test_a_prompts_template_that_the_tokenizer_does_not_know_is_refused(tmp_path
     assert "prompts_chat.jinja: " in err and "are unknown to " in err
 
 
+def test_a_prompts_template_may_name_single_instructions(tmp_path, capsys):
+    (tmp_path / "two.jinja").write_text(
+        "[INST] {{ instructions[0] }} [/INST] [INST] {{ instructions | last }} [/INST] [INST]"
+    )
+    words = ["prompts.mode=few_shot", f"prompts.template={tmp_path / 'two.jinja'}", "prompts.filter=none"]
+    assert main(["validate", "--json", *words, "prompts.count=8", "prompts.max_tokens=9"]) == 0
+    assert json.loads(capsys.readouterr().out)["usable"]
+
+
 def test_a_prompt_model_with_too_few_embeddings_is_refused(tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()

@@ -270,6 +270,15 @@ def test_a_request_without_room_is_dropped_with_its_reason(begin):
     assert {row["reason"] for row in run.rows("iter_1/prompts_dropped.jsonl")} == {"prompt_too_long"}
 
 
+def test_fewer_prompts_than_asked_for_are_said(begin, capsys):
+    run = begin("prompts.count=16", "prompts.filter=self_instruct", "prompts.rouge=0.2")
+    counts = stages.new_prompts(run, 1)
+    assert len(run.rows("iter_1/attempts.jsonl")) == 2 * GROUP and 0 < counts["kept"] < 16
+    assert f"iter_1/prompts: {counts['kept']} of prompts.count=16 in 128 requests (" in capsys.readouterr().err
+    stages.new_prompts(begin("prompts.count=16", folder="enough"), 1)
+    assert not capsys.readouterr().err
+
+
 def test_a_seed_is_shown_once_and_not_at_all_if_it_is_long(tmp_path):
     file = tmp_path / "ift.jsonl"
     prompts = ["Name a tree", "name a  TREE", "x " * 151, "Name\na fruit"]
