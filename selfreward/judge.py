@@ -148,7 +148,7 @@ _POINTS = re.compile(
     re.IGNORECASE,
 )
 _BARE = re.compile(
-    r"^(?:(?:final|overall|my) )*(?:(?:overall|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
+    r"^(?:(?:final|overall|my) )*(?:(?:overall|final|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
     r"[:=]? ?\(?(?P<value>-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$",
     re.MULTILINE | re.IGNORECASE,
 )

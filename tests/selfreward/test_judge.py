@@ -296,6 +296,16 @@ READ = [
     ("It addresses 4 out of 5 questions. Score: 3", 3),
     ("1\n1\n1\n0\n0\nTotal: 3", 3),
     ("A perfect score would be 5. Score: 3", 3),
+    ("Relevance: 1\n\nCoverage: 1\n\nUtility: 0\n\nFinal: 2", 2),
+    ("Final: 4", 4),
+    ("The detail is great. 4/5", 4),
+    ("Given its clarity, I give it a 4.", 4),
+    ("Points: 4 for this response", 4),
+    ("Score: 3 => The response is okay", 3),
+    ("Score: 3 \u2192 okay", 3),
+    ("Score: 3 total points", 3),
+    ("5 points minus 1 point = 4 points", 4),
+    ("4/5 in my opinion", 4),
 ]
 
 UNREAD = [
