@@ -24,7 +24,7 @@ from engine.work import Capacity, WorkDoesNotFit, make_work
 
 BUCKETS = (1, 2, 4, 8, *range(16, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64))
 FORBIDDEN = 8  # ids for each row of a bucket: EOS and stop ids while `min_tokens` lasts
-LABELS = 16  # for each row of a bucket
+LABELS = 24  # for each row of a bucket: six scores with three spellings each are 18
 HEAD_ROWS = 2048  # rows of logits at a time outside graphs: at 32,000 tokens 262 MB
 
 

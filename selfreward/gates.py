@@ -13,11 +13,14 @@ def check_judgements(run: Run, k: int, judgements: Sequence[Row]) -> None:
     """Enough of a round's judgements must be readable, and the readable ones must not be all the same score."""
     gates, found = run.recipe.gates, judgement_figures(judgements)
     written = run.dir.file(f"iter_{k}/judgements.jsonl")
-    asked = len(judgements) - found["statuses"].get("duplicate", 0)
-    readable = found["statuses"].get("ok", 0) / asked
+    statuses = {
+        name: count for name, count in found["statuses"].items() if name != "duplicate"
+    }  # those were not asked for
+    asked = sum(statuses.values())
+    readable = statuses.get("ok", 0) / asked
     if readable < gates.min_readable:
         raise GateError(
-            f"round {k}: {readable:.1%} of {asked} judgements are readable ({reasons(found['statuses'])}), the "
+            f"round {k}: {readable:.1%} of {asked} judgements are readable ({reasons(statuses)}), the "
             f"floor is {gates.min_readable:.0%}: give the model judge data (data.eft), more room (judge.max_tokens), a "
             f"template that it can follow (judge.template), or lower gates.min_readable; what it wrote is in {written}"
         )

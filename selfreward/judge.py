@@ -6,6 +6,7 @@ A failure to read a score is a status, never a number: nothing is clamped, guess
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -84,13 +85,19 @@ def _first_that_agrees(values: list[_Found]) -> _Found:
 
 
 def judge_status(text: str, finish_reason: str) -> Judgement:
-    """`parse_score` for a sampled judgement: also tells `empty` text and `truncated` (cut before any score) apart."""
+    """`parse_score` for a sampled judgement: also tells `empty` text and `truncated` apart.
+
+    Truncated: cut before any score, or right behind its digits ("Score: 1" could go on with " + 1 = 2"), except for a
+    number alone, which is what a judge writes that is asked for nothing else.
+    """
     if not text.strip():
         return Judgement(None, "empty")
     judgement = parse_score(text)
-    if judgement.status == "no_score" and finish_reason == "length":
-        return Judgement(None, "truncated")
-    return judgement
+    if finish_reason != "length":
+        return judgement
+    begin, end = judgement.span or (0, 0)
+    at_the_end = end == len(text) and bool(text[:begin].strip())
+    return Judgement(None, "truncated") if at_the_end or judgement.status == "no_score" else judgement
 
 
 def mean_score(judgements: Iterable[Judgement], min_valid: int = 1) -> float | None:
@@ -105,10 +112,12 @@ OFF_SCALE = math.inf  # a total that says itself that it is not out of 5
 _NUM = r"[0-9]+(?:\.[0-9]+)?(?![.,]?[0-9])(?!(?!(?:points?|pts)\b)\w)"
 _OUT_OF = r"(?:/|out of(?: an?)?(?: (?:possible|maximum|total)(?: of)?)?)"
 
+_SCALE = r"[01] ?(?:-|\u2013|to|\.\.)"
+
 _KEYED = re.compile(
-    r"(?<![\w-])(?:(?:total|final|overall) )*(?:scores?|total|ratings?|grade)"
-    r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
-    rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+))?"
+    r"(?<![\w-])(?:(?:total|final|overall) )*(?P<key>scores?|total|ratings?|grade)"
+    r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned|earned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
+    rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+|{_SCALE} ?[0-9]+(?= ?[:=])))?"
     r"(?: ?(?:[-=]+>|\u2192) ?| ?-- ?"  # Score -> 4
     rf"| ?[:=\uff1a] ?(?:\n+(?={_NUM}(?:\n|$)))?"  # Score: 4, or the number alone on the line below
     r"| ?[\u2013\u2014] ?| ?- |-(?=[0-9])"  # Score - 4
@@ -120,10 +129,10 @@ _KEYED = re.compile(
     rf"(?: ?{_OUT_OF} ?(?P<denominator>{_NUM}))?(?P<percent> ?%)?",
     re.IGNORECASE,
 )
-_SCALE_END = re.compile(rf"(?:{_OUT_OF}|[01] ?(?:-|\u2013|to)|max\w*) ?([0-9]+)", re.IGNORECASE)
+_SCALE_END = re.compile(rf"(?:{_OUT_OF}|{_SCALE}|max\w*) ?([0-9]+)", re.IGNORECASE)
 _FRACTION = re.compile(
     rf"(?<![\w./,-])(?P<value>-?{_NUM}) ?(?:points? )?"
-    rf"(?:{_OUT_OF} ?(?P<scale>{_NUM})(?!/)|of (?:the )?(?P<scale_of>{_NUM}) (?:possible )?points\b)",
+    rf"(?:{_OUT_OF} ?(?P<scale>{_NUM})(?!/)|(?:out )?of (?:the )?(?P<scale_of>{_NUM}) (?:possible |available )?points\b)",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(
@@ -135,23 +144,31 @@ _VERDICT = re.compile(
 )
 _POINTS = re.compile(
     rf"(?<![\w.,/+-])(?P<value>{_NUM}) ?(?:points?|pts)\b"
-    rf"|(?<!\w)points?(?: (?:awarded|given))? ?[:=\uff1a] ?(?P<after>-?{_NUM})",
+    rf"|(?<!\w)points?(?: (?:awarded|given|earned))? ?[:=\uff1a] ?(?P<after>-?{_NUM})",
     re.IGNORECASE,
 )
 _BARE = re.compile(
-    r"^(?:(?:final|overall|my) )*(?:(?:overall|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
+    r"^(?:(?:final|overall|my) )*(?:(?:overall|final|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
     r"[:=]? ?\(?(?P<value>-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$",
     re.MULTILINE | re.IGNORECASE,
 )
-_SUM = re.compile(rf"(?<![\w.+])\+?{_NUM}(?: ?\+ ?{_NUM})+ ?= ?(?={_NUM})")
+_TERM = rf"{_NUM}(?: points?)?(?: ?\([^()\n]{{1,40}}\))?"
+_SUM = re.compile(
+    rf"(?<![\w.+])\(?\+?{_TERM}(?: ?(?:[-+\u2013]|plus|minus) ?{_TERM}){{1,12}}\)? ?= ?(?={_NUM})", re.IGNORECASE
+)
 
 # What stands before a number and takes its meaning as the verdict away.
 _CRITERION = (
     r"(?:relevan\w+|coverage|completeness|usefulness|helpfulness|clarity|organi[sz]ation|expertise|depth|accuracy"
-    r"|correctness|criterion(?: [0-9])?)"
+    r"|correctness|style|tone|grammar|fluency|creativity|engagement|safety|harmlessness|honesty|readability|structure|format\w*"
+    r"|conciseness|detail|originality|factuality|coherence|truthfulness|utility|criterion(?: [0-9])?|perspective)"
 )
-_OF_ONE = re.compile(rf"\b{_CRITERION}(?: score)? ?[:=(\u2013-] ?$", re.IGNORECASE)  # "Relevance: 5/5"
-_FOR_ONE = re.compile(rf" ?(?:points? )?(?:for|on|in) (?:the )?{_CRITERION}\b", re.IGNORECASE)
+_OF_ONE = re.compile(  # "Relevance: 5/5", "Clarity gets a 4", "Step 4/5"
+    rf"\b{_CRITERION}(?: score)? ?(?:[:=(\u2013-]|(?:is|gets|earns|receives|deserves|scores)(?: an?)?)? ?$"
+    r"|\b(?:step|page|part|chapter|question|day|slide) $",
+    re.IGNORECASE,
+)
+_FOR_ONE = re.compile(rf" ?(?:points? )?(?:for|on|in) (?:the |its )?{_CRITERION}\b", re.IGNORECASE)
 _ONE_CRITERION = re.compile(
     rf"(?:{_CRITERION}"
     r"|max\w*|minimum|highest|lowest|possible|sub|average|previous|each)[ -]$",
@@ -165,26 +182,40 @@ _NEGATED = re.compile(
 )
 _SOME_POINTS = re.compile(
     r"(?:\bof (?:the |a )?|\bto |\+ ?|\badd(?:s|ed|ing)? (?:an? )?|\b(?:another|additional|extra|further|worth) "
-    r"|\bmax\w* (?:of )?|\b(?:lists?|listed|covers?|covered|raises?|raised|mentions?|contains?|includes?|asked for|there are) "
-    r"|\b(?:loses?|lost|losing|minus|less) |\b(?:deduct|subtract)\w* |[0-9] ?(?:-|\u2013|or) ?)$",
+    r"|\bmax\w* (?:of )?|\b(?:lists?|listed|covers?|covered|raises?|raised|mentions?|contains?|includes?|asked for|there are"
+    r"|miss(?:es|ed)|explains?|address(?:es|ed)?|presents?|discuss(?:es|ed)?|describes?|on|(?:it|response|answer) makes) "
+    r"|(?<!result )(?<!results )(?<!resulting )\bin "
+    r"|\bstart(?:s|ed|ing)? (?:from|at|with) |\b(?:loses?|lost|losing|minus|less) "
+    r"|\b(?:deduct|subtract)\w* |[0-9] ?(?:-|\u2013|or) ?)$",
     re.IGNORECASE,
 )
 # What stands behind it and does the same.
 _CONDITIONAL = re.compile(
-    r" (?:or|and) (?:higher|above|more|lower|less|below|better)\b| ?\+| (?:if|when|of the|of all)\b"
-    r"|[-\u2013] ?(?:\n|$)| [1-9]/[2-9]\b| and (?:a|one) half\b"  # "4-", a range that was cut; "3 1/2"
+    r" (?:or|and) (?:higher|above|more|lower|less|below|better)\b| ?\+| (?:if|when|of(?! 5\b))\b"
+    r"|[-\u2013] ?(?:\n|$)| and (?:a|one) half\b| [1-9]/[2-9]\b"  # "4-", a range that was cut; "3 1/2"
+    r"|(?: [0-9]+(?!\w)){3}| ?/ ?[0-9]|:[0-9]|,? (?:minus|plus|less|times|x) [0-9]"
+    r"| (?:von|sur|de) (?!5\b)[0-9]| (?:cups?|spoons?)\b"
     r"| would (?!be\b)"  # "a score of 5 would need"
-    r"| (?:people|users|doctors|dentists|experts|students|steps|items|questions|parts|tips|examples|times)\b",
+    r"| (?:people|users|doctors|dentists|experts|students|steps|items|questions|parts|tips|examples|times|requirements|requests"
+    r"|sources|facts|claims|errors|mistakes|sentences|paragraphs|reasons|topics|ideas|words|lines|pages|goals|days|years)\b"
+    r"|, ?[0-9](?! ?[\w/]|\.[0-9])"  # "1, 1, 0": of each criterion
+    r"| ?\([^()\n]{1,40}\) ?[+,=] ?[0-9]"  # "1 (relevance), 1 (coverage)"
+    r"| ?(?:->|\u2192) ?(?:[a-z]+ ){0,2}[0-9]|[^\n\w]{1,4}(?:revised|changed|corrected|lowered|raised|reduced) to\b",
     re.IGNORECASE,
 )
 _OF_CRITERION = re.compile(
-    r" ?(?:for|deducted|off|lost|each|per|if|when|more|short|about|scale|system|(?:is|are) (?:added|deducted)"
+    r" ?(?:for|deducted|off|lost|each|per|if|when|more|short|about|scale|system"
+    r"|(?:is|are|was|were) (?:added|deducted|missing|lost|not)"
     r"|(?:is|are) (?:awarded|given) (?:for|if|when))\b",
     re.IGNORECASE,
 )
 
 
-_LISTED = re.compile(r" ?\([^\W\d]|, ?[0-9]")  # "Points: 1 (relevance), 1 (coverage)" lists criteria
+_LISTED = re.compile(  # "Points: 1 (relevance), 1 (coverage)", "Points: 1 for relevance" list criteria
+    r" ?\([^\W\d]|, ?[0-9]| ?/(?! ?5\b)| for (?!it\b|(?:this|the|an?) (?:response|answer|reply))"
+)
+# "a total of 3 errors", "to score 2 goals"; but "a total of 4 points", "a total of 4 is fair"
+_COUNTED = re.compile(r" (?!(?:points|pts|stars|is|was|as|this|has|seems|reflects|means|shows|indicates)\b)[a-z]+s\b")
 
 
 def _plain(text: str) -> tuple[str, list[int]]:
@@ -234,7 +265,15 @@ def _keyed_values(text: str, match: re.Match[str]) -> list[_Found]:
         return []
     if _FOR_ONE.match(after):
         return []
-    if match["bare"] and re.match(r" ?[:=]", after):  # "Score 1: ..." numbers a heading
+    if match["bare"] and re.match(r" ?[:=]|\.\.", after):  # "Score 1: ..." numbers a heading
+        return []
+    if match["bare"] and match["key"].lower() == "grade" and re.match(r" \w", after):  # "a grade 5 reading level"
+        return []
+    if "\n" in match[0] and re.match(rf"\n+{_NUM}(?:\n|$)", after):  # a column of numbers
+        return []
+    if re.search(r"\b(?:perfect|full|ideal) $", before) and re.search(r" (?:is|was|would be) ", match[0]):
+        return []
+    if (match["bare"] or match["key"].lower() == "total") and _COUNTED.match(after):
         return []
     if match["range"]:
         return [_found(match), _found(match, "range", OFF_SCALE)]
@@ -251,15 +290,21 @@ def _fractions(text: str, wanted: Callable[[float], bool]) -> list[_Found]:
         scale = float(match["scale"] or match["scale_of"])
         before, after = _before(text, match), text[match.end() :]
         one = _OF_ONE.search(before) or _FOR_ONE.match(after)
-        verdict = not (one or _NEGATED.search(before) or _CONDITIONAL.match(after))
+        some = match["scale_of"] and _SOME_POINTS.search(before)  # "it covers 3 of the 5 points"
+        verdict = not (one or some or _NEGATED.search(before) or _CONDITIONAL.match(after))
         if verdict and wanted(scale):
             values.append(_found(match, value=None if scale == TOP_SCORE else OFF_SCALE))
     return values
 
 
+def _not_all(before: str) -> bool:
+    """Whether what stands before a number says that it is no verdict on the whole answer."""
+    return bool(_NEGATED.search(before) or _OF_ONE.search(before))
+
+
 def _verdicts(text: str) -> list[_Found]:
     """Values of sentences that give the response a number: "I would rate this response a 4."."""
-    return [_found(match) for match in _VERDICT.finditer(text) if not _NEGATED.search(_before(text, match))]
+    return [_found(match) for match in _VERDICT.finditer(text) if not _not_all(_before(text, match))]
 
 
 def _point_totals(text: str) -> list[_Found]:
@@ -280,8 +325,13 @@ def _point_totals(text: str) -> list[_Found]:
 
 
 def _bare_numbers(text: str) -> list[_Found]:
-    """Numbers alone on their line; with a full stop ("4.") only if there is no other line, else it numbers a list."""
-    return [_found(match) for match in _BARE.finditer(text.removesuffix(".") if "\n" not in text else text)]
+    """Numbers alone on their line; with a full stop ("4.") only if there is no other line, else it numbers a list.
+
+    None where two lines that follow each other are numbers: a column of points.
+    """
+    found = [_found(match) for match in _BARE.finditer(text.removesuffix(".") if "\n" not in text else text)]
+    column = any(not text[a.end : b.begin].strip("\n ()") for a, b in itertools.pairwise(found))
+    return [] if column else found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

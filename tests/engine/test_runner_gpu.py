@@ -95,6 +95,13 @@ def test_graphs_and_grouping_are_no_part_of_the_result(gpu):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+def test_three_spellings_of_six_scores_fit_the_graphs(gpu):
+    """A judge's labels in a full bucket: at 110M on an H200 steps without graphs take twice as long."""
+    llm = gpu()
+    llm.generate([[3, 4, 5]], SamplingParams(n=2, max_tokens=4, seed=4, label_token_ids=range(3, 21)))
+    assert llm.stats()["replayed_steps"] == 3  # all but the prompt's
+
+
 def test_more_draws_in_a_step_than_there_was_room_for(gpu, monkeypatch):
     """The prompt's step draws a token for every candidate; what they draw is where the next step looks for it."""
     monkeypatch.setattr("engine.runner_gpu.BUCKETS", (1, 2))

@@ -33,7 +33,7 @@ def test_unreadable_judgements_stop_a_round_below_the_floor(run_with) -> None:
     check_judgements(run_with(), 1, judged(None, 1.0, None, 3.0))
     check_judgements(run_with(), 1, judged(None, 1.0, None, 3.0, copies=9))  # what was not asked for is not counted
     with pytest.raises(GateError, match=r"round 1: 33.3% of 3 judgements are readable \(no score 2, ok 1\), .* 50%"):
-        check_judgements(run_with(), 1, judged(None, 3.0, None))
+        check_judgements(run_with(), 1, judged(None, 3.0, None, copies=5))
     with pytest.raises(GateError, match=r"0\.0% of 2"):
         check_judgements(run_with(), 1, judged(None, None))
 

@@ -275,6 +275,37 @@ READ = [
     ("I assign it a 4.", 4),
     ("That makes 3 points in total.", 3),
     ("Score \u2192 4", 4),
+    # sums, scales and criteria written out
+    ("Total: 1 (relevance) + 1 (coverage) = 2", 2),
+    ("Score: (1+1+1+1+0) = 4", 4),
+    ("Score: 5 - 1 = 4", 4),
+    ("Score: 5 minus 1 = 4", 4),
+    ("Score [0-5]: 3", 3),
+    ("Score [1..5]: 3", 3),
+    ("Total points earned: 3", 3),
+    ("Points earned: 3 out of 5", 3),
+    ("The response gets 4 out of the 5 possible points.", 4),
+    ("Score: 4 (very good), because it is helpful", 4),
+    ("Score: 4 (very good)", 4),
+    ("Score: 4, since 1 point is missing", 4),
+    ("Score: 3 (relevance 1, coverage 1, utility 1)", 3),
+    ("A total of 4 reflects this.", 4),
+    ("which results in 3 points.", 3),
+    ("2 points were not awarded. Score: 3", 3),
+    ("The response explains how to score 3 goals. I give it a 2.", 2),
+    ("It addresses 4 out of 5 questions. Score: 3", 3),
+    ("1\n1\n1\n0\n0\nTotal: 3", 3),
+    ("A perfect score would be 5. Score: 3", 3),
+    ("Relevance: 1\n\nCoverage: 1\n\nUtility: 0\n\nFinal: 2", 2),
+    ("Final: 4", 4),
+    ("The detail is great. 4/5", 4),
+    ("Given its clarity, I give it a 4.", 4),
+    ("Points: 4 for this response", 4),
+    ("Score: 3 => The response is okay", 3),
+    ("Score: 3 \u2192 okay", 3),
+    ("Score: 3 total points", 3),
+    ("5 points minus 1 point = 4 points", 4),
+    ("4/5 in my opinion", 4),
 ]
 
 UNREAD = [
@@ -388,6 +419,43 @@ UNREAD = [
     ("There are 3 points to consider.", "no_score"),
     ("The response lists 4 points: a, b, c, d.", "no_score"),
     ("The article covers 5 points.", "no_score"),
+    # of one criterion, lists of points, counts of something else, arithmetic that is not finished
+    ("Style: 4/5", "no_score"),
+    ("Clarity gets a 4.", "no_score"),
+    ("Clarity scores 4 out of 5.", "no_score"),
+    ("The second criterion gets 1 point.", "no_score"),
+    ("Score: 1, 1, 0, 0, 0", "no_score"),
+    ("Score: 1 point (relevance), 1 point (coverage), 0 points (utility)", "no_score"),
+    ("Scores: 4 (relevance), 3 (clarity)", "no_score"),
+    ("Points awarded: 1 for relevance, 1 for coverage. 2 in total.", "no_score"),
+    ("Points: 1/1, 1/1, 0/1", "no_score"),
+    ("Scores:\n1\n1\n0", "no_score"),
+    ("1\n1\n1\n0\n0", "no_score"),
+    ("The answer covers 3 of 5 points raised by the user.", "no_score"),
+    ("It addresses 4 out of 5 requirements.", "no_score"),
+    ("The response has a total of 3 errors.", "no_score"),
+    ("In total 3 sources are cited.", "no_score"),
+    ("In total 3 of them are wrong", "no_score"),
+    ("Total: 3 hours", "no_score"),
+    ("A grade 5 reading level.", "no_score"),
+    ("Score: 4 -> revised to 3", "no_score"),
+    ("Score: 2 (changed to 3)", "no_score"),
+    ("Score: 4 minus 1", "no_score"),
+    ("Score: 5 (minus 1 for length) = 4", "no_score"),
+    ("Starting from 5 points, I deduct 1 point for the example.", "no_score"),
+    ("Score: 4:30 pm", "no_score"),
+    ("Score: 4/5/10", "no_score"),
+    ("Score: 0 1 2 3 4 5", "no_score"),
+    ("Rating: 4 of 10", "no_score"),
+    ("Score: 4 von 10", "no_score"),
+    ("Use 4/5 cup of sugar.", "no_score"),
+    ("4/5 of users like it.", "no_score"),
+    ("Step 4/5: mix", "no_score"),
+    ("A perfect score is 5.", "no_score"),
+    ("It misses 2 points.", "no_score"),
+    ("2 points are missing.", "no_score"),
+    ("It makes 3 points.", "no_score"),
+    ("The response is organised in 5 points.", "no_score"),
 ]
 
 
@@ -484,6 +552,10 @@ def test_status_tells_empty_truncated_and_unscored_apart() -> None:
     assert judge_status("The response is", "length") == Judgement(None, "truncated")
     assert judge_status("The response is", "stop") == Judgement(None, "no_score")
     assert judge_status("Score: 4. The response is", "length") == Judgement(4.0, "ok")
+    assert judge_status("Score: 4", "stop") == Judgement(4.0, "ok")
+    assert judge_status("Score: 4", "length") == Judgement(None, "truncated")  # of 4.5, of 4/10
+    assert judge_status("Score: 4\nScore: 4", "length") == Judgement(4.0, "ok")  # the first decided
+    assert judge_status("4", "length") == judge_status(" 4", "length") == Judgement(4.0, "ok")
     assert judge_status("Score: 9. The response is", "length") == Judgement(None, "out_of_range")
     assert judge_status("Score: 4 Score: 3", "length") == Judgement(None, "ambiguous")
 

@@ -185,6 +185,21 @@ def test_copies_are_judged_once_and_share_the_scores(run):
     assert copy["score"] == first["score"] and copy["draws"] == first["draws"] and other["draws"] != []
 
 
+@pytest.mark.parametrize("run", [[*ONCE, BY_M0, "judge.score=expected"]], indirect=True)
+def test_a_stage_with_copies_that_was_cut_ends_with_the_same_bytes(run, monkeypatch):
+    monkeypatch.setattr("selfreward.sampling.GROUP", 1)
+    prompts = [[Item(f"{p}-{i}", "copy a b c", text) for i, text in enumerate("aba")] for p in range(3)]
+    judge_candidates(run, 1, prompts)
+    file = run.dir.file("iter_1/judgements.jsonl")
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 27
+    for kept in (0, 8, 9, 17, 26):  # a group is 9 rows, the last 3 of them copies
+        file.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+        judge_candidates(run, 1, prompts)
+        assert file.read_bytes() == whole
+
+
 @pytest.mark.parametrize("run", [[BY_M0]], indirect=True)
 def test_copies_are_judged_apart_unless_asked(run):
     rows = judged_candidates(run, ["a b", "a b"])
