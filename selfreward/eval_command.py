@@ -101,7 +101,7 @@ def _with_models(arguments: Namespace, report: Reporter, stop: Event) -> Row:
     what = next(name for name in JOBS if getattr(arguments, name) is not None)
     file, (read, do) = Path(getattr(arguments, what)), JOBS[what]
     rows = read(file)
-    with opened(what.replace("_", "-"), file, recipe, models, out, report, stop, arguments.judge_command) as run:
+    with opened(what.replace("_", "-"), file, recipe, models, out, report, stop) as run:
         return do(run, models, rows, arguments)
 
 

@@ -95,12 +95,10 @@ def opened(
     out: Path,
     report: Reporter,
     stop: Event,
-    judge: str | None = None,
 ) -> Iterator[Run]:
     """A run in `OUT/eval/WHAT-FILE`: the same command goes on there, another model or setting is refused.
 
-    judge: an external one; else a judge model of the recipe counts as a setting. All models must share the
-    tokenizer, which is that of the first. InputError says which does not.
+    All models must share the tokenizer, which is that of the first. InputError says which does not.
     """
     tokenizers = {name: Tokenizer(path) for name, path in models.items()}
     first, tokenizer = next(iter(tokenizers.items()))
@@ -115,7 +113,7 @@ def opened(
         "file": file_hash(file),
         "recipe": _deciding(recipe),
         "models": {name: content_hash(path) for name, path in models.items()},
-        "judge": judge or (recipe.judge_model and content_hash(recipe.judge_model)),
+        "judge": recipe.judge_model and content_hash(recipe.judge_model),
         "judge_tokenizer": tokenizer_hash(recipe.judge_model),
         "tokenizer": tokenizer.template_hash,
         "judge_template": template.hash,

@@ -23,6 +23,7 @@ from selfreward.files import Unreadable, read_rows
 from selfreward.judging import Item, judge_by_model, mean_of_draws, once
 from selfreward.metrics import mean_and_error, resampled
 from selfreward.records import kind
+from selfreward.state import read_json
 
 BASELINE = "SFT"
 WINNERS = ("first", "second", "tie")
@@ -84,7 +85,8 @@ def compared(first: Row, second: Row, score: float | None, other: float | None) 
 
 def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str], Outcomes]:
     """Each match's outcomes by a command that reads {"id", "prompt", "first", "second"} a line and writes {"id", "winner"}
-    with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl and asked for once."""
+    with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl and asked for once: another
+    command is refused while they stand there, and finds the answers again when they are removed."""
     asked = [
         {"id": f"{a}-{b}-{row['id']}-{order}", "prompt": row["prompt"], "first": texts[0], "second": texts[1]}
         for a, b in matches(list(answers))
@@ -92,11 +94,14 @@ def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str]
         for order, texts in enumerate([(row["text"], other["text"]), (other["text"], row["text"])])
     ]
     _check_apart([str(row["id"]) for row in asked])
-    file = run.dir.file("verdicts.jsonl")
+    file, by = run.dir.file("verdicts.jsonl"), run.dir.file("verdicts_by.json")
+    if file.is_file() and (before := read_json(by).get("command")) != command:
+        raise InputError(f"{file} is by the command {before!r}; remove it to ask {command!r} about the same answers")
     if not file.is_file():
         raw = run.dir.file("command_output.jsonl")
         raw.write_bytes(_output(command, asked))
         verdicts = read_verdicts(raw, {str(row["id"]) for row in asked})
+        run.dir.write_json("verdicts_by.json", {"command": command})
         run.dir.write_jsonl("verdicts.jsonl", [row | {"winner": verdicts[str(row["id"])]} for row in asked])
         raw.unlink()
     winners = {row["id"]: row["winner"] for row in run.rows("verdicts.jsonl")}

@@ -132,6 +132,11 @@ def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsy
         assert json.loads(capsys.readouterr().out)["matches"][0]["tie"] == 1.0
     assert log.read_text() == "asked "
     rows = [json.loads(line) for line in (tmp_path / "out/eval/compare-p/verdicts.jsonl").read_text().splitlines()]
+    assert compare(tmp_path, "--judge-command", f"{command} again") == 2
+    assert "verdicts.jsonl is by the command" in capsys.readouterr().err
+    (tmp_path / "out/eval/compare-p/verdicts.jsonl").unlink()
+    assert compare(tmp_path, "--judge-command", f"{command} again") == 0
+    assert log.read_text() == "asked asked "
     assert len(rows) == 8 and [row["first"] for row in rows[::2]] == [row["second"] for row in rows[1::2]]
 
 
@@ -153,6 +158,17 @@ def test_what_an_outside_judge_does_wrong_is_one_sentence(
     assert compare(tmp_path, "--judge-command", f"{sys.executable} {tmp_path / 'judge.py'}") == 2
     err = capsys.readouterr().err.strip()
     assert said in err and len(err.splitlines()) == 1
+
+
+def test_a_command_that_failed_may_be_corrected_and_no_answer_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("import sys\nif len(sys.argv) < 2:\n    sys.exit(3)\n" + LONGER)
+    command = f"{sys.executable} {tmp_path / 'judge.py'}"
+    assert compare(tmp_path, "--judge-command", command) == 2
+    file = tmp_path / "out/eval/compare-p/answers/A.jsonl"
+    marked = file.read_text().replace('"prompt": "copy a b c"', '"prompt": "COPY a b c"')
+    file.write_text(marked)
+    assert compare(tmp_path, "--judge-command", f"{command} now") == 0
+    assert file.read_text() == marked and "COPY" in marked  # not answered again
 
 
 def test_more_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
