@@ -7,6 +7,7 @@ as is 0 in old files, and null means that the annotator gave none. The figures a
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ Row = dict[str, Any]
 TEXTS = ("instruction", "generator_1", "output_1", "generator_2", "output_2")
 ONE_EACH = ("generator_1", "generator_2", "annotator")
 TIE = 1.5
+# blake2b of AlpacaEval's 805 instructions, joined by zeros, as its results hold them (tatsu-lab/alpaca_eval, cd543a1).
+ALPACA_EVAL = "1fac2cf0ca948b9b8979ec359f15c991"
 
 
 def model_outputs(generator: str, rows: Sequence[Row], dataset: str) -> list[Row]:
@@ -113,9 +116,13 @@ def win_rate(rows: Sequence[Row]) -> Row:
 def length_controlled(rows: Sequence[Row]) -> tuple[Row, str | None]:
     """alpaca_eval's length-controlled win rate, by its own code where that is installed, else None and why not.
 
-    Its model needs the difficulty of each instruction, which it knows for AlpacaEval's own 805 only.
+    Its model needs the difficulty of each instruction, which it knows for AlpacaEval's own 805 only and looks up by the
+    row's place: of other instructions, or of these in another order, it would make a number without meaning.
     """
     names = ("length_controlled_winrate", "lc_standard_error")
+    if instructions_hash(rows) != ALPACA_EVAL:
+        said = "the length-controlled win rate is for AlpacaEval's 805 instructions in its order; this file has others"
+        return dict.fromkeys(names), said
     try:
         theirs = importlib.import_module("alpaca_eval.metrics")  # no requirement of ours
         compute = theirs.get_length_controlled_winrate
@@ -129,6 +136,11 @@ def length_controlled(rows: Sequence[Row]) -> tuple[Row, str | None]:
             names
         ), f"alpaca_eval has no length-controlled win rate for this file ({_first_line(error)})"
     return {name: float(found[name]) for name in names}, None
+
+
+def instructions_hash(rows: Sequence[Row]) -> str:
+    joined = "\0".join(row["instruction"] for row in rows)
+    return hashlib.blake2b(joined.encode("utf-8"), digest_size=16).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 from typing import Any
 
 import torch
@@ -44,9 +45,15 @@ def check_device(recipe: Recipe) -> None:
 
 
 def device_facts(recipe: Recipe) -> dict[str, Any]:
-    """What of the device decides a run's bytes, for its manifest."""
+    """What of the machine decides a run's bytes, for its manifest."""
     device = find_device(recipe)
-    facts: dict[str, Any] = {"device": device, "backends": backends(device)}
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "backends": backends(device),
+    }
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts

@@ -93,11 +93,15 @@ def _refuse_settings(arguments: Namespace, why: str) -> None:
 def _with_models(arguments: Namespace, report: Reporter, stop: Event) -> Row:
     out = Path(arguments.out or OUT)
     recipe = settings(arguments.recipe, out, arguments.words)
-    models = find_models(arguments.model, recipe, out)
+    models = find_models(arguments.model, out)
+    if arguments.compare is not None and len(models) < 2:
+        raise InputError("--compare needs two models or more; add --model NAME=DIRECTORY")
+    if arguments.judge_command is not None:
+        head_to_head.check_command(arguments.judge_command)
     what = next(name for name in JOBS if getattr(arguments, name) is not None)
     file, (read, do) = Path(getattr(arguments, what)), JOBS[what]
     rows = read(file)
-    with opened(what.replace("_", "-"), file, recipe, models, out, report, stop, arguments.judge_command) as run:
+    with opened(what.replace("_", "-"), file, recipe, models, out, report, stop) as run:
         return do(run, models, rows, arguments)
 
 
@@ -205,8 +209,6 @@ def _mt_bench(run: Run, models: Models, questions: list[Row], arguments: Namespa
 
 
 def _compare(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
-    if len(models) < 2:
-        raise InputError("--compare needs two models or more; add --model NAME=DIRECTORY")
     answers, judging = answer_all(run, models, prompts), Row()
     if arguments.judge_command is not None:
         outcomes = head_to_head.by_command(run, arguments.judge_command, answers)

@@ -9,35 +9,38 @@ from importlib import metadata
 from pathlib import Path
 from threading import Event
 
-import torch
-
-from engine import InputError, Tokenizer, backends, content_hash
+from engine import InputError, Tokenizer, content_hash
 from selfreward.context import Row, Run
+from selfreward.device import check_device, device_facts, sampler_dtype
 from selfreward.evaluation import sample_answers
 from selfreward.files import stem
 from selfreward.formats import Read, as_prompt, read_file, usable
+from selfreward.inputs import tokenizer_hash
 from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
 from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, read_json, written_manifest
 
-SETTINGS = ("seed", "evaluation", "judge")  # of the recipe: what decides the rows that `eval` writes
-USED = (*SETTINGS, "judge_model", "sampler")
+USED = ("seed", "evaluation", "judge", "judge_model", "sampler", "device")  # of the recipe
+FOR_THE_LOOP = ("evaluation.oracle", "evaluation.prompts", "evaluation.greedy", "evaluation.judge_groups", "judge.by")
 
 
 def settings(recipe: str | None, out: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe named, else that of the run in `out`; of it `eval` takes what USED names."""
+    """The recipe named, else that of the run in `out`; of it `eval` takes what USED names but FOR_THE_LOOP."""
     for override in overrides:
-        if override.partition("=")[0].partition(".")[0].strip() not in USED:
+        key = override.partition("=")[0].strip()
+        if key.partition(".")[0] not in USED:
             raise InputError(f"{override!r} has no effect on eval, which uses {', '.join(USED)}; leave it out")
+        if key in FOR_THE_LOOP:
+            raise InputError(f"{override!r} has no effect on eval, only on a run; leave it out")
     if recipe is not None:
         return Recipe.load(recipe, overrides, check_files=False)
     if (out / MANIFEST).is_file():
-        return Recipe.of_manifest(out / MANIFEST, written_manifest(out).get("recipe"), overrides)
+        return _recipe_of_run(out, overrides)
     raise InputError(f"{out} holds no run; give --out with one, or --model with --recipe for the settings")
 
 
-def find_models(given: Sequence[str], recipe: Recipe, out: Path) -> dict[str, Path]:
+def find_models(given: Sequence[str], out: Path) -> dict[str, Path]:
     """Name -> directory: those given as NAME=DIR, else all finished ones of the run in `out`, M0 first."""
     models: dict[str, Path] = {}
     for each in given:
@@ -47,16 +50,27 @@ def find_models(given: Sequence[str], recipe: Recipe, out: Path) -> dict[str, Pa
         if name in models:
             raise InputError(f"--model names {name!r} twice; give every model its own name")
         models[name] = Path(place).absolute()
-    found = models or _models_of_run(recipe, out)
+    found = models or _models_of_run(out)
     for name, path in found.items():
         if not path.is_dir():
             raise InputError(f"the model {name} should be in {path}, which is no directory; correct the path")
     return found
 
 
-def _models_of_run(recipe: Recipe, out: Path) -> dict[str, Path]:
-    if not (out / STAGES).is_file():
+def _recipe_of_run(out: Path, overrides: Sequence[str]) -> Recipe:
+    """The manifest keeps the device apart from the recipe, as it was found and not as it was asked for."""
+    written = written_manifest(out)
+    values, device = written.get("recipe"), written.get("device")
+    if isinstance(values, dict) and device is not None:
+        values = values | {"device": device}
+    return Recipe.of_manifest(out / MANIFEST, values, overrides)
+
+
+def _models_of_run(out: Path) -> dict[str, Path]:
+    """By the run's own recipe, whatever the settings are from."""
+    if not (out / MANIFEST).is_file() or not (out / STAGES).is_file():
         raise InputError(f"{out} holds no finished models; give --out with a run, or --model NAME=DIRECTORY")
+    recipe = _recipe_of_run(out, [])
     stages, models = read_json(out / STAGES), dict[str, Path]()
     if recipe.m1 is not None:
         models["M1"] = recipe.m1
@@ -81,34 +95,45 @@ def opened(
     out: Path,
     report: Reporter,
     stop: Event,
-    judge: str | None = None,
 ) -> Iterator[Run]:
     """A run in `OUT/eval/WHAT-FILE`: the same command goes on there, another model or setting is refused.
 
-    judge: an external one; else a judge model of the recipe counts as a setting. All models must share the
-    tokenizer, which is that of the first. InputError says which does not.
+    All models must share the tokenizer, which is that of the first. InputError says which does not.
     """
     tokenizers = {name: Tokenizer(path) for name, path in models.items()}
     first, tokenizer = next(iter(tokenizers.items()))
     for name, each in tokenizers.items():
         if each.template_hash != tokenizer.template_hash:
             raise InputError(f"the tokenizers of {first} and {name} differ; evaluate them one at a time")
-    template, values = JudgeTemplate(recipe.judge.template), recipe.dump()
+    check_device(recipe)
+    template, by_other = JudgeTemplate(recipe.judge.template), recipe.judge.model_template
+    other = JudgeTemplate(by_other) if by_other else None
     manifest = {
         "what": what,
         "file": file_hash(file),
-        "recipe": {key: values[key] for key in SETTINGS},
+        "recipe": _deciding(recipe),
         "models": {name: content_hash(path) for name, path in models.items()},
-        "judge": judge or (recipe.judge_model and content_hash(recipe.judge_model)),
+        "judge": recipe.judge_model and content_hash(recipe.judge_model),
+        "judge_tokenizer": tokenizer_hash(recipe.judge_model),
         "tokenizer": tokenizer.template_hash,
         "judge_template": template.hash,
+        "judge_model_template": other and other.hash,
         "selfreward": metadata.version("selfreward"),
-        "torch": torch.__version__,
-        "backends": backends(),
-    }
+    } | device_facts(recipe)
     with RunDir(out / "eval" / f"{what}-{stem(file)}", manifest) as directory:
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
-        yield Run(recipe, directory, tokenizer, template, report, stop)
+        yield Run(recipe, directory, tokenizer, template, report, stop, judge_model_template=other)
+
+
+def _deciding(recipe: Recipe) -> Row:
+    """The settings that decide the rows which `eval` writes; templates are pinned by what they say."""
+    values = recipe.dump()
+    found = {key: dict(values[key]) for key in ("evaluation", "judge")}
+    for key in (*FOR_THE_LOOP, "judge.template", "judge.model_template"):
+        group, _, name = key.partition(".")
+        del found[group][name]
+    sampler = {"dtype": sampler_dtype(recipe)} | {key: values["sampler"][key] for key in ("quantization", "block_size")}
+    return {"seed": recipe.seed, **found, "sampler": sampler}
 
 
 def read_prompts(file: Path) -> list[Row]:

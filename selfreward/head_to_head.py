@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,9 +20,10 @@ import numpy as np
 from engine import InputError
 from selfreward.context import Row, Run
 from selfreward.files import Unreadable, read_rows
-from selfreward.judging import Item, judge_by_model, mean_of_draws
+from selfreward.judging import Item, judge_by_model, mean_of_draws, once
 from selfreward.metrics import mean_and_error, resampled
 from selfreward.records import kind
+from selfreward.state import read_json
 
 BASELINE = "SFT"
 WINNERS = ("first", "second", "tie")
@@ -48,10 +51,14 @@ def by_scores(run: Run, judge: Path, answers: Answers) -> dict[tuple[str, str], 
         [Item(f"{row['id']}-{name}", row["prompt"], row["text"]) for name, row in zip(answers, each, strict=True)]
         for each in rows
     ]
-    drawn: dict[str, list[Row]] = {}
-    for row in judge_by_model(run, "judgements.jsonl", judge, items, run.recipe.judge, (0, "head to head")):
+    _check_apart([item.id for each in items for item in each])
+    options, drawn = run.recipe.judge, dict[str, list[Row]]()
+    if options.duplicates == "once":
+        items = [once(each) for each in items]
+    template = run.judge_model_template if judge == run.recipe.judge_model else None
+    for row in judge_by_model(run, "judgements.jsonl", judge, items, options, (0, "head to head"), template):
         drawn.setdefault(row["candidate_id"], []).append(row)
-    scores = {item.id: mean_of_draws(run, drawn[item.id]) for each in items for item in each}
+    scores = {item.id: mean_of_draws(run, drawn[item.same_as or item.id]) for each in items for item in each}
 
     def outcome(first: Row, second: Row, a: str, b: str) -> int | None:
         return compared(first, second, scores[f"{first['id']}-{a}"], scores[f"{second['id']}-{b}"])
@@ -60,6 +67,13 @@ def by_scores(run: Run, judge: Path, answers: Answers) -> dict[tuple[str, str], 
         (a, b): [outcome(first, second, a, b) for first, second in zip(answers[a], answers[b], strict=True)]
         for a, b in matches(list(answers))
     }
+
+
+def _check_apart(ids: Sequence[str]) -> None:
+    """Names are made of a prompt's id and of models' names: "a" with "b-c" and "a-b" with "c" would be one."""
+    name, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"two answers would both be called {name!r}; give the models names without a hyphen")
 
 
 def compared(first: Row, second: Row, score: float | None, other: float | None) -> int | None:
@@ -71,18 +85,23 @@ def compared(first: Row, second: Row, score: float | None, other: float | None) 
 
 def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str], Outcomes]:
     """Each match's outcomes by a command that reads {"id", "prompt", "first", "second"} a line and writes {"id", "winner"}
-    with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl and asked for once."""
+    with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl and asked for once: another
+    command is refused while they stand there, and finds the answers again when they are removed."""
     asked = [
         {"id": f"{a}-{b}-{row['id']}-{order}", "prompt": row["prompt"], "first": texts[0], "second": texts[1]}
         for a, b in matches(list(answers))
         for row, other in zip(answers[a], answers[b], strict=True)
         for order, texts in enumerate([(row["text"], other["text"]), (other["text"], row["text"])])
     ]
-    file = run.dir.file("verdicts.jsonl")
+    _check_apart([str(row["id"]) for row in asked])
+    file, by = run.dir.file("verdicts.jsonl"), run.dir.file("verdicts_by.json")
+    if file.is_file() and (before := read_json(by).get("command")) != command:
+        raise InputError(f"{file} is by the command {before!r}; remove it to ask {command!r} about the same answers")
     if not file.is_file():
         raw = run.dir.file("command_output.jsonl")
         raw.write_bytes(_output(command, asked))
         verdicts = read_verdicts(raw, {str(row["id"]) for row in asked})
+        run.dir.write_json("verdicts_by.json", {"command": command})
         run.dir.write_jsonl("verdicts.jsonl", [row | {"winner": verdicts[str(row["id"])]} for row in asked])
         raw.unlink()
     winners = {row["id"]: row["winner"] for row in run.rows("verdicts.jsonl")}
@@ -101,12 +120,26 @@ def both_orders(winner: str | None, swapped: str | None) -> int | None:
     return 0
 
 
+def check_command(command: str) -> None:
+    """InputError: nothing of that name can be started, which should not show after all answers."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise _cannot_start(command, error) from None
+    if not words or shutil.which(words[0]) is None:
+        raise _cannot_start(command, "there is no such command")
+
+
+def _cannot_start(command: str, why: object) -> InputError:
+    return InputError(f"--judge-command {command!r} cannot be started ({why}); correct it")
+
+
 def _output(command: str, asked: Sequence[Row]) -> bytes:
     given = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked).encode("utf-8")
     try:
         done = subprocess.run(shlex.split(command), input=given, stdout=subprocess.PIPE)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--judge-command {command!r} cannot be started ({error}); correct it") from None
+    except OSError as error:
+        raise _cannot_start(command, error) from None
     if done.returncode:
         raise InputError(f"--judge-command {command!r} ended with exit code {done.returncode}; see what it says above")
     return done.stdout
@@ -126,6 +159,10 @@ def read_verdicts(path: Path, asked: set[str]) -> dict[str, str | None]:
             raise InputError(f"{where}: 'id' is {said}; expected one that was asked")
         if name in found:
             raise InputError(f"{where}: 'id' {name!r} stands twice; expected one verdict for each")
+        if "winner" not in row:
+            raise InputError(
+                f"{where}: 'winner' is missing; expected {', '.join(WINNERS)}, or null where there is none"
+            )
         if winner is not None and winner not in WINNERS:
             said = repr(winner) if isinstance(winner, str) else kind(winner)
             raise InputError(f"{where}: 'winner' is {said}; expected {', '.join(WINNERS)} or null")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine import InputError, LlamaConfig, Tokenizer, read_config
@@ -22,6 +23,7 @@ from selfreward.seeds import (
     prompt_pool,
     same,
 )
+from selfreward.state import file_hash
 
 Row = dict[str, Any]
 OTHERS = ("judge_model", "prompt_model")  # models that may come from elsewhere
@@ -235,3 +237,9 @@ def _start_config(recipe: Recipe, tokenizer: Tokenizer) -> LlamaConfig:
         return read_config(start)
     assert recipe.init is not None
     return recipe.init.config(tokenizer.vocab_size)
+
+
+def tokenizer_hash(model: Path | None) -> str | None:
+    """Of the vocabulary that a model from elsewhere brings, if it does."""
+    file = model / "tokenizer.model" if model else None
+    return file_hash(file) if file and file.is_file() else None

@@ -172,7 +172,8 @@ def _places(values: Sequence[float]) -> list[float]:
 def ratio_and_interval(parts: Sequence[tuple[float, float]]) -> tuple[float | None, list[float] | None]:
     """sum of numerators / sum of denominators, and the interval that resampling the parts gives (percentile bootstrap).
 
-    A part is a prompt with all that belongs to it, since answers to one prompt are not independent. The seed is fixed and
+    A part is a prompt with all that belongs to it, since answers to one prompt are not independent. Parts that all say the
+    same, or a single one, have no interval: resampling shows no spread there, which is not certainty. The seed is fixed and
     the sums are rounded to nine digits, so that equal rows give equal figures whatever the number of threads.
     """
     values = np.array(parts, dtype=np.float64).reshape(-1, 2)
@@ -181,8 +182,9 @@ def ratio_and_interval(parts: Sequence[tuple[float, float]]) -> tuple[float | No
         return None, None
     drawn = resampled(values)
     ratios = drawn[drawn[:, 1] > 0]
-    low, high = np.quantile(ratios[:, 0] / ratios[:, 1], [(1 - COVERED) / 2, (1 + COVERED) / 2])
-    return float(total[0] / total[1]), [round(float(low), 9), round(float(high), 9)]
+    figure, resampled_figures = float(total[0] / total[1]), ratios[:, 0] / ratios[:, 1]
+    low, high = np.quantile(resampled_figures, [(1 - COVERED) / 2, (1 + COVERED) / 2]).round(9).tolist()
+    return figure, [low, high] if np.ptp(resampled_figures) > 1e-9 else None
 
 
 def resampled(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

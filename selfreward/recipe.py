@@ -319,7 +319,7 @@ class Judge(Sampling):
         "model"  # the last two are controls: any score, and the tiny world's truth
     )
     template: str = "llama2"  # a shipped name, or the path of a .jinja file
-    model_template: str | None = None  # of judge_model, for the rounds; null: `template`, which the run's models have
+    model_template: str | None = None  # of judge_model; null: `template`, which the run's models have
     draws: Count = 3
     max_tokens: Count = 256
     min_valid_draws: Count = 1

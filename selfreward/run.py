@@ -21,7 +21,6 @@ if __name__ == "__main__":  # first: the imports below take a second, in which C
 
 import argparse
 import json
-import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import eval_command, evaluation, stages, training
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.device import check_device, device_facts
-from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer
+from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer, tokenizer_hash
 from selfreward.recipe import Recipe
 from selfreward.recipe_file import PATH_KEYS, recipe_names
 from selfreward.report import Reporter, print_report
@@ -276,24 +275,15 @@ def _manifest(recipe: Recipe, tokenizer: Tokenizer, templates: Templates) -> Row
             if key in ("model", "m1", "judge_model", "prompt_model")
         },
         "tokenizer": tokenizer.template_hash,
-        "judge_tokenizer": _tokenizer_hash(recipe.judge_model),
+        "judge_tokenizer": tokenizer_hash(recipe.judge_model),
         "judge_template": templates.judge.hash,
         "judge_model_template": templates.judge_model.hash if templates.judge_model else None,
-        "prompt_tokenizer": _tokenizer_hash(recipe.prompt_model),
+        "prompt_tokenizer": tokenizer_hash(recipe.prompt_model),
         "prompt_template": templates.prompts.hash if templates.prompts else None,
         "selfreward": metadata.version("selfreward"),
-        "torch": torch.__version__,
         "numpy": metadata.version("numpy"),  # its permutations are the order of the data
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
         "training_threads": torch.get_num_threads(),
     } | device_facts(recipe)
-
-
-def _tokenizer_hash(model: Path | None) -> str | None:
-    """Of the vocabulary that a model from elsewhere brings, if it does."""
-    file = model / "tokenizer.model" if model else None
-    return file_hash(file) if file and file.is_file() else None
 
 
 def deciding(recipe: Recipe) -> Row:

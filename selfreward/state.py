@@ -193,12 +193,16 @@ class RunDir:
 
     def _open(self) -> None:
         for left_over in self.path.rglob(".*.tmp"):
-            if left_over.is_file():
+            if left_over.is_file() and not self._of_a_run_inside(left_over):
                 left_over.unlink()
         if not self.resumed:
             self.write_json(MANIFEST, self.manifest)
         stages = self.file(STAGES)
         self._stages: dict[str, Any] = read_json(stages) if stages.exists() else {}
+
+    def _of_a_run_inside(self, file: Path) -> bool:
+        """Whether it is the file of a run below this one (`eval` makes such), which may be writing it now."""
+        return any((folder / LOCK).exists() for folder in file.parents if self.path in folder.parents)
 
 
 def written_manifest(path: str | Path) -> dict[str, Any]:

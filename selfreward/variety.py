@@ -12,8 +12,12 @@ def distinct(texts: Iterable[Sequence[int]], n: int) -> float | None:
 
     It falls with the amount of text, so only figures over equally many tokens compare.
     """
-    runs = [run for ids in texts for run in _runs(ids, n)]
-    return len(set(runs)) / len(runs) if runs else None
+    different, total = set[tuple[int, ...]](), 0
+    for ids in texts:
+        runs = _runs(ids, n)
+        different.update(runs)
+        total += len(runs)
+    return len(different) / total if total else None
 
 
 def repetition(texts: Iterable[Sequence[int]]) -> float | None:

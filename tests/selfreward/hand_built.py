@@ -60,9 +60,12 @@ def main() -> None:
     parser.add_argument("--layers", default=2, type=int)
     parser.add_argument("--seed", default=0, type=int)
     given = parser.parse_args()
-    tokenizer = Tokenizer(given.tokenizer)
-    config = replace(PRESETS[given.preset], n_layers=given.layers, vocab_size=tokenizer.vocab_size)
-    save_checkpoint(hand_built(config, tokenizer, given.seed), given.out, tokenizer)
+    try:
+        tokenizer = Tokenizer(given.tokenizer)
+        config = replace(PRESETS[given.preset], n_layers=given.layers, vocab_size=tokenizer.vocab_size)
+        save_checkpoint(hand_built(config, tokenizer, given.seed), given.out, tokenizer)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

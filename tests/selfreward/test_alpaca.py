@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine import InputError
+from selfreward import alpaca
 from selfreward.alpaca import length_controlled, model_outputs, read_annotations, win_rate
 from selfreward.run import main
 
@@ -94,6 +95,7 @@ def test_the_length_controlled_figure_is_theirs_and_never_a_guess(monkeypatch: p
     theirs = types.ModuleType("alpaca_eval.metrics")
     monkeypatch.setitem(sys.modules, "alpaca_eval", types.ModuleType("alpaca_eval"))
     monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", theirs)
+    monkeypatch.setattr(alpaca, "ALPACA_EVAL", alpaca.instructions_hash(EVERY_KIND))
     assert "pip install" in str(length_controlled(EVERY_KIND)[1])  # it has no such function
     theirs.get_length_controlled_winrate = lambda rows, save_weights_dir: {  # type: ignore[attr-defined]
         "length_controlled_winrate": 40 + len(rows),
@@ -107,6 +109,18 @@ def test_the_length_controlled_figure_is_theirs_and_never_a_guess(monkeypatch: p
     theirs.get_length_controlled_winrate = fails  # type: ignore[attr-defined]
     found, said = length_controlled(EVERY_KIND)
     assert found["length_controlled_winrate"] is None and "no difficulty)" in str(said)
+
+
+def test_no_length_controlled_figure_is_asked_for_other_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """alpaca_eval looks a difficulty up by the row's number, whatever stands in the row."""
+    theirs: Any = types.ModuleType("alpaca_eval.metrics")
+    theirs.get_length_controlled_winrate = lambda *a, **k: pytest.fail("asked")
+    monkeypatch.setitem(sys.modules, "alpaca_eval", types.ModuleType("alpaca_eval"))
+    monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", theirs)
+    found, said = length_controlled(EVERY_KIND)
+    assert set(found.values()) == {None} and "AlpacaEval's 805 instructions in its order" in str(said)
+    two = [row(1, instruction="a"), row(2, instruction="b")]
+    assert alpaca.instructions_hash(two) != alpaca.instructions_hash(two[::-1])
 
 
 def test_outputs_have_the_four_columns_that_alpaca_eval_reads() -> None:

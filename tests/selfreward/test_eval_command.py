@@ -137,12 +137,49 @@ def test_the_models_and_settings_of_a_run_are_found_in_its_directory(tmp_path: P
     (out / "stages.json").write_text(json.dumps({"sft/model": {}, "m1/model": {}, "iter_1/model": {}}))
     found = eval_run.settings(None, out, ["evaluation.max_tokens=7"])
     assert (found.evaluation.temperature, found.evaluation.max_tokens) == (0.3, 7)
-    models = eval_run.find_models([], found, out)
+    models = eval_run.find_models([], out)
     assert list(models) == ["M0", "SFT", "M1", "M2"] and models["M0"] == M0 and models["M2"] == out / "iter_1/model"
     file = write(tmp_path / "one.jsonl", [{"prompt": "copy a b"}])
     assert main(["eval", "--quiet", "--out", str(out), "--ask", str(file)]) == 0
     (row,) = read_jsonl(out / "eval/ask-one/side_by_side.jsonl")
     assert list(row["answers"]) == ["M0", "SFT", "M1", "M2"]
+    again = [
+        "eval",
+        "--quiet",
+        "--out",
+        str(out),
+        "--recipe",
+        "llama2-7b",
+        "judge.template=tiny",
+        "evaluation.max_tokens=7",
+    ]
+    other = write(tmp_path / "other.jsonl", [{"prompt": "copy a b"}])
+    assert main([*again, "--ask", str(other)]) == 0  # another recipe's settings, and still the run's own models
+    assert list(read_jsonl(out / "eval/ask-other/side_by_side.jsonl")[0]["answers"]) == ["M0", "SFT", "M1", "M2"]
+
+
+def test_a_run_is_asked_where_it_was_computed(tmp_path: Path) -> None:
+    """Its manifest keeps the device apart; `auto` would move a run of the CPU to a GPU, in bf16."""
+    recipe = Recipe.load("tiny").dump()
+    del recipe["device"]
+    for device in ("cpu", "cuda"):
+        (tmp_path / "manifest.json").write_text(json.dumps({"recipe": recipe, "device": device}))
+        assert eval_run.settings(None, tmp_path, []).device == device
+    assert eval_run.settings(None, tmp_path, ["device=cpu"]).device == "cpu"
+
+
+@pytest.mark.parametrize("word", ["sampler.dtype=bfloat16", "sampler.quantization=int8", "sampler.block_size=32"])
+def test_rows_of_two_kinds_of_numbers_are_not_mixed(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "one.jsonl", [{"prompt": "copy a b"}])
+    words = ("--ask", str(file), "--model", f"A={M0}", "--json")
+    assert command(tmp_path / "out", *words) == 0
+    assert command(tmp_path / "out", *words, word) == 2
+    assert f"recipe.{word.partition('=')[0]} is" in capsys.readouterr().err
+    assert command(tmp_path / "out", *words, "sampler.max_sequences=8") == 0  # decides no byte
+    manifest = json.loads((tmp_path / "out/eval/ask-one/manifest.json").read_text())
+    assert manifest["device"] == "cpu" and {"instructions", "machine", "torch"} < manifest.keys()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +214,8 @@ def test_damaged_questions_are_one_sentence(
         ([], "holds no finished models"),
         (["evaluation.maxtokens=3"], "evaluation.max_tokens"),
         (["sft.lr=1.0"], "'sft.lr=1.0' has no effect on eval"),
+        (["evaluation.prompts=3"], "'evaluation.prompts=3' has no effect on eval"),
+        (["judge.by=random"], "'judge.by=random' has no effect on eval"),
     ],
 )
 def test_a_mistake_about_the_models_is_one_sentence(

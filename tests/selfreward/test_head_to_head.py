@@ -65,23 +65,43 @@ def test_figures_by_hand() -> None:
 
 
 def test_the_judges_mean_scores_decide_and_a_prompts_answers_stand_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[Any] = []
+    templates: list[Any] = []
 
-    def judged(run: Any, name: str, judge: Path, groups: Any, options: Any, key: Any) -> list[dict[str, Any]]:
+    def judged(
+        run: Any, name: str, judge: Path, groups: Any, options: Any, key: Any, template: Any
+    ) -> list[dict[str, Any]]:
         asked.extend(groups)
+        templates.append(template)
         scores = {"good": 5.0, "fair": 3.0, "bad": 1.0, "odd": None}
         return [
-            {"candidate_id": item.id, "score": scores[item.answer], "status": ""} for each in groups for item in each
+            {"candidate_id": item.id, "score": None if item.same_as else scores[item.answer], "status": ""}
+            for each in groups
+            for item in each
         ]
 
     monkeypatch.setattr(head_to_head, "judge_by_model", judged)
-    run: Any = SimpleNamespace(recipe=SimpleNamespace(judge=SimpleNamespace(min_valid_draws=1)))
+    options = SimpleNamespace(min_valid_draws=1, duplicates="apart")
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(judge=options, judge_model=None), judge_model_template=None)
     answers = {
         "A": [answer("good", id="1"), answer("fair", id="2"), answer("bad", id="3")],
         "B": [answer("fair", id="1"), answer("fair", id="2"), answer("odd", id="3")],
     }
     assert head_to_head.by_scores(run, M0, answers) == {("B", "A"): [-1, 0, None]}
     assert [[item.answer for item in each] for each in asked] == [["good", "fair"], ["fair", "fair"], ["bad", "odd"]]
+    options.duplicates, run.recipe.judge_model, run.judge_model_template = "once", M0, "its own"
+    answers["C"] = [answer("fair", id="1"), answer("bad", id="2"), answer("odd", id="3")]
+    asked.clear()
+    assert head_to_head.by_scores(run, M0, answers)[("C", "B")] == [0, -1, 0]
+    assert [[item.same_as for item in each] for each in asked] == [
+        [None, None, "1-B"],
+        [None, "2-A", None],
+        [None, None, "3-B"],
+    ]
+    assert templates == [None, "its own"]
+    twice = {"b-c": [answer("x", id="a")], "c": [answer("x", id="a-b")]}
+    with pytest.raises(InputError, match="two answers would both be called 'a-b-c'"):
+        head_to_head.by_scores(run, M0, twice)
 
 
 def compare(tmp_path: Path, *more: str) -> int:
@@ -112,6 +132,11 @@ def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsy
         assert json.loads(capsys.readouterr().out)["matches"][0]["tie"] == 1.0
     assert log.read_text() == "asked "
     rows = [json.loads(line) for line in (tmp_path / "out/eval/compare-p/verdicts.jsonl").read_text().splitlines()]
+    assert compare(tmp_path, "--judge-command", f"{command} again") == 2
+    assert "verdicts.jsonl is by the command" in capsys.readouterr().err
+    (tmp_path / "out/eval/compare-p/verdicts.jsonl").unlink()
+    assert compare(tmp_path, "--judge-command", f"{command} again") == 0
+    assert log.read_text() == "asked asked "
     assert len(rows) == 8 and [row["first"] for row in rows[::2]] == [row["second"] for row in rows[1::2]]
 
 
@@ -122,6 +147,7 @@ def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsy
         ("print('no json')", "command_output.jsonl:1: not JSON"),
         ('print(\'{"id": "x", "winner": "tie"}\')', "'id' is 'x'; expected one that was asked"),
         (LONGER.replace('"tie"', '"both"'), "'winner' is 'both'; expected first, second, tie or null"),
+        (LONGER.replace('"winner"', '"won"'), "command_output.jsonl:1: 'winner' is missing; expected first"),
         (LONGER.replace("sys.stdin.readlines()", "sys.stdin.readlines()[1:]"), "lacks 1 of 8 verdicts"),
     ],
 )
@@ -134,9 +160,26 @@ def test_what_an_outside_judge_does_wrong_is_one_sentence(
     assert said in err and len(err.splitlines()) == 1
 
 
+def test_a_command_that_failed_may_be_corrected_and_no_answer_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("import sys\nif len(sys.argv) < 2:\n    sys.exit(3)\n" + LONGER)
+    command = f"{sys.executable} {tmp_path / 'judge.py'}"
+    assert compare(tmp_path, "--judge-command", command) == 2
+    file = tmp_path / "out/eval/compare-p/answers/A.jsonl"
+    marked = file.read_text().replace('"prompt": "copy a b c"', '"prompt": "COPY a b c"')
+    file.write_text(marked)
+    assert compare(tmp_path, "--judge-command", f"{command} now") == 0
+    assert file.read_text() == marked and "COPY" in marked  # not answered again
+
+
 def test_more_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(tmp_path, "--judge-command", "nowhere-to-be-found") == 2
     assert "cannot be started" in capsys.readouterr().err
+    assert compare(tmp_path, "--judge-command", "an 'open quote") == 2
+    assert "cannot be started (No closing quotation)" in capsys.readouterr().err
+    one = ["eval", "--recipe", "tiny", "--out", str(tmp_path / "out"), "--compare", str(tmp_path / "p.jsonl")]
+    assert main([*one, "--model", f"A={M0}"]) == 2
+    assert "needs two models or more" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # so that the corrected command finds no other run there
     assert main(["eval", "--ask", "x", "--judge-command", "x"]) == 2
     assert "of --compare" in capsys.readouterr().err
     path = tmp_path / "verdicts.jsonl"

@@ -88,6 +88,14 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
     assert 0.89 <= held / trials <= 0.99
 
 
+@pytest.mark.parametrize("part", [(0.0, 1.0), (3.0, 3.0), (0.7, 1.0)])
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_parts_that_all_say_the_same_have_a_figure_and_no_interval(part: tuple[float, float], count: int) -> None:
+    """[1, 1] of three perfect scores would claim that the judge never errs."""
+    assert ratio_and_interval([part] * count) == (pytest.approx(part[0] / part[1]), None)
+    assert ratio_and_interval([part] * count + [(0.0, 0.0)] * 5)[1] is None  # prompts without a perfect score
+
+
 def test_an_interval_takes_prompts_apart_and_not_their_pairs() -> None:
     """Ten equal pairs of one prompt are one finding, not ten: the width is that of the prompts alone."""
     single = [(float(i % 3 > 0), 1.0) for i in range(60)]

@@ -63,7 +63,7 @@ def test_the_loop_ends_with_a_report_of_every_model(finished):
         assert 0 <= row["judge_pairwise"] <= 1 and 0 <= row["longer_wins"] <= 1
         for name in ("pairwise", "five_best", "exact", "spearman", "kendall"):
             figure, interval = row[f"judge_{name}"], row[f"judge_{name}_interval"]
-            assert figure is None or interval[0] <= figure <= interval[1]
+            assert interval is None or interval[0] <= figure <= interval[1]
         assert row["longer_pairwise"] <= row["longer_wins"] and 0 < row["distinct_2"] <= 1 and row["mean_length"] > 0
     assert rows(finished / "evaluation/metrics.jsonl") == report["models"]
     assert all(0 < row["answer_diversity"] <= 1 for row in report["rounds"])

@@ -226,3 +226,17 @@ def test_row_seeds_differ_wherever_any_of_the_four_does(keys: list[tuple[int, in
     seeds = {key: row_seed(*key) for key in keys}
     assert len(set(seeds.values())) == len(seeds)
     assert all(0 <= seed < 2**64 for seed in seeds.values())
+
+
+def test_what_a_run_inside_is_writing_stays(tmp_path: Path) -> None:
+    """`eval` writes below a run's directory, also while that run is resumed."""
+    RunDir(tmp_path, MANIFEST).close()
+    with RunDir(tmp_path / "eval/ask-p", MANIFEST) as inside:
+        writing, torn = inside.file("answers/.A.json.tmp"), tmp_path / "iter_1/.pairs.jsonl.tmp"
+        for file in (writing, torn):
+            file.parent.mkdir(parents=True)
+            file.write_text("half")
+        RunDir(tmp_path, MANIFEST).close()
+        assert writing.exists() and not torn.exists()
+    RunDir(tmp_path / "eval/ask-p", MANIFEST).close()
+    assert not writing.exists()
