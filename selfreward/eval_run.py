@@ -11,18 +11,21 @@ from threading import Event
 
 import torch
 
-from engine import InputError, Tokenizer, backends, content_hash
+from engine import InputError, Tokenizer, content_hash
 from selfreward.context import Row, Run
+from selfreward.device import check_device, device_facts
 from selfreward.evaluation import sample_answers
 from selfreward.files import stem
 from selfreward.formats import Read, as_prompt, read_file, usable
 from selfreward.judge import JudgeTemplate
+from selfreward.pairwise import PairwiseTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
 from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, read_json, written_manifest
 
 SETTINGS = ("seed", "evaluation", "judge")  # of the recipe: what decides the rows that `eval` writes
-USED = (*SETTINGS, "judge_model", "sampler")
+ROUNDING = ("dtype", "quantization", "block_size")  # of its sampler: the others decide no row
+USED = (*SETTINGS, "judge_model", "sampler", "device")
 
 
 def settings(recipe: str | None, out: Path, overrides: Sequence[str]) -> Recipe:
@@ -82,12 +85,14 @@ def opened(
     report: Reporter,
     stop: Event,
     judge: str | None = None,
+    pairwise: PairwiseTemplate | None = None,
 ) -> Iterator[Run]:
     """A run in `OUT/eval/WHAT-FILE`: the same command goes on there, another model or setting is refused.
 
     judge: an external one; else a judge model of the recipe counts as a setting. All models must share the
     tokenizer, which is that of the first. InputError says which does not.
     """
+    check_device(recipe)
     tokenizers = {name: Tokenizer(path) for name, path in models.items()}
     first, tokenizer = next(iter(tokenizers.items()))
     for name, each in tokenizers.items():
@@ -98,14 +103,15 @@ def opened(
         "what": what,
         "file": file_hash(file),
         "recipe": {key: values[key] for key in SETTINGS},
+        "sampler": {key: values["sampler"][key] for key in ROUNDING},
         "models": {name: content_hash(path) for name, path in models.items()},
         "judge": judge or (recipe.judge_model and content_hash(recipe.judge_model)),
         "tokenizer": tokenizer.template_hash,
         "judge_template": template.hash,
+        "pairwise_template": pairwise.hash if pairwise else None,
         "selfreward": metadata.version("selfreward"),
         "torch": torch.__version__,
-        "backends": backends(),
-    }
+    } | device_facts(recipe)
     with RunDir(out / "eval" / f"{what}-{stem(file)}", manifest) as directory:
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
         yield Run(recipe, directory, tokenizer, template, report, stop)
