@@ -100,7 +100,7 @@ _NUM = r"[0-9]+(?:\.[0-9]+)?(?![.,]?[0-9])(?!(?!(?:points?|pts)\b)\w)"
 _OUT_OF = r"(?:/|out of(?: an?)?(?: (?:possible|maximum|total)(?: of)?)?)"
 
 _KEYED = re.compile(
-    r"(?<![\w-])(?:(?:total|final|overall) )*(?:scores?|total|ratings?|grade)"
+    r"(?<![\w-])(?:(?:total|final|overall) ){0,4}(?:scores?|total|ratings?|grade)"
     r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
     rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+))?"
     r"(?: ?(?:[-=]+>|\u2192) ?| ?-- ?"  # Score -> 4
@@ -133,7 +133,7 @@ _POINTS = re.compile(
     re.IGNORECASE,
 )
 _BARE = re.compile(
-    r"^(?:(?:final|overall|my) )*(?:(?:overall|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
+    r"^(?:(?:final|overall|my) ){0,4}(?:(?:overall|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
     r"[:=]? ?\(?(?P<value>-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$",
     re.MULTILINE | re.IGNORECASE,
 )

@@ -84,7 +84,8 @@ def parse_verdict(text: str, finish_reason: str = "stop") -> Verdict:
 def _sides(pattern: re.Pattern[str], text: str) -> list[str]:
     """What the matches name, but for those behind a negation on the same line."""
     found = pattern.finditer(text)
-    return [match[1] for match in found if not _NEGATED.search(text[: match.start()].rpartition("\n")[2])]
+    before = ((match, text[max(0, match.start() - 60) : match.start()].rpartition("\n")[2]) for match in found)
+    return [match[1] for match, words in before if not _NEGATED.search(words)]
 
 
 def _winner(side: str) -> str:

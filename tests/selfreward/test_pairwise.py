@@ -16,6 +16,7 @@ from selfreward.pairwise import PairwiseTemplate, majority, parse_verdict
 from selfreward.recipe import PACKAGE, Recipe
 from selfreward.run import main
 from tests.selfreward import hand_built
+from tests.selfreward.linear_time import assert_linear
 
 M0 = PACKAGE / "tiny/m0"
 
@@ -116,6 +117,13 @@ def test_cut_and_empty() -> None:
     assert parse_verdict("Response A is", "length") == (None, "truncated")
     assert parse_verdict("Verdict: B", "length") == ("second", "ok")
     assert parse_verdict(" \n") == (None, "empty")
+
+
+@pytest.mark.parametrize(
+    "unit", ["Response A is better ", "Verdict: ", "Verdict is the ", "A\n", "not the ", "[[", "*"]
+)
+def test_the_parser_takes_linear_time_on_hostile_text(unit: str) -> None:
+    assert_linear(parse_verdict, unit)
 
 
 TINY = (
