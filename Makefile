@@ -37,8 +37,8 @@ install: $(STAMPS)/run
 test: $(STAMPS)/test lint
 	$(PY) -m pytest -m "not full"
 
-test-full: $(STAMPS)/test $(STAMPS)/triton-3.6.0
-	SELFREWARD_OLD_TRITON=$(abspath $(STAMPS)/triton-3.6.0) $(PY) -m pytest -m full --durations=10
+test-full: $(STAMPS)/test $(STAMPS)/triton-3.6.0 $(STAMPS)/readers
+	SELFREWARD_OLD_TRITON=$(abspath $(STAMPS)/triton-3.6.0) SELFREWARD_READERS=$(abspath $(STAMPS)/readers) $(PY) -m pytest -m full --durations=10
 
 gpu-test:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || (echo "$(PYTHON) has no torch: make $@ PYTHON=another"; exit 1)
@@ -80,4 +80,9 @@ $(STAMPS)/test: $(STAMPS)/torch $(SOURCES)
 # The oldest Triton that kernels are compiled with, beside the one that is installed.
 $(STAMPS)/triton-3.6.0: $(STAMPS)/test
 	$(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps --target $@ triton==3.6.0
+	touch $@
+
+# AlpacaEval and FastChat, to read with their own code what ours writes; without what they need to call a judge.
+$(STAMPS)/readers: $(STAMPS)/test
+	$(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps --target $@ alpaca_eval==0.6.6 fschat==0.2.36
 	touch $@

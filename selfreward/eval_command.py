@@ -32,6 +32,7 @@ from selfreward.evaluation import judge_groups, text_figures
 from selfreward.files import stem
 from selfreward.formats import Read, as_group, read_file
 from selfreward.metrics import FIGURES, judge_figures, length_figures
+from selfreward.pairwise import PairwiseTemplate, by_pairs
 from selfreward.report import Reporter, number, with_error, with_interval
 
 Models = dict[str, Path]
@@ -60,6 +61,9 @@ def parser() -> ArgumentParser:
         "--model", action="append", default=[], metavar="NAME=DIR", help="instead of the run's; repeatable"
     )
     options.add_argument("--judge-command", metavar="COMMAND", help="of --compare: JSON lines in, verdicts out")
+    options.add_argument(
+        "--pairwise", metavar="TEMPLATE", help="of --compare: the judge model compares two answers (llama2, or a file)"
+    )
     options.add_argument("--recipe", metavar="NAME_OR_FILE", help="settings, instead of those of the run in --out")
     options.add_argument("--out", metavar="DIR", help=f"directory of a run ({OUT}); what is written goes to DIR/eval")
     options.add_argument("--quiet", action="store_true", help="no progress")
@@ -71,6 +75,8 @@ def evaluate(arguments: Namespace, report: Reporter, stop: Event) -> None:
     """Do what was asked, and print it. Raises what `selfreward.run.main` maps to exit codes."""
     if arguments.judge_command is not None and arguments.compare is None:
         raise InputError("--judge-command judges the answers of --compare; leave it out")
+    if arguments.pairwise is not None and (arguments.compare is None or arguments.judge_command is not None):
+        raise InputError("--pairwise is how the judge model of --compare is asked; leave it out")
     if arguments.annotations is not None:
         _refuse_settings(arguments, "--annotations reads a file and needs no model")
         found = _annotations(Path(arguments.annotations), report)
@@ -101,7 +107,9 @@ def _with_models(arguments: Namespace, report: Reporter, stop: Event) -> Row:
     what = next(name for name in JOBS if getattr(arguments, name) is not None)
     file, (read, do) = Path(getattr(arguments, what)), JOBS[what]
     rows = read(file)
-    with opened(what.replace("_", "-"), file, recipe, models, out, report, stop) as run:
+    pairwise = None if arguments.pairwise is None else PairwiseTemplate(arguments.pairwise)
+    name = what.replace("_", "-") + ("-pairwise" if pairwise else "")
+    with opened(name, file, recipe, models, out, report, stop, pairwise) as run:
         return do(run, models, rows, arguments)
 
 
@@ -215,7 +223,10 @@ def _compare(run: Run, models: Models, prompts: list[Row], arguments: Namespace)
     else:
         judge = run.recipe.judge_model or list(models.values())[-1]
         before = run.llm(judge).stats()
-        outcomes = head_to_head.by_scores(run, judge, answers)
+        if arguments.pairwise is None:
+            outcomes = head_to_head.by_scores(run, judge, answers)
+        else:
+            outcomes = by_pairs(run, judge, PairwiseTemplate(arguments.pairwise), answers)
         judging = _spent(before, run.llm(judge).stats())
     found = [
         {"model": a, "against": b} | head_to_head.figures(each, answers[a], answers[b])

@@ -17,6 +17,7 @@ from selfreward.files import stem
 from selfreward.formats import Read, as_prompt, read_file, usable
 from selfreward.inputs import tokenizer_hash
 from selfreward.judge import JudgeTemplate
+from selfreward.pairwise import PairwiseTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
 from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, read_json, written_manifest
@@ -95,17 +96,18 @@ def opened(
     out: Path,
     report: Reporter,
     stop: Event,
+    pairwise: PairwiseTemplate | None = None,
 ) -> Iterator[Run]:
     """A run in `OUT/eval/WHAT-FILE`: the same command goes on there, another model or setting is refused.
 
     All models must share the tokenizer, which is that of the first. InputError says which does not.
     """
+    check_device(recipe)
     tokenizers = {name: Tokenizer(path) for name, path in models.items()}
     first, tokenizer = next(iter(tokenizers.items()))
     for name, each in tokenizers.items():
         if each.template_hash != tokenizer.template_hash:
             raise InputError(f"the tokenizers of {first} and {name} differ; evaluate them one at a time")
-    check_device(recipe)
     template, by_other = JudgeTemplate(recipe.judge.template), recipe.judge.model_template
     other = JudgeTemplate(by_other) if by_other else None
     manifest = {
@@ -118,6 +120,7 @@ def opened(
         "tokenizer": tokenizer.template_hash,
         "judge_template": template.hash,
         "judge_model_template": other and other.hash,
+        "pairwise_template": pairwise and pairwise.hash,
         "selfreward": metadata.version("selfreward"),
     } | device_facts(recipe)
     with RunDir(out / "eval" / f"{what}-{stem(file)}", manifest) as directory:

@@ -2,7 +2,7 @@
 
 A judge model scores every answer by itself, with the recipe's template and draws, and the higher mean score wins; equal
 scores are a tie. An external command sees two answers at once, in both orders; it wins who wins in both, all else is a
-tie (the paper's rule, section 3.1.2), since judges of pairs prefer a place.
+tie (the paper's rule, section 3.1.2), since judges of pairs prefer a place; pairwise.py asks a model so.
 """
 
 from __future__ import annotations

@@ -5,21 +5,15 @@ A failure to read a score is a status, never a number: nothing is clamped, guess
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import NamedTuple
 
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.sandbox import SandboxedEnvironment
-
-from engine import InputError
-from selfreward.template_files import sandbox, template_line, template_path
+from selfreward.block_template import BlockTemplate
 
 TOP_SCORE = 5.0
 STATUSES = ("ok", "no_score", "ambiguous", "out_of_range", "truncated", "empty", "prompt_too_long", "duplicate")
@@ -115,7 +109,7 @@ _OUT_OF = r"(?:/|out of(?: an?)?(?: (?:possible|maximum|total)(?: of)?)?)"
 _SCALE = r"[01] ?(?:-|\u2013|to|\.\.)"
 
 _KEYED = re.compile(
-    r"(?<![\w-])(?:(?:total|final|overall) )*(?P<key>scores?|total|ratings?|grade)"
+    r"(?<![\w-])(?:(?:total|final|overall) ){0,4}(?P<key>scores?|total|ratings?|grade)"
     r"(?: (?:number of )?points?)?(?: (?:awarded|given|assigned|earned))?(?: (?:for|to) (?:this|the) (?:response|answer))?"
     rf"(?P<scale> ?(?:\([^()\n]{{1,30}}\)|{_OUT_OF} ?[0-9]+|{_SCALE} ?[0-9]+(?= ?[:=])))?"
     r"(?: ?(?:[-=]+>|\u2192) ?| ?-- ?"  # Score -> 4
@@ -148,7 +142,7 @@ _POINTS = re.compile(
     re.IGNORECASE,
 )
 _BARE = re.compile(
-    r"^(?:(?:final|overall|my) )*(?:(?:overall|final|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
+    r"^(?:(?:final|overall|my) ){0,4}(?:(?:overall|final|verdict|result|evaluation|assessment|judge?ment|answer|sum) ?(?=[:=]))?"
     r"[:=]? ?\(?(?P<value>-?[0-9]{1,3}(?:\.[0-9]+)?)\)?$",
     re.MULTILINE | re.IGNORECASE,
 )
@@ -337,119 +331,12 @@ def _bare_numbers(text: str) -> list[_Found]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Asking for a score
 
-BLOCKS = ("rubric", "prompt", "answer", "cue")
-_VARIABLES: dict[str, set[str]] = {
-    "rubric": set(),
-    "prompt": {"prompt"},
-    "answer": {"prompt", "answer"},
-    "cue": {"prompt", "answer"},
-}
 
+class JudgeTemplate(BlockTemplate):
+    """A judge prompt for one answer: token_ids(tokenizer, prompt, answer). Shipped: "llama2", "tiny"."""
 
-class TextEncoder(Protocol):
-    """What a template needs of a tokenizer."""
-
-    bos_id: int
-
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        """Ids of the text without BOS; `continuation` encodes exactly as written, without a dummy prefix space."""
-        ...
-
-
-class JudgeTemplate:
-    """A judge prompt: the Jinja blocks rubric, prompt, answer and cue, in this order, tokenised apart.
-
-    Prefixes are thus shared token for token: all judgements share the rubric, all answers of a prompt the prompt.
-    `path_or_name` is a file, or the name of a shipped template ("llama2", "tiny"). Text between the blocks is blank;
-    what stands between `{% block x %}` and `{% endblock %}` counts to the last space. The rubric uses no variable and
-    the prompt block no `answer`, so that nothing breaks the sharing. Raises InputError naming file and line.
-    """
-
-    def __init__(self, path_or_name: str | Path) -> None:
-        self.path = template_path("judge", path_or_name)
-        try:
-            source = self.path.read_bytes()
-            text = source.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"judge template {self.path} cannot be read: {error}") from None
-        self.hash = hashlib.sha256(source).hexdigest()
-        self._template = _compile(text, self.path)
-        self.segments("a prompt", "an answer")  # what only shows when rendering, shows now
-
-    def segments(self, prompt: str, answer: str) -> list[str]:
-        """The four rendered blocks. `prompt` and `answer` are data: Jinja syntax in them stays as it is."""
-        context = self._template.new_context({"prompt": prompt, "answer": answer})
-        try:
-            return ["".join(self._template.blocks[name](context)) for name in BLOCKS]
-        except Exception as error:  # a user's template can raise anything; the sandbox keeps it from doing more
-            line = template_line(error, self._template)
-            raise InputError(f"judge template {self.path}{line}: {error}; correct the template") from None
-
-    def token_ids(self, tokenizer: TextEncoder, prompt: str, answer: str) -> list[int]:
-        """BOS, then the ids of each segment; a shared prefix of segments is a shared prefix of ids."""
-        first, *rest = self.segments(prompt, answer)
-        ids = [tokenizer.bos_id, *tokenizer.encode(first)]
-        for segment in rest:
-            ids += tokenizer.encode(segment, continuation=True)
-        return ids
-
-
-def _compile(text: str, path: Path) -> jinja2.Template:
-    environment = sandbox()
-    try:
-        tree = environment.parse(text, name=str(path), filename=str(path))
-        _check_blocks(tree, environment, path)
-        code = environment.compile(text, name=str(path), filename=str(path))
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"judge template {path}, line {error.lineno}: {error.message}; correct the syntax") from None
-    return jinja2.Template.from_code(environment, code, environment.make_globals(None))
-
-
-def _check_blocks(tree: nodes.Template, environment: SandboxedEnvironment, path: Path) -> None:
-    """The top level holds the four blocks, in order, and nothing else; each uses only its own variables."""
-    found = []
-    for node in tree.body:
-        if isinstance(node, nodes.Block):
-            found.append(node.name)
-            _check_variables(node, environment, path)
-        elif not _is_blank(node):
-            raise InputError(
-                f"judge template {path}, line {_first_line(node)}: text or code outside the blocks would be lost; "
-                f"move it into one of the blocks {', '.join(BLOCKS)}"
-            )
-    if tuple(found) != BLOCKS:
-        last = max((node.lineno for node in tree.body), default=1)
-        raise InputError(
-            f"judge template {path}, line {last}: found the blocks {', '.join(found) or 'none'}; "
-            f"expected exactly {', '.join(BLOCKS)}, in this order"
-        )
-
-
-def _is_blank(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Output) and all(
-        isinstance(part, nodes.TemplateData) and not part.data.strip() for part in node.nodes
+    kind = "judge"
+    variables = ("prompt", "answer")
+    blocks = MappingProxyType(
+        {"rubric": (), "prompt": ("prompt",), "answer": ("prompt", "answer"), "cue": ("prompt", "answer")}
     )
-
-
-def _first_line(node: nodes.Node) -> int:
-    """The line of the first visible character: a text node's own line is that of the blank before it."""
-    data = next((part for part in node.find_all(nodes.TemplateData) if part.data.strip()), None)
-    return data.lineno + data.data[: -len(data.data.lstrip())].count("\n") if data else node.lineno
-
-
-def _check_variables(block: nodes.Block, environment: SandboxedEnvironment, path: Path) -> None:
-    allowed = _VARIABLES.get(block.name, set())
-    inner = nodes.Template(block.body, lineno=block.lineno)
-    inner.set_environment(environment)
-    used = meta.find_undeclared_variables(inner)
-    for name in block.find_all(nodes.Name):
-        if name.ctx == "load" and name.name in used - allowed:
-            raise InputError(
-                f"judge template {path}, line {name.lineno}: block {block.name!r} uses {name.name!r}; "
-                f"it may use {', '.join(sorted(allowed)) or 'no variable'}"
-            )
-    if block.name in ("prompt", "answer") and block.name not in used:
-        raise InputError(
-            f"judge template {path}, line {block.lineno}: block {block.name!r} does not use its variable; "
-            f"write {{{{ {block.name} }}}} where the text belongs"
-        )

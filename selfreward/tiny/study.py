@@ -30,7 +30,7 @@ from selfreward.judging import draw_score
 from selfreward.metrics import mean_and_error
 from selfreward.recipe import Recipe
 from selfreward.run import deciding
-from selfreward.tiny import DATA
+from selfreward.tiny import DATA, matches
 from selfreward.tiny.oracle import checks
 
 Row = dict[str, Any]
@@ -84,6 +84,9 @@ def run_all(out: Path, seeds: int, more: Sequence[str], workers: int) -> None:
         with ThreadPoolExecutor(workers) as pool:
             for line in pool.map(lambda job: _run(out, job[0], job[1], more), jobs):
                 print(line, flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(matches.compare, [directory(out, *job) for job in first]):
+            pass
 
 
 def _run(out: Path, variant: Variant, seed: int, more: Sequence[str]) -> str:
@@ -175,8 +178,9 @@ def tables(runs: Runs) -> str:
         _tie_table(runs),
         _judge_table(runs),
         _check_table(runs),
+        _match_table(runs["self"]),
     )
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _seed_table(paths: dict[int, Path]) -> str:
@@ -315,6 +319,12 @@ def says_yes(path: Path, model: str) -> np.ndarray:
 
 def _mean(paths: Iterable[Path], model: str, figure: str) -> float:
     return float(np.mean([models(path)[model][figure] for path in paths]))
+
+
+def _match_table(paths: dict[int, Path]) -> str:
+    """The recipe's models head to head, of the runs where that was done."""
+    compared = [path for path in paths.values() if (path / matches.FOLDER / "head_to_head.jsonl").is_file()]
+    return _table(matches.HEADING, matches.table_rows(compared)) if compared else ""
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
