@@ -71,7 +71,7 @@ def build_pairs(
     "index", "text", "token_ids", "finish_reason", "score", "draws"}, `draws` what each judgement counts as
     (None: unreadable) and `score` their mean, or None.
 
-    Candidates with the same text are one candidate, with the mean of their scores: judged apart they would get different
+    Candidates with the same text are one candidate, with the mean of their draws: judged apart they would get different
     noise, and best and worst could be copies. The worst is any scored candidate; the best must be choosable: not empty,
     and ended by itself (one cut at max_tokens, finish_reason "length", only where the rules allow it). The second pair is
     best against worst of what the first has left. Reasons for the first: fewer than two scores (too_few_scored), one text
@@ -139,14 +139,17 @@ def positive(candidates: Sequence[Row], allow_truncated: bool = False) -> Row | 
 
 
 def _distinct(candidates: Sequence[Row]) -> list[Row]:
-    """One candidate of every text, with the mean score of all that have it: the first that ended by itself, or the first."""
+    """One candidate of every text, with the mean of all its draws: the first that ended by itself, or the first.
+
+    Of the draws and not of their means, whose rounding would order equal scores: (4 + 14/3) / 2 is more than 13/3.
+    """
     same: dict[str, list[Row]] = {}
     for candidate in candidates:
         same.setdefault(candidate["text"], []).append(candidate)
     return [
         {
             **next((row for row in rows if row["finish_reason"] == "stop"), rows[0]),
-            "score": math.fsum(row["score"] for row in rows) / len(rows),
+            "score": rows[0]["score"] if len(rows) == 1 else _mean([score for row in rows for score in row["draws"]]),
             "draws": [_mean(draws) for draws in zip(*(row["draws"] for row in rows), strict=True)],
         }
         for rows in same.values()

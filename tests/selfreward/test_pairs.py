@@ -269,3 +269,10 @@ def test_kendalls_tau_is_scipys(data: st.DataObject, n: int, score: Any) -> None
 def test_a_perfect_answer_is_found_as_before() -> None:
     answers = [candidate(0, 5.0, finish="length"), candidate(1, 5.0), candidate(2, 5.0)]
     assert positive(answers) is answers[1] and positive(answers, allow_truncated=True) is answers[0]
+
+
+def test_the_rounding_of_means_breaks_no_tie() -> None:
+    copies = [candidate(0, 4.0, "a", draws=[4.0, 4.0, 4.0]), candidate(1, 14 / 3, "a", draws=[5.0, 5.0, 4.0])]
+    assert (4.0 + 14 / 3) / 2 > 13 / 3
+    other = candidate(2, 13 / 3, "b", draws=[5.0, 4.0, 4.0])
+    assert build_pairs(PROMPT, [*copies, other], Rules()) == [(None, "tie")]
