@@ -164,10 +164,11 @@ def _ranked(read: Read, report: Reporter, by_model: Row) -> Row:
     judges = {LONGER: length_figures(read.rows), **by_model}
     found |= {"longer": judges[LONGER], "models": by_model}
     if not report.as_json:
-        title = f"{judges[LONGER]['pairs']} pairs of {judges[LONGER]['groups']} prompts"
+        title = f"{judges[LONGER]['pairs']} pairs of {judges[LONGER]['prompts']} prompts"
         cells = [
             [name.replace("_", " "), *(with_interval(figures, name) for figures in judges.values())] for name in FIGURES
         ]
+        cells.append(["without a readable score", *(number(figures["unread"], ".1%") for figures in judges.values())])
         _print(title, ["figure", *judges], cells)
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from threading import Event
 
@@ -20,7 +19,7 @@ from selfreward.judge import JudgeTemplate
 from selfreward.pairwise import PairwiseTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
-from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, read_json, written_manifest
+from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, own_version, read_json, written_manifest
 
 USED = ("seed", "evaluation", "judge", "judge_model", "sampler", "device")  # of the recipe
 FOR_THE_LOOP = ("evaluation.oracle", "evaluation.prompts", "evaluation.greedy", "evaluation.judge_groups", "judge.by")
@@ -121,7 +120,7 @@ def opened(
         "judge_template": template.hash,
         "judge_model_template": other and other.hash,
         "pairwise_template": pairwise and pairwise.hash,
-        "selfreward": metadata.version("selfreward"),
+        "selfreward": own_version(),
     } | device_facts(recipe)
     with RunDir(out / "eval" / f"{what}-{stem(file)}", manifest) as directory:
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")

@@ -86,14 +86,15 @@ def compared(first: Row, second: Row, score: float | None, other: float | None) 
 def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str], Outcomes]:
     """Each match's outcomes by a command that reads {"id", "prompt", "first", "second"} a line and writes {"id", "winner"}
     with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl and asked for once: another
-    command is refused while they stand there, and finds the answers again when they are removed."""
+    command is refused while they stand there, and finds the answers again when they are removed. It is not told which model
+    wrote what."""
+    pairs = matches(list(answers))
     asked = [
-        {"id": f"{a}-{b}-{row['id']}-{order}", "prompt": row["prompt"], "first": texts[0], "second": texts[1]}
-        for a, b in matches(list(answers))
-        for row, other in zip(answers[a], answers[b], strict=True)
+        {"id": f"{match}-{place}-{order}", "prompt": row["prompt"], "first": texts[0], "second": texts[1]}
+        for match, (a, b) in enumerate(pairs)
+        for place, (row, other) in enumerate(zip(answers[a], answers[b], strict=True))
         for order, texts in enumerate([(row["text"], other["text"]), (other["text"], row["text"])])
     ]
-    _check_apart([str(row["id"]) for row in asked])
     file, by = run.dir.file("verdicts.jsonl"), run.dir.file("verdicts_by.json")
     if file.is_file() and (before := read_json(by).get("command")) != command:
         raise InputError(f"{file} is by the command {before!r}; remove it to ask {command!r} about the same answers")
@@ -106,8 +107,10 @@ def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str]
         raw.unlink()
     winners = {row["id"]: row["winner"] for row in run.rows("verdicts.jsonl")}
     return {
-        (a, b): [both_orders(*(winners[f"{a}-{b}-{row['id']}-{order}"] for order in (0, 1))) for row in answers[a]]
-        for a, b in matches(list(answers))
+        (a, b): [
+            both_orders(*(winners[f"{match}-{place}-{order}"] for order in (0, 1))) for place in range(len(answers[a]))
+        ]
+        for match, (a, b) in enumerate(pairs)
     }
 
 

@@ -46,13 +46,23 @@ def judge_figures(groups: Sequence[Row], scores: Sequence[Scores]) -> Row:
     """The paper's five figures of a judge (section 3.1.2), each a number from 0 (or -1) to 1 with an interval.
 
     groups: {"answers": [{"text", "rank"}]}; those whose ranks are all equal say nothing and are left out.
-    scores[group][answer]. Keys: `pairs`, `groups`, and for each name of FIGURES `name` and `name_interval`, [low, high];
+    scores[group][answer]. Keys: `pairs`, `groups`, `prompts` (different ones), `unread` (the share of answers without a
+    readable score, which are wrong in the figures), and for each name of FIGURES `name` and `name_interval`, [low, high];
     None where nothing could be measured.
     """
-    used = [(_ranks(group), each) for group, each in zip(groups, scores, strict=True) if len(set(_ranks(group))) > 1]
-    found: Row = {"pairs": len(ranked_pairs(groups)), "groups": len(used)}
+    used = [(group, each) for group, each in zip(groups, scores, strict=True) if len(set(_ranks(group))) > 1]
+    given = [score for _, each in used for score in each]
+    prompts: dict[str, int] = {}  # of a file that has a prompt twice, the rows are drawn together
+    places = [
+        prompts.setdefault(group.get("prompt", str(number)), len(prompts)) for number, (group, _) in enumerate(used)
+    ]
+    found: Row = {"pairs": len(ranked_pairs(groups)), "groups": len(used), "prompts": len(prompts)}
+    found["unread"] = given.count(None) / len(given) if given else None
     for name, of_group in FIGURES.items():
-        parts = [of_group(ranks, each) for ranks, each in used]
+        parts = [(0.0, 0.0)] * len(prompts)
+        for place, (group, each) in zip(places, used, strict=True):
+            numerator, denominator = of_group(_ranks(group), each)
+            parts[place] = parts[place][0] + numerator, parts[place][1] + denominator
         found[name], found[f"{name}_interval"] = ratio_and_interval(parts)
     return found
 

@@ -284,12 +284,14 @@ class Prompts(Sampling):
                 f"mode is {self.mode!r} and file is {'not ' if self.file is None else ''}set; a file belongs to mode "
                 "'file', and only there"
             )
-        unused = self.model_fields_set & {"temperature", "top_p", "max_tokens"} if self.mode == "file" else ()
-        if unused:
-            raise InputError(f"mode is 'file', where {' and '.join(sorted(unused))} has no effect; leave it out")
+        changed = {name for name, value in self if value != type(self).model_fields[name].default}
+        unused = changed & {"temperature", "top_p", "max_tokens"}
+        if unused and self.mode == "file":
+            raise InputError(
+                f"mode is 'file', where {' and '.join(sorted(unused))} has no effect; leave it out, or set it to null"
+            )
         if self.mode != "file" and self.count is None:
             raise InputError(f"mode {self.mode!r} needs count, the number of new prompts in each round")
-        changed = {name for name, value in self if value != type(self).model_fields[name].default}
         unused = changed & {"template", "shots_seed", "shots_generated"}
         if unused and self.mode != "few_shot":
             raise InputError(
@@ -496,7 +498,7 @@ class Recipe(Group):
         for override in overrides:
             changed = merged(changed, parse_override(override))
         source = Source(file, with_absolute_paths(changed, Path.cwd()))
-        recipe = cls._build(_without_empty_groups(merged(values, source.changed)), source)
+        recipe = cls._build(_with_defaults(merged(values, source.changed), cls), source)
         if check_files:
             recipe._check_files(source)
         return recipe
@@ -569,7 +571,16 @@ def _group(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)
 
 
-def _without_empty_groups(values: dict[str, Any]) -> dict[str, Any]:
-    """A group whose keys are all commented out reads as null; it means the defaults."""
-    groups = {name for name, field in Recipe.model_fields.items() if _group(field.annotation)} - {"init"}
-    return {key: {} if value is None and key in groups else value for key, value in values.items()}
+def _with_defaults(values: dict[str, Any], group: type[BaseModel]) -> dict[str, Any]:
+    """Without the keys that are null and cannot be: null means the default, also of a group whose keys are all commented
+    out, and so takes back what a file sets."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        field = group.model_fields.get(key)
+        inner = None if field is None else _group(field.annotation)
+        if value is None and field is not None and field.default is not None:
+            if not field.is_required():
+                continue
+            value = {} if inner else None
+        kept[key] = _with_defaults(value, inner) if inner and isinstance(value, dict) else value
+    return kept

@@ -80,6 +80,7 @@ def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
         ("true quality", lambda row: with_error(row.get("true_quality"), row.get("true_quality_se"))),
         ("greedy", lambda row: with_error(row.get("true_quality_greedy"), row.get("true_quality_greedy_se"))),
         ("judge pairwise", lambda row: number(row.get("judge_pairwise"), ".3f")),
+        ("judge unread", lambda row: number(row.get("judge_unread") or None, ".1%")),
         ("ties half", lambda row: with_interval(row, "judge_pairwise_ties_half")),
         ("longer wins", lambda row: number(row.get("longer_wins"), ".3f")),
         ("5-best", lambda row: with_interval(row, "judge_five_best")),

@@ -79,6 +79,10 @@ def lead(report: Row) -> list[str]:
         _from_to(models, "true_quality", "True quality", "0 to 5", ".2f"),
         _from_to(models, "judge_pairwise", "Accuracy as a judge", "of ranked pairs, ties wrong", ".1%"),
     ]
+    unread = {row["name"]: row["judge_unread"] for row in models if row.get("judge_unread")}
+    if unread:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in unread.items())
+        found.append(f"Of the answers judged for that, without a readable score, and so wrong: {shares}.")
     if rounds and rounds[-1]["pairs"] is not None:
         key = "positives" if _positives(report) else "pairs"
         what = {"positives": "Answers with the perfect score", "pairs": "Preference pairs"}[key]
@@ -134,7 +138,7 @@ def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("readable ones with an expected score", [number(row["expected_share"], ".1%") for row in rounds]),
         ("expected score, distance from the drawn", [number(row["expected_gap"], ".2f") for row in rounds]),
         ("pairs", [number(row["pairs"], "d") for row in rounds]),
-        ("pairs per prompt", [number(row["pair_yield"], ".1%") for row in rounds]),
+        ("pairs per prompt", [number(row["pair_yield"], ".3f") for row in rounds]),
         ("prompts without a pair", [_counts(row["pairs_dropped"]) for row in rounds]),
         ("tokens, chosen", [number(row["length_chosen"], ".1f") for row in rounds]),
         ("tokens, rejected", [number(row["length_rejected"], ".1f") for row in rounds]),

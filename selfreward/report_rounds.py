@@ -132,15 +132,23 @@ def _expected_figures(judgements: Sequence[Row]) -> Row:
 
 
 def pair_figures(pairs: Sequence[Row], dropped: Sequence[Row]) -> Row:
-    """How many prompts gave a pair, why the others gave none, and lengths in tokens (gap: chosen minus rejected)."""
+    """How many pairs there are, why prompts without one have none, and lengths in tokens (gap: chosen minus rejected).
+
+    A prompt may give several pairs; rows that say why it gave no more of them are no prompts without a pair.
+    """
     chosen = [len(row["chosen_token_ids"]) for row in pairs]
     rejected = [len(row["rejected_token_ids"]) for row in pairs]
     gap, error = mean_and_error([a - b for a, b in zip(chosen, rejected, strict=True)])
-    prompts = len(pairs) + len(dropped)
+    with_pair = {row["prompt_id"] for row in pairs}
+    why_none: dict[str, str] = {}
+    for row in dropped:
+        if row["prompt_id"] not in with_pair:
+            why_none.setdefault(row["prompt_id"], row["reason"])
+    prompts = len(with_pair) + len(why_none)
     return {
         "pairs": len(pairs),
         "pair_yield": len(pairs) / prompts if prompts else None,
-        "pairs_dropped": _by_count(Counter(row["reason"] for row in dropped)),
+        "pairs_dropped": _by_count(Counter(why_none.values())),
         "length_chosen": mean_and_error(chosen)[0],
         "length_rejected": mean_and_error(rejected)[0],
         "length_gap": gap,

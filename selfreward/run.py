@@ -41,7 +41,7 @@ from selfreward.recipe import Recipe
 from selfreward.recipe_file import PATH_KEYS, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
-from selfreward.state import STAGES, RunDir, file_hash, written_manifest
+from selfreward.state import STAGES, RunDir, file_hash, own_version, written_manifest
 from selfreward.validate import show, validate
 
 ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
@@ -280,7 +280,7 @@ def _manifest(recipe: Recipe, tokenizer: Tokenizer, templates: Templates) -> Row
         "judge_model_template": templates.judge_model.hash if templates.judge_model else None,
         "prompt_tokenizer": tokenizer_hash(recipe.prompt_model),
         "prompt_template": templates.prompts.hash if templates.prompts else None,
-        "selfreward": metadata.version("selfreward"),
+        "selfreward": own_version(),
         "numpy": metadata.version("numpy"),  # its permutations are the order of the data
         "training_threads": torch.get_num_threads(),
     } | device_facts(recipe)

@@ -10,7 +10,7 @@ from selfreward.context import GateError, Row, Run
 from selfreward.eft import select
 from selfreward.gates import check_judgements, length_drift
 from selfreward.judging import Item, by_answer, judge_by_model, judge_candidates, ranked_items, scored_candidates
-from selfreward.pairs import TOO_LONG, Rules, pair_id, said
+from selfreward.pairs import NO_MORE, TOO_LONG, Rules, pair_id, said
 from selfreward.pairs import build_pairs as prompt_pairs
 from selfreward.prompts import PROMPT_TOO_LONG, by_reason, take_prompts, write_few_shot, write_prompts
 from selfreward.recipe import Candidates, Recipe
@@ -192,16 +192,17 @@ def build_pairs(run: Run, k: int) -> Row:
             if pair is not None:
                 pairs.append(pair)
             else:
-                dropped.append({"id": pair_id(prompt["id"], number), "prompt": prompt["prompt"], "reason": reason})
+                name = pair_id(prompt["id"], number)
+                dropped.append({"id": name, "prompt_id": prompt["id"], "prompt": prompt["prompt"], "reason": reason})
     without = Counter(row["reason"] for row in dropped)
     assert len(pairs) + sum(without.values()) == options.per_prompt * len(prompts)
     run.dir.write_jsonl(f"iter_{k}/pairs.jsonl", pairs)
     run.dir.write_jsonl(f"iter_{k}/dropped.jsonl", dropped)
     if len(pairs) < recipe.gates.min_pairs and recipe.method == "dpo":
+        none = {name: count for name, count in without.items() if name != NO_MORE}
         raise GateError(
-            f"round {k} has {len(pairs)} pairs of {len(prompts)} prompts (without one: {reasons(without)}), the floor is "
-            f"{recipe.gates.min_pairs}: lower gates.min_pairs, or raise {_more_prompts(recipe)}, candidates.n or judge.draws"
-            f"{', or dpo.max_pack_tokens' if without[TOO_LONG] else ''}"
+            f"round {k} has {len(pairs)} pairs of {len(prompts)} prompts (without one: {reasons(none)}), the floor is "
+            f"{recipe.gates.min_pairs}: {_pairs_advice(recipe, none)}"
         )
     counts = {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
     return counts | ({"consistency": _consistency(k, pairs)} if options.consistency else {})
@@ -217,6 +218,20 @@ def _consistency(k: int, pairs: list[Row]) -> float:
             f"{len(known)} pairs): give the judge more judge data (data.eft), or set pairs.consistency=false in a new directory"
         )
     return mean
+
+
+def _pairs_advice(recipe: Recipe, without: dict[str, int]) -> str:
+    """What helps most against the most frequent reason, then what helps always."""
+    most = max(without, key=lambda reason: without[reason], default="")
+    first = {
+        "tie": "set judge.score=expected, or raise judge.draws or candidates.temperature",
+        "duplicate": "raise candidates.temperature or candidates.n",
+        "none_choosable": "raise candidates.max_tokens, or set pairs.allow_truncated_chosen=true",
+        "too_few_scored": "raise judge.max_tokens or judge.draws",
+        TOO_LONG: "raise dpo.max_pack_tokens",
+    }.get(most, "raise candidates.n or judge.draws")
+    lower = ", or lower gates.min_pairs" if recipe.gates.min_pairs > 1 else ""
+    return f"{first}, or raise {_more_prompts(recipe)}{lower}"
 
 
 def _more_prompts(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -305,3 +306,11 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def own_version() -> str:
+    """Of this package; of a source tree that is not installed there is none."""
+    try:
+        return metadata.version("selfreward")
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -118,3 +118,23 @@ def test_the_real_files(test_data: Path) -> None:
     assert length_figures(bar.rows)["pairs"] == 100
     assert length_figures(bar.rows)["pairwise_ties_half"] == pytest.approx(0.565)
     assert math.isclose(length_figures(bar.rows)["kendall"], 2 * 0.565 - 1)
+
+
+def test_rows_with_the_same_prompt_are_resampled_together() -> None:
+    rows = [
+        {"prompt": f"p{n % 4}", "answers": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1}]} for n in range(400)
+    ]
+    scores = [[1.0, 0.0] if n % 4 < 2 else [0.0, 1.0] for n in range(400)]
+    found, apart = (
+        judge_figures(rows, scores),
+        judge_figures([row | {"prompt": str(n)} for n, row in enumerate(rows)], scores),
+    )
+    assert found["pairwise"] == apart["pairwise"] == 0.5 and (found["prompts"], apart["prompts"]) == (4, 400)
+    low, high = found["pairwise_interval"]
+    assert high - low >= 0.5 and apart["pairwise_interval"][1] - apart["pairwise_interval"][0] < 0.12
+
+
+def test_what_could_not_be_read_is_said() -> None:
+    rows = [{"answers": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1}]}] * 2
+    assert judge_figures(rows, [[None, 1.0], [None, None]])["unread"] == 0.75
+    assert judge_figures([], [])["unread"] is None

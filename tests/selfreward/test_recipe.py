@@ -174,7 +174,6 @@ def test_a_number_may_be_written_as(text: str, value: float, tmp_path: Path) -> 
         ("dpo.beta='0.1'", 'dpo.beta is "0.1"; expected a number'),
         ("dpo.beta=true", "dpo.beta is true; expected a number"),
         ("dpo.beta=.nan", "dpo.beta is NaN; expected"),
-        ("dpo.beta=", "dpo.beta is null; expected a number"),
         ("dpo.beta=[0.1, x]", 'dpo.beta.1 is "x"; expected a number'),
         ("dpo.beta=[0.1, 0]", "dpo.beta.1 is 0; expected greater than 0"),
         ("dpo={lr: [1e-6, 2e-6], min_lr: [1e-7, 3e-6]}", "dpo: min_lr is 3e-06, above lr (2e-06)"),
@@ -419,6 +418,25 @@ def test_a_random_llama_that_does_not_fit_is_refused(init: str, message: str, tm
 )
 def test_a_wrong_key_of_data_and_pairs_is_named(overrides: list[str], message: str, tmp_path: Path) -> None:
     assert message in complaint(tmp_path, *overrides)
+
+
+def test_null_takes_back_what_the_file_sets(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "dpo.beta=", "dpo=null", "candidates={n: null, temperature: 0.9}")
+    assert recipe.dpo == DPO() and recipe.candidates.n == 4 and recipe.candidates.temperature == 0.9
+    given = ["prompts.mode=file", f"prompts.file={tmp_path}", "prompts.count=null"]
+    with pytest.raises(
+        InputError, match=r"where max_tokens and temperature and top_p has no effect; leave it out, or set"
+    ):
+        Recipe.load("micro", given)
+    taken_back = [f"prompts.{key}=null" for key in ("max_tokens", "temperature", "top_p")]
+    assert Recipe.load("micro", [*given, *taken_back]).prompts.temperature == 0.6
+
+
+@pytest.mark.parametrize("name", ["tiny", "micro", "trial", "llama2-7b"])
+def test_a_recipe_comes_back_from_its_manifest(name: str) -> None:
+    recipe = Recipe.load(name, ["judge.draws=5"], check_files=False)
+    again = Recipe.of_manifest(Path("manifest.json"), json.loads(json.dumps(recipe.dump())))
+    assert again.dump() == recipe.dump()
 
 
 def test_a_value_for_all_rounds_or_one_for_each(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def judgement(score, status="ok"):
 def pair(number=0, chosen=2, rejected=1, text="b a"):
     return {
         "id": f"1-{number}",
+        "prompt_id": f"1-{number}",
         **{key: [{"role": "any", "content": f"{key} {number} {text}"}] for key in ("prompt", "chosen", "rejected")},
         "score_chosen": 4.5,
         "score_rejected": 3.0,
@@ -48,7 +49,7 @@ PROMPTS = [
 ]
 JUDGEMENTS = [*map(judgement, (5.0, 5.0, 4.5, 4.0)), judgement(None, "truncated"), judgement(None, "no_score")]
 PAIRS = [pair(0, chosen=7, rejected=4), pair(1, chosen=5, rejected=6)]
-DROPPED = [{"id": "1-2", "prompt": "p", "reason": "tie"}]
+DROPPED = [{"id": "1-2", "prompt_id": "1-2", "prompt": "p", "reason": "tie"}]
 
 
 def dpo_metrics(steps=3):
@@ -195,6 +196,13 @@ def test_pairs_are_counted_by_hand():
     figures = pair_figures(PAIRS, DROPPED)
     assert figures["pairs"] == 2 and figures["pair_yield"] == pytest.approx(2 / 3)
     assert figures["pairs_dropped"] == {"tie": 1}
+    more = [
+        {"prompt_id": "1-0", "reason": "no_more"},
+        {"prompt_id": "1-2", "reason": "tie"},
+        {"prompt_id": "1-2", "reason": "no_more"},
+    ]
+    several = pair_figures([*PAIRS, pair(0)], more)  # two pairs, one, and none
+    assert several["pair_yield"] == 1.0 and several["pairs_dropped"] == {"tie": 1}
     assert figures["length_chosen"] == 6.0 and figures["length_rejected"] == 5.0
     assert figures["length_gap"] == 1.0  # 3 and -1: deviations of 2, variance 8, error sqrt(8 / 2)
     assert figures["length_gap_se"] == pytest.approx(2.0)

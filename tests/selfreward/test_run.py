@@ -299,7 +299,7 @@ def test_a_damaged_count_of_threads_is_named(threads, tmp_path, capsys):
     ("arguments", "code", "parts"),
     [
         (["eft.required=true", "eft.max_tokens=1"], 3, ["unreadable 72", "raise eft.max_tokens", "judge_tiny.jinja"]),
-        (["gates.min_pairs=1000"], 3, ["tie", "lower gates.min_pairs, or raise prompts.count"]),
+        (["gates.min_pairs=1000"], 3, ["tie", "or raise prompts.count, or lower gates.min_pairs"]),
         (["prompts.max_tokens=1"], 3, ["prompts left after the filters (truncated ", "raise prompts.count"]),
         (["sft.lr=1e30", "sft.min_lr=0"], 2, ["sft/model: step ", "a changed sft.lr needs a new --out directory"]),
         (["data.max_tokens=3"], 2, ["no prompt is shorter than 3 tokens", "raise data.max_tokens, in a new --out"]),
