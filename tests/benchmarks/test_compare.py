@@ -113,7 +113,9 @@ def test_a_missing_peer_says_how_to_install_it(tmp_path):
         interpreter("word2vec", tmp_path)
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize(
+    "name", [name if name == "sampling" else pytest.param(name, marks=pytest.mark.full) for name in COMPARED]
+)
 def test_the_engine_runs_as_a_child_beside_a_peer(name, fake, known, monkeypatch):
     monkeypatch.setattr(comparison, "check_greedy", lambda *arguments: None)
     monkeypatch.setattr(Limits, "measure", lambda threads: Limits(100.0, 10.0))

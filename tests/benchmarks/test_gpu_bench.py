@@ -38,7 +38,7 @@ def smoke(part, tmp_path):
                 *("linear_logprob forward", "linear_logprob recompute", "linear_logprob one pass"),
             },
         ),
-        ("sampler", {"decode step", "prefill", "sampling", "judging"}),
+        pytest.param("sampler", {"decode step", "prefill", "sampling", "judging"}, marks=pytest.mark.full),
         ("train", {"SFT step", "DPO step"}),
         pytest.param("peers", {"sampling", "judging"}, marks=pytest.mark.full),
     ],

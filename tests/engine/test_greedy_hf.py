@@ -44,7 +44,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.full, id="mha"), pytest.param(2, id="gqa")])
 def test_greedy_tokens_of_64_prompts_are_theirs(tmp_path, kv_heads):
     """Equal, or at the first difference the two best logits are a near tie; behind it, by teacher forcing, the best."""
     save_checkpoint(random_llama(small_config(n_kv_heads=kv_heads), seed=kv_heads), tmp_path / "m")

@@ -110,7 +110,9 @@ def run_mix(seed):
     return [index for index in mix.chosen if found[index] != mix.alone(index)], stats
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 7 else pytest.param(seed, marks=pytest.mark.full) for seed in range(20)]
+)
 def test_a_request_in_any_company_equals_the_request_alone(seed):
     assert run_mix(seed)[0] == []
 

@@ -287,8 +287,15 @@ SCHEDULES = {  # the loss, whether it is called linear, the limit in rows, and p
 }
 
 
-@each_tiles
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("tiles", "schedule"),
+    [  # Triton's interpreter takes seconds for each
+        pytest.param(tiles, schedule, id=f"{schedule}-{name}", marks=pytest.mark.full if slow else ())
+        for name, tiles in TILES.items()
+        for schedule in SCHEDULES
+        if (slow := name == "triton" and schedule != "recompute") or True
+    ],
+)
 def test_a_gradient_that_is_not_wanted_costs_no_product_and_the_other_keeps_its_bits(tiles, schedule, monkeypatch):
     """A LoRA's head is frozen. No dW: two thirds of the products, or three quarters where logits are made twice."""
     loss, linear, held, logits = SCHEDULES[schedule]
