@@ -72,6 +72,22 @@ def records(name: str) -> dict[str, dict[str, Any]]:
     return {row["kernel"]: row for row in rows if not row.get("shape", "").startswith(("no ", "ungrouped"))}
 
 
+def lora() -> dict[str, dict[str, Any]]:
+    """What a step by LoRA took on the H200: `python -m benchmarks.lora`."""
+    rows = json.loads((ROOT / "benchmarks/results/h200/lora.json").read_text())["rows"]
+    return {
+        " ".join([row["what"], *([row["activation_checkpointing"]] if "peak_gb" in row else [])]): row for row in rows
+    }
+
+
+def test_the_memory_that_a_training_was_said_to_take_is_what_it_took() -> None:
+    """The tables are sums of parts; the peaks are torch's own, of whole steps at 7B in packs of 4,096 tokens."""
+    said = [float(each) for each in memory("7B")[10:12]]
+    for name, expected in zip(("none", "full"), said, strict=True):
+        peaks = [lora()[f"{what} {name}"]["peak_gb"] for what in ("SFT", "DPO")]
+        assert max(peaks) == pytest.approx(expected, rel=0.02) and min(peaks) > 0.95 * expected
+
+
 def activation_bytes(config: LlamaConfig) -> float:
     """Of a token of a pack: two measured steps at 7B differ in 512 tokens of a pack; by dim and ffn at other sizes."""
     steps, of = records("train"), PRESETS["7B"]
@@ -145,10 +161,10 @@ def test_memory_is_what_the_engine_takes(size: str) -> None:
 
 
 def test_time_is_tokens_over_measured_rates() -> None:
-    sampler, steps = records("sampler"), records("train")
+    sampler = records("sampler")
     drawn, judged = (sampler[name]["new_tokens_per_second"] for name in ("sampling", "judging"))
-    sft, dpo = (int(re.findall(r"(\d+) tokens/s", steps[name]["shape"])[0]) for name in ("SFT step", "DPO step"))
-    for rate in (drawn, judged, sft, dpo):
+    reference, sft, dpo = (lora()[name]["tokens_per_second"] for name in ("reference", "SFT none", "DPO none"))
+    for rate in (drawn, judged, sft, dpo, reference):
         assert f"{rate:,.0f}" in PAGE
     recipe = Recipe.load("llama2-7b", check_files=False)
     count, answers = recipe.prompts.count or 0, recipe.candidates.n
@@ -156,7 +172,8 @@ def test_time_is_tokens_over_measured_rates() -> None:
         (count // 2 * recipe.prompts.max_tokens, drawn),
         (count * answers * ANSWER, drawn),
         (count * answers * recipe.judge.draws * JUDGEMENT, judged),
-        (count * (PROMPT + 2 * ANSWER) * 4 // 3, dpo),
+        (count * (PROMPT + 2 * ANSWER), dpo),
+        (count * (PROMPT + 2 * ANSWER), reference),
     ]
     once = [
         (2 * 3200 * (PROMPT + ANSWER) + 1600 * (RUBRIC + PROMPT + ANSWER + JUDGEMENT), sft),
@@ -178,7 +195,7 @@ def test_time_is_tokens_over_measured_rates() -> None:
         parts = [round(times * tokens / rate / 60) for tokens, rate in a_round]
         said = (RECIPES / f"llama2-{size}.yaml").read_text()
         assert (
-            f"({times * of_round:.0f} a round: sampling {parts[0] + parts[1]}, judging {parts[2]}, DPO {parts[3]})"
+            f"({times * of_round:.0f} a round: sampling {parts[0] + parts[1]}, judging {parts[2]}, DPO {parts[3] + parts[4]})"
             in said
         )
         whole = times * (2 * of_round + of_rest)  # said to five minutes
