@@ -1,7 +1,7 @@
 """What AlpacaEval's and FastChat's own code makes of the files that ours writes, and of the same annotations.
 
-Their packages are installed beside this environment without what they need to call a judge (make test-full does it); those
-imports are replaced by mocks, nothing of which the readers use.
+Their packages are installed beside this environment without what they need to call a judge (make test-full does it); what is
+missing for that is replaced by mocks, nothing of which the readers use.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ from selfreward import alpaca, mt_bench
 pytestmark = pytest.mark.full
 
 READ = """
-import json, sys
+import importlib, json, sys
 from unittest.mock import MagicMock
-for name in ("fire", "pkg_resources", "openai", "anthropic", "dotenv", "tiktoken"):
-    try:
-        __import__(name)
-    except ImportError:
-        sys.modules[name] = MagicMock(__path__=[])
-from alpaca_eval import utils
-from alpaca_eval.metrics.winrate import get_winrate
-from fastchat.llm_judge import common
+
+def theirs(name):
+    while True:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name.split(".")[0] in ("alpaca_eval", "fastchat", "pandas", "numpy", "scipy", "datasets"):
+                raise
+            sys.modules[error.name] = MagicMock(__path__=[])
+            for begun in [each for each in sys.modules if each.split(".")[0] in ("alpaca_eval", "fastchat")]:
+                del sys.modules[begun]
+
+get_winrate = theirs("alpaca_eval.metrics.winrate").get_winrate
+common, utils = theirs("fastchat.llm_judge.common"), theirs("alpaca_eval.utils")
 
 outputs, annotations, questions, answers = sys.argv[1:]
 table = utils.load_or_convert_to_dataframe(outputs)
