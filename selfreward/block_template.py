@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -12,7 +11,7 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from engine import InputError
-from selfreward.template_files import sandbox, template_line, template_path
+from selfreward.template_files import read_template, sandbox, template_line, template_path
 
 
 class TextEncoder(Protocol):
@@ -39,12 +38,7 @@ class BlockTemplate:
 
     def __init__(self, path_or_name: str | Path) -> None:
         self.path = template_path(self.kind, path_or_name)
-        try:
-            source = self.path.read_bytes()
-            text = source.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.kind} template {self.path} cannot be read: {error}") from None
-        self.hash = hashlib.sha256(source).hexdigest()
+        text, self.hash = read_template(self.kind, self.path)
         self._template = self._compile(text)
         self.segments(*(f"the {name}" for name in self.variables))  # what only shows when rendering, shows now
 

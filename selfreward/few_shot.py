@@ -7,7 +7,6 @@ appendix A.5): `listed` takes the instructions out of what was written. No model
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from jinja2 import meta
 
 from engine import InputError, Tokenizer
 from selfreward.filters import MAX_WORDS, word_count
-from selfreward.template_files import sandbox, template_line, template_path
+from selfreward.template_files import read_template, sandbox, template_line, template_path
 
 Row = dict[str, Any]
 MARKS = ("[INST]", "[/INST]")  # of the chat layout: where one of them is written, the list is over
@@ -47,12 +46,7 @@ class PromptTemplate:
 
     def __init__(self, path_or_name: str | Path) -> None:
         self.path = template_path("prompts", path_or_name)
-        try:
-            source = self.path.read_bytes()
-            text = source.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"prompts template {self.path} cannot be read: {error}") from None
-        self.hash = hashlib.sha256(source).hexdigest()
+        text, self.hash = read_template("prompts", self.path)
         self._template = self._compile(text.removesuffix("\n"))
         self.numbered = bool(re.search(r"(?<![0-9])4[ \t]?[.):]\s*$", self.text(["a", "b", "c"])))
 

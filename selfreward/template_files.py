@@ -3,6 +3,7 @@ named with file and line."""
 
 from __future__ import annotations
 
+import hashlib
 import traceback
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def template_path(kind: str, path_or_name: str | Path) -> Path:
         shipped = ", ".join(sorted(p.stem.removeprefix(f"{kind}_") for p in TEMPLATES.glob(f"{kind}_*.jinja")))
         raise InputError(f"{kind} template {name!r} is not shipped; use one of {shipped}, or the path of a .jinja file")
     return path
+
+
+def read_template(kind: str, path: Path) -> tuple[str, str]:
+    """A template's text, and the hash of its bytes for the manifest."""
+    try:
+        source = path.read_bytes()
+        return source.decode("utf-8"), hashlib.sha256(source).hexdigest()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{kind} template {path} cannot be read: {error}") from None
 
 
 def sandbox() -> SandboxedEnvironment:
