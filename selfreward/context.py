@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +21,11 @@ from selfreward.recipe import Recipe
 from selfreward.report import Reporter
 from selfreward.state import RunDir, row_seed
 
+if TYPE_CHECKING:
+    from selfreward.pairwise import PairwiseTemplate
+
 Row = dict[str, Any]
+SPENT = ("seconds", "computed_rows", "new_tokens", "prefix_tokens_saved", "fork_tokens_saved")
 
 
 class GateError(Exception):
@@ -52,7 +57,9 @@ class Run:
     stop: Event = field(default_factory=Event)
     judge_model_template: JudgeTemplate | None = None  # of recipe.judge_model; None: `template`
     prompt_template: PromptTemplate | None = None  # of prompts.mode few_shot
+    pairwise_template: PairwiseTemplate | None = None  # of evaluation.head_to_head pairwise
     _loaded: tuple[Path, LLM] | None = field(default=None)
+    _spent: Counter[str] = field(default_factory=Counter)  # by samplers that are no longer loaded
 
     @property
     def base(self) -> Path:
@@ -104,9 +111,14 @@ class Run:
                 self._loaded = (path, LLM(path, tokenizer, device=self.device, **settings))
         return self._loaded[1]
 
+    def spent(self) -> Counter[str]:
+        """What all samplers of this process have done: SPENT of `LLM.stats()`."""
+        stats = {} if self._loaded is None else self._loaded[1].stats()
+        return self._spent + Counter({name: stats.get(name, 0) for name in SPENT})
+
     def _free(self) -> None:
         """Give up the loaded weights and their KV cache before others take the memory."""
-        self._loaded = None
+        self._spent, self._loaded = self.spent(), None
         free_memory(self.device)
 
     def fresh(self, path: Path, precision: str) -> Llama | LoRA:

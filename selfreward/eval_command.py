@@ -28,10 +28,10 @@ from engine import InputError
 from selfreward import alpaca, head_to_head, mt_bench
 from selfreward.context import Row, Run
 from selfreward.eval_run import USED, answer_all, find_models, opened, read_prompts, settings
-from selfreward.evaluation import judge_groups, text_figures
+from selfreward.evaluation import figures_as_judge, text_figures
 from selfreward.files import stem
 from selfreward.formats import Read, as_group, read_file
-from selfreward.metrics import FIGURES, judge_figures, length_figures
+from selfreward.metrics import FIGURES, length_figures
 from selfreward.pairwise import PairwiseTemplate, by_pairs
 from selfreward.report import Reporter, number, with_error, with_interval
 
@@ -178,10 +178,7 @@ def _ranked(read: Read, report: Reporter, by_model: Row) -> Row:
 
 
 def _judge(run: Run, models: Models, read: Read, arguments: Namespace) -> Row:
-    found = {}
-    for name, path in models.items():
-        scores = judge_groups(run, path, f"judgements/{name}.jsonl", read.rows)
-        found[name] = judge_figures(read.rows, scores)
+    found = {name: figures_as_judge(run, path, f"judgements/{name}.jsonl", read.rows) for name, path in models.items()}
     return _ranked(read, run.report, found)
 
 

@@ -22,7 +22,10 @@ from selfreward.report import Reporter
 from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, own_version, read_json, written_manifest
 
 USED = ("seed", "evaluation", "judge", "judge_model", "sampler", "device")  # of the recipe
-FOR_THE_LOOP = ("evaluation.oracle", "evaluation.prompts", "evaluation.greedy", "evaluation.judge_groups", "judge.by")
+FOR_THE_LOOP = (
+    *("evaluation.oracle", "evaluation.prompts", "evaluation.greedy", "evaluation.judge_groups"),
+    *("evaluation.head_to_head", "evaluation.pairwise_template", "judge.by"),
+)
 
 
 def settings(recipe: str | None, out: Path, overrides: Sequence[str]) -> Recipe:

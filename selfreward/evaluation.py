@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine import RequestOutput, SamplingParams
 from selfreward import tiny
 from selfreward.context import Row, Run
-from selfreward.judging import by_answer, judge_by_model, mean_of_draws, ranked_items
+from selfreward.head_to_head import BASELINE, by_scores, match_rows
+from selfreward.judging import by_answer, drawn_score, judge_by_model, mean_of_draws, ranked_items
 from selfreward.metrics import judge_figures, length_figures, mean_and_error
+from selfreward.pairwise import by_pairs
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.seeds import heldout_groups, heldout_prompts
 from selfreward.state import row_seed
 from selfreward.variety import distinct, repetition
+
+OUTCOME = ("win", "tie", "loss", "win_minus_loss", "win_minus_loss_se", "unread")  # of a match, in a model's row
 
 
 def evaluate_model(run: Run, name: str, path: Path) -> Row:
@@ -33,17 +37,55 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
             row["true_quality_n"] = len(answers)
     groups = heldout_groups(run.recipe)
     if groups:
-        scores = judge_groups(run, path, f"{folder}/judgements.jsonl", groups)
-        row |= prefixed("judge", judge_figures(groups, scores)) | prefixed("longer", length_figures(groups))
+        figures = figures_as_judge(run, path, f"{folder}/judgements.jsonl", groups)
+        row |= prefixed("judge", figures) | prefixed("longer", length_figures(groups))
         row["longer_wins"] = row["longer_pairwise_ties_half"]
     return row
 
 
-def judge_groups(run: Run, path: Path, name: str, groups: Sequence[Row]) -> list[list[float | None]]:
-    """[group][answer]: the mean score that the model gives each ranked answer; its judgements go into the file `name`."""
+def figures_as_judge(run: Run, path: Path, name: str, groups: Sequence[Row]) -> Row:
+    """`judge_figures` of the scores that a model gives ranked answers; its judgements go into the file `name`.
+
+    A perfect score is one that was drawn each time: expected scores, where the recipe takes them, never reach it.
+    """
     judged = judge_by_model(run, name, path, ranked_items(groups), run.recipe.judge, (0, "evaluation"))
     drawn = by_answer(groups, judged)
-    return [[mean_of_draws(run, draws) for draws in drawn[group["id"]]] for group in groups]
+    scores = [[mean_of_draws(run, draws) for draws in drawn[group["id"]]] for group in groups]
+    whole = [[mean_of_draws(run, draws, drawn_score) for draws in drawn[group["id"]]] for group in groups]
+    return judge_figures(groups, scores, whole)
+
+
+def compare_models(run: Run, models: Mapping[str, Path]) -> Row:
+    """Head to head on the held-out instructions, by `judge_model` or the last model: evaluation/head_to_head.jsonl."""
+    judge, how = run.recipe.judge_model or list(models.values())[-1], run.recipe.evaluation.head_to_head
+    answers = {name: run.rows(f"evaluation/{name}/answers.jsonl") for name in models}
+    if how == "pairwise":
+        assert run.pairwise_template is not None
+        outcomes = by_pairs(run, judge, run.pairwise_template, answers, "evaluation/comparisons.jsonl")
+    else:
+        outcomes = by_scores(run, judge, answers, "evaluation/judgements.jsonl")
+    rows = match_rows(outcomes, answers)
+    run.dir.write_jsonl("evaluation/head_to_head.jsonl", rows)
+    by = "judge_model" if run.recipe.judge_model else list(models)[-1]
+    return {
+        "by": by,
+        "how": how,
+        "prompts": len(answers[list(models)[-1]]),
+        "unread": sum(row["unread"] for row in rows),
+    }
+
+
+def with_matches(models: Sequence[Row], matches: Sequence[Row]) -> list[Row]:
+    """The models' rows with what came of each against the one before it (`previous_*`) and the baseline (`sft_*`)."""
+    found = {(row["model"], row["against"]): row for row in matches}
+    rows = list[Row]()
+    for row in models:
+        before = rows[-1]["name"] if rows else None
+        for prefix, other in (("previous", before), ("sft", BASELINE)):
+            match = found.get((row["name"], other))
+            row = row | {f"{prefix}_{key}": match and match[key] for key in OUTCOME}
+        rows.append(row)
+    return rows
 
 
 def text_figures(texts: Sequence[Sequence[int]]) -> Row:

@@ -41,8 +41,10 @@ def matches(names: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def by_scores(run: Run, judge: Path, answers: Answers) -> dict[tuple[str, str], Outcomes]:
-    """Each match's outcomes by the judge's mean scores; its judgements go into judgements.jsonl.
+def by_scores(
+    run: Run, judge: Path, answers: Answers, file: str = "judgements.jsonl"
+) -> dict[tuple[str, str], Outcomes]:
+    """Each match's outcomes by the judge's mean scores; its judgements go into `file`.
 
     The answers to one prompt stand together, so that the rubric and the prompt are computed once for all models.
     """
@@ -56,7 +58,7 @@ def by_scores(run: Run, judge: Path, answers: Answers) -> dict[tuple[str, str], 
     if options.duplicates == "once":
         items = [once(each) for each in items]
     template = run.judge_model_template if judge == run.recipe.judge_model else None
-    for row in judge_by_model(run, "judgements.jsonl", judge, items, options, (0, "head to head"), template):
+    for row in judge_by_model(run, file, judge, items, options, (0, "head to head"), template):
         drawn.setdefault(row["candidate_id"], []).append(row)
     scores = {item.id: mean_of_draws(run, drawn[item.same_as or item.id]) for each in items for item in each}
 
@@ -176,6 +178,11 @@ def read_verdicts(path: Path, asked: set[str]) -> dict[str, str | None]:
             f"{path} lacks {len(asked) - len(found)} of {len(asked)} verdicts, such as that of {missing!r}"
         )
     return found
+
+
+def match_rows(outcomes: Mapping[tuple[str, str], Outcomes], answers: Answers) -> list[Row]:
+    """A row per match: who against whom, and `figures`."""
+    return [{"model": a, "against": b} | figures(each, answers[a], answers[b]) for (a, b), each in outcomes.items()]
 
 
 def figures(outcomes: Outcomes, rows: Sequence[Row], against: Sequence[Row]) -> Row:

@@ -11,6 +11,7 @@ from selfreward.expected import score_labels
 from selfreward.few_shot import PromptTemplate
 from selfreward.filters import MAX_WORDS
 from selfreward.judge import JudgeTemplate
+from selfreward.pairwise import PairwiseTemplate
 from selfreward.prompts import seed_rows, take_prompts
 from selfreward.recipe import Recipe
 from selfreward.seeds import (
@@ -53,15 +54,18 @@ class Templates(NamedTuple):
     judge: JudgeTemplate
     judge_model: JudgeTemplate | None
     prompts: PromptTemplate | None
+    pairwise: PairwiseTemplate | None
 
 
 def load_templates(recipe: Recipe) -> Templates:
     """Read and checked."""
     of_model, judge, prompts = recipe.judge.model_template, JudgeTemplate(recipe.judge.template), recipe.prompts
+    evaluation = recipe.evaluation
     return Templates(
         judge,
         None if of_model is None else JudgeTemplate(of_model),
         PromptTemplate(prompts.template) if prompts.mode == "few_shot" else None,
+        PairwiseTemplate(evaluation.pairwise_template) if evaluation.head_to_head == "pairwise" else None,
     )
 
 

@@ -42,26 +42,30 @@ def ranked_pairs(groups: Sequence[Row]) -> list[tuple[int, int, int]]:
     return [(number, a, b) for number, group in enumerate(groups) for a, b in _pairs(_ranks(group))]
 
 
-def judge_figures(groups: Sequence[Row], scores: Sequence[Scores]) -> Row:
+def judge_figures(groups: Sequence[Row], scores: Sequence[Scores], drawn: Sequence[Scores] | None = None) -> Row:
     """The paper's five figures of a judge (section 3.1.2), each a number from 0 (or -1) to 1 with an interval.
 
     groups: {"answers": [{"text", "rank"}]}; those whose ranks are all equal say nothing and are left out.
-    scores[group][answer]. Keys: `pairs`, `groups`, `prompts` (different ones), `unread` (the share of answers without a
-    readable score, which are wrong in the figures), and for each name of FIGURES `name` and `name_interval`, [low, high];
-    None where nothing could be measured.
+    scores[group][answer]; drawn: the same for 5-best, where `scores` are expected ones. Keys: `pairs`, `groups`, `prompts`
+    (different ones), `unread` (the share of answers without a readable score, which are wrong in the figures), and for each
+    name of FIGURES `name` and `name_interval`, [low, high]; None where nothing could be measured.
     """
-    used = [(group, each) for group, each in zip(groups, scores, strict=True) if len(set(_ranks(group))) > 1]
-    given = [score for _, each in used for score in each]
+    used = [
+        (group, each, whole)
+        for group, each, whole in zip(groups, scores, drawn or scores, strict=True)
+        if len(set(_ranks(group))) > 1
+    ]
+    given = [score for _, each, _ in used for score in each]
     prompts: dict[str, int] = {}  # of a file that has a prompt twice, the rows are drawn together
     places = [
-        prompts.setdefault(group.get("prompt", str(number)), len(prompts)) for number, (group, _) in enumerate(used)
+        prompts.setdefault(group.get("prompt", str(number)), len(prompts)) for number, (group, _, _) in enumerate(used)
     ]
     found: Row = {"pairs": len(ranked_pairs(groups)), "groups": len(used), "prompts": len(prompts)}
     found["unread"] = given.count(None) / len(given) if given else None
     for name, of_group in FIGURES.items():
         parts = [(0.0, 0.0)] * len(prompts)
-        for place, (group, each) in zip(places, used, strict=True):
-            numerator, denominator = of_group(_ranks(group), each)
+        for place, (group, each, whole) in zip(places, used, strict=True):
+            numerator, denominator = of_group(_ranks(group), whole if name == "five_best" else each)
             parts[place] = parts[place][0] + numerator, parts[place][1] + denominator
         found[name], found[f"{name}_interval"] = ratio_and_interval(parts)
     return found

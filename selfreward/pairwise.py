@@ -97,8 +97,10 @@ def _winner(side: str) -> str:
 # ---- asking -------------------------------------------------------------------------------------------------------------
 
 
-def by_pairs(run: Run, judge: Path, template: PairwiseTemplate, answers: Answers) -> dict[tuple[str, str], Outcomes]:
-    """Each match's outcomes by a model that compares: `judge.draws` comparisons in each order, into comparisons.jsonl.
+def by_pairs(
+    run: Run, judge: Path, template: PairwiseTemplate, answers: Answers, file: str = COMPARISONS
+) -> dict[tuple[str, str], Outcomes]:
+    """Each match's outcomes by a model that compares: `judge.draws` comparisons in each order, into `file`.
 
     An order's verdict is that of most of its readable draws (a tie where two are as frequent); who wins in both orders
     wins, all else is a tie. Equal texts tie without being asked. None where an order has no readable draw.
@@ -131,7 +133,7 @@ def by_pairs(run: Run, judge: Path, template: PairwiseTemplate, answers: Answers
         )
     groups = [[one for each in group for one in each] for group in in_groups(asked)]
     drawn: dict[str, list[Row]] = {}
-    for row in sample_groups(run, COMPARISONS, llm, [group for group in groups if group]):
+    for row in sample_groups(run, file, llm, [group for group in groups if group]):
         drawn.setdefault(row["comparison_id"], []).append(row)
 
     def outcome(a: str, b: str, first: Row, second: Row) -> int | None:

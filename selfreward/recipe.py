@@ -379,6 +379,17 @@ class Evaluation(Group):
     greedy: bool = False  # answer a second time, greedily
     max_tokens: Count = 1024
     judge_groups: Count | None = None  # null: all held-out ones
+    head_to_head: Literal["scores", "pairwise"] | None = "scores"  # how each model is compared with those before it
+    pairwise_template: str = "llama2"  # of pairwise: a shipped name, or the path of a .jinja file
+
+    @model_validator(mode="after")
+    def _compared(self) -> Evaluation:
+        if self.head_to_head != "pairwise" and self.pairwise_template != "llama2":
+            raise InputError(
+                f"head_to_head is {self.head_to_head or 'null'}, where pairwise_template has no effect; leave it out, or set "
+                "head_to_head to pairwise"
+            )
+        return self
 
 
 class Recipe(Group):

@@ -14,7 +14,12 @@ from selfreward.recipe_errors import nearest, shown
 
 PACKAGE = Path(__file__).parent
 RECIPES = PACKAGE / "recipes"
-TEMPLATE_KEYS = ("judge.template", "judge.model_template", "prompts.template")  # a path, or the name of a shipped file
+TEMPLATE_KEYS = (  # a path, or the name of a shipped file
+    "judge.template",
+    "judge.model_template",
+    "prompts.template",
+    "evaluation.pairwise_template",
+)
 PATH_KEYS = (
     "model",
     "m1",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from selfreward.health import model_warnings, round_warnings
 
 Row = dict[str, Any]
 PROGRESS_SECONDS = 5.0
@@ -63,13 +66,30 @@ class Reporter:
 
 
 def build_report(
-    models: list[Row], rounds: list[Row], stages: dict[str, Row], timing: list[Row], stopped: str | None = None
+    models: list[Row],
+    rounds: list[Row],
+    matches: list[Row],
+    stages: dict[str, Row],
+    timing: list[Row],
+    stopped: str | None = None,
 ) -> Row:
-    """report.json: figures per model and per round, counts per stage; everything about time under `timing`."""
-    seconds: dict[str, float] = {}
+    """report.json: figures per model, per round and per match, counts per stage, what is odd in them; everything about time
+    under `timing`, with what the sampler did in each stage (`SPENT` of `LLM.stats()`)."""
+    seconds: Counter[str] = Counter()
+    sampler: dict[str, Counter[str]] = {}
     for row in timing:
-        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
-    return {"models": models, "rounds": rounds, "stages": stages, "stopped": stopped, "timing": {"seconds": seconds}}
+        seconds[row["stage"]] += row["seconds"]
+        if "sampler" in row:
+            sampler.setdefault(row["stage"], Counter()).update(row["sampler"])
+    return {
+        "models": models,
+        "rounds": rounds,
+        "matches": matches,
+        "warnings": [said for row in rounds for said in round_warnings(row)] + model_warnings(models),
+        "stages": stages,
+        "stopped": stopped,
+        "timing": {"seconds": dict(seconds), "sampler": {stage: dict(found) for stage, found in sampler.items()}},
+    }
 
 
 def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
@@ -113,12 +133,56 @@ def print_report(report: Row, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     console.print(table)
-    times = Table(title="Seconds per stage")
-    times.add_column("stage")
-    times.add_column("seconds", justify="right")
+    if report["matches"]:
+        console.print(_table(match_title(report), *match_table(report["matches"])))
+    console.print(_table("Seconds per stage", *time_table(report)))
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def match_title(report: Row) -> str:
+    """Who judged the matches, how, and on how many prompts."""
+    found = report["stages"]["evaluation/head_to_head"]
+    by = "the judge model" if found["by"] == "judge_model" else found["by"]
+    how = "'s scores" if found["how"] == "scores" else ", which saw both answers in both orders"
+    return f"Head to head on {found['prompts']} prompts, by {by}{how}"
+
+
+def match_table(matches: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the cells of every match: shares of the prompts with a verdict, `unread` those without, tokens."""
+    headings = ["model", "against", "win", "tie", "loss", "win - loss", "unread", "tokens", "tokens against"]
+    return headings, [
+        [
+            row["model"],
+            row["against"],
+            *(number(row[key], ".1%") for key in ("win", "tie", "loss")),
+            with_error(row["win_minus_loss"], row["win_minus_loss_se"], "+.2f"),
+            str(row["unread"]),
+            *(number(row[key], ".1f") for key in ("mean_length", "mean_length_against")),
+        ]
+        for row in matches
+    ]
+
+
+def time_table(report: Row) -> tuple[list[str], list[list[str]]]:
+    """Headings and a row per stage: its seconds; of its sampler the tokens that were computed in a second of its steps, and
+    those of prompts that were not, since another request had them."""
+    rows = []
     for stage, seconds in report["timing"]["seconds"].items():
-        times.add_row(stage, f"{seconds:.1f}")
-    console.print(times)
+        found = report["timing"]["sampler"].get(stage)
+        cells = [NONE, NONE]
+        if found and found["seconds"]:
+            shared = found["prefix_tokens_saved"] + found["fork_tokens_saved"]
+            cells = [f"{found['computed_rows'] / found['seconds']:,.0f}", f"{shared:,}"]
+        rows.append([stage, f"{seconds:.1f}", *cells])
+    return ["stage", "seconds", "tokens/s", "tokens shared"], rows
 
 
 def number(value: Any, spec: str) -> str:

@@ -18,7 +18,18 @@ import jinja2
 
 from selfreward.formats import read_jsonl
 from selfreward.pairs import said
-from selfreward.report import NONE, build_report, graded_instructions, model_table, number, reasons, with_error
+from selfreward.report import (
+    NONE,
+    build_report,
+    graded_instructions,
+    match_table,
+    match_title,
+    model_table,
+    number,
+    reasons,
+    time_table,
+    with_error,
+)
 from selfreward.report_plots import Plot, draw_plots
 from selfreward.report_rounds import round_figures
 from selfreward.state import TIMING, RunDir
@@ -27,6 +38,8 @@ Row = dict[str, Any]
 
 EXAMPLES = 3  # pairs per round
 SHOWN_CHARACTERS = 1200  # of a prompt or an answer
+SHOWN_HASH = 12  # digits
+HEAD_TO_HEAD = "evaluation/head_to_head"
 PLUS_MINUS = "\u00a0±\u00a0"  # a figure and its error stay on one line
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -38,19 +51,29 @@ def write_report(directory: RunDir, models: list[Row], stopped: str | None = Non
     """
     stages, timing = directory.finished(), directory.file(TIMING)
     rounds = round_figures(directory.path, stages)
-    report = build_report(models, rounds, stages, read_jsonl(timing) if timing.is_file() else [], stopped)
-    plots = draw_plots(models, rounds, training_curves(directory.path, stages))
+    matches = read_jsonl(directory.file("evaluation/head_to_head.jsonl")) if HEAD_TO_HEAD in stages else []
+    report = build_report(models, rounds, matches, stages, read_jsonl(timing) if timing.is_file() else [], stopped)
+    plots = draw_plots(models, rounds, matches, training_curves(directory.path, stages))
     for plot in plots:
         directory.write_bytes(f"plots/{plot.name}.png", plot.png)
     directory.write_json("report.json", report)
-    page = render(report, plots, example_pairs(directory.path, stages), directory.manifest.get("recipe", {}))
+    judge = (directory.manifest.get("models") or {}).get("judge_model")
+    page = render(report, plots, example_pairs(directory.path, stages), directory.manifest.get("recipe", {}), judge)
     directory.write_bytes("report.html", page.encode("utf-8"))
     return report
 
 
-def render(report: Row, plots: Sequence[Plot], examples: Sequence[Row], recipe: Mapping[str, Any]) -> str:
-    """The page. Nothing is read from the disk but the template."""
+def render(
+    report: Row,
+    plots: Sequence[Plot],
+    examples: Sequence[Row],
+    recipe: Mapping[str, Any],
+    judge_hash: str | None = None,
+) -> str:
+    """The page. Nothing is read from the disk but the template. judge_hash: of `judge_model`'s contents."""
     headings, cells = model_table(report)
+    match_headings, matches = match_table(report["matches"])
+    time_headings, times = time_table(report)
     return _template().render(
         lead=lead(report),
         stopped=report["stopped"],
@@ -59,6 +82,15 @@ def render(report: Row, plots: Sequence[Plot], examples: Sequence[Row], recipe: 
         graded=graded_instructions(report),
         names=[row["name"] for row in report["models"]],
         judge=_judge(recipe),
+        judge_model=Path(str(recipe.get("judge_model"))).name,
+        judge_hash=(judge_hash or "")[:SHOWN_HASH],
+        expected=(recipe.get("judge") or {}).get("score") == "expected",
+        warnings=report["warnings"],
+        match_title=match_title(report) if matches else "",
+        match_headings=match_headings,
+        matches=[[cell.replace(" +- ", PLUS_MINUS) for cell in row] for row in matches],
+        time_headings=time_headings,
+        times=times,
         dropout=(recipe.get("dpo") or {}).get("dropout"),
         positives=_positives(report),
         rounds=[row["round"] for row in report["rounds"]],
@@ -66,7 +98,6 @@ def render(report: Row, plots: Sequence[Plot], examples: Sequence[Row], recipe: 
         plots={plot.name: plot for plot in plots},
         image={plot.name: "data:image/png;base64," + base64.b64encode(plot.png).decode() for plot in plots},
         examples=examples,
-        seconds=list(report["timing"]["seconds"].items()),
         total=sum(report["timing"]["seconds"].values()),
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
     )
@@ -130,6 +161,7 @@ def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("most frequent long words", [_counts(row["topics"]) for row in rounds]),
         ("length of answers against round 1", [number(row["length_drift"], ".2f") for row in rounds]),
         ("variety of the answers", [number(row["answer_diversity"], ".1%") for row in rounds]),
+        ("answers that were cut", [number(row["answers_cut"], ".1%") for row in rounds]),
         ("judgements", [number(row["judgements"], "d") for row in rounds]),
         ("how they could be read", [_counts(row["statuses"]) for row in rounds]),
         ("mean score", [number(row["score_mean"], ".2f") for row in rounds]),
@@ -143,7 +175,13 @@ def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("tokens, chosen", [number(row["length_chosen"], ".1f") for row in rounds]),
         ("tokens, rejected", [number(row["length_rejected"], ".1f") for row in rounds]),
         ("chosen minus rejected", [_figure(row, "length_gap", "+.2f") for row in rounds]),
+        ("agreement of the judge's draws", [number(row["consistency"], ".3f") for row in rounds]),
+        ("label smoothing", [number(row["label_smoothing"], ".3f") for row in rounds]),
         ("perfect answers trained on", [number(row["positives"], "d") for row in rounds]),
+        ("training steps", [number(row["steps"], "d") for row in rounds]),
+        ("kept is the model of step", [number(row["best_step"], "d") for row in rounds]),
+        ("rows held out to choose it", [number(row["held_out"], "d") for row in rounds]),
+        ("sampler against trainer, nats a token", [number(row["parity_max"], ".1e") for row in rounds]),
     ]
     return [(name, values) for name, values in table if any(value != NONE for value in values)]
 

@@ -25,6 +25,7 @@ Curves = Mapping[str, Sequence[Row]]  # name of the trained model -> its metrics
 
 WIDTH, HEIGHT, DPI = 4.8, 3.0, 150  # inches; narrow, so that the text stays readable on a phone
 COLOURS = ("#1f6fb4", "#d9660d", "#2a8f4f", "#8a5bb8", "#b8324b", "#5f6b7a")
+GREY = "#c3c9d0"
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -48,14 +49,15 @@ class Plot:
     png: bytes
 
 
-def draw_plots(models: Sequence[Row], rounds: Sequence[Row], curves: Curves) -> list[Plot]:
+def draw_plots(models: Sequence[Row], rounds: Sequence[Row], matches: Sequence[Row], curves: Curves) -> list[Plot]:
     """All plots that the figures allow, in the order of the page."""
     dpo = {name: rows for name, rows in curves.items() if any("rewards/margins" in row for row in rows)}
     sft = {name: rows for name, rows in curves.items() if name not in dpo}
     import matplotlib.style
 
     with matplotlib.style.context(["default", STYLE], after_reset=True):
-        plots = [quality(models), judge(models), scores(rounds), pairs(rounds), dpo_curves(dpo), sft_curves(sft)]
+        of_models = [quality(models), judge(models), head_to_head(matches), texts(models)]
+        plots = [*of_models, scores(rounds), pairs(rounds), dpo_curves(dpo), sft_curves(sft)]
     return [plot for plot in plots if plot is not None]
 
 
@@ -84,6 +86,42 @@ def judge(models: Sequence[Row]) -> Plot | None:
     _name_models(axes, models, "ranked pairs ordered rightly", legend=True)
     alt = "; ".join(f"{label}: {_by_model(models, key, '.3f')}" for label, key in series.items())
     return _plot("judge", "Accuracy as a judge", f"Share of pairs ordered as they are ranked, by model. {alt}.", figure)
+
+
+def head_to_head(matches: Sequence[Row]) -> Plot | None:
+    """What became of each match: the prompts that the newer model won, tied and lost."""
+    rows = [row for row in matches if row["n"]]
+    if not rows:
+        return None
+    figure, axes = _figure(height=1.2 + 0.32 * len(rows))
+    labels, left = [f"{row['model']} against {row['against']}" for row in rows], [0.0] * len(rows)
+    for outcome, colour in zip(("win", "tie", "loss"), (COLOURS[2], GREY, COLOURS[4]), strict=True):
+        axes.barh(labels, [row[outcome] for row in rows], 0.65, left=left, color=colour, label=outcome)
+        left = [a + row[outcome] for a, row in zip(left, rows, strict=True)]
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="share of the prompts", xlim=(0, 1))
+    _legend(figure, axes, 3)
+    alt = "; ".join(
+        f"{row['model']} against {row['against']}: won {row['win']:.1%}, tied {row['tie']:.1%}, lost {row['loss']:.1%}"
+        for row in rows
+    )
+    return _plot("head_to_head", "Head to head", f"Share of prompts by outcome. {alt}.", figure)
+
+
+def texts(models: Sequence[Row]) -> Plot | None:
+    """How long every model's answers are, and how much in them is not said twice."""
+    panels = {"mean_length": "tokens of an answer", "distinct_2": "distinct pairs", "repetition": "repetition"}
+    panels = {key: label for key, label in panels.items() if any(row.get(key) is not None for row in models)}
+    if not panels:
+        return None
+    figure = _empty_figure(0.6 + 1.5 * len(panels))
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (key, label), colour in zip(rows, panels.items(), COLOURS, strict=False):
+        _over_models(axes, models, key, label, colour)
+        _name_models(axes, models, label, legend=False)
+    alt = "; ".join(f"{label}: {_by_model(models, key, '.3f')}" for key, label in panels.items())
+    return _plot("texts", "Length and variety of the answers", f"By model. {alt}.", figure)
 
 
 def scores(rounds: Sequence[Row]) -> Plot | None:

@@ -23,16 +23,19 @@ Row = dict[str, Any]
 SHOWN_WORDS = 8  # openings and topics
 TOPIC_LETTERS = 6  # shorter words are mostly of no topic
 
+TRAINED = ("steps", "best_step", "held_out", "label_smoothing", "parity_max")  # counts of the round's training
+
 FIGURES = (
     *("prompts_kept", "prompts_dropped", "prompt_words", "prompt_rouge"),
     *("openings", "openings_different", "opening_entropy_bits", "topics"),
-    "answer_diversity",
+    *("answer_diversity", "answers_cut"),
     *("judgements", "statuses", "score_histogram", "score_entropy_bits", "score_mean"),
     *("draw_variance", "expected_share", "expected_gap"),
-    *("pairs", "pair_yield", "pairs_dropped"),
+    *("pairs", "pair_yield", "pairs_dropped", "consistency"),
     "length_drift",
     *("length_chosen", "length_rejected", "length_gap", "length_gap_se"),
     "positives",
+    *TRAINED,
 )
 
 
@@ -43,15 +46,19 @@ def round_figures(folder: Path, stages: Mapping[str, Row]) -> list[Row]:
     """
     rows: list[Row] = []
     while f"iter_{len(rows) + 1}/prompts" in stages:
-        rows.append(_round(folder, stages, len(rows) + 1))
+        rows.append(figures_of_round(folder, stages, len(rows) + 1))
     return rows
 
 
-def _round(folder: Path, stages: Mapping[str, Row], k: int) -> Row:
+def figures_of_round(folder: Path, stages: Mapping[str, Row], k: int) -> Row:
+    """Of one round that has begun."""
     files, prompts = folder / f"iter_{k}", stages[f"iter_{k}/prompts"]
     row: Row = {"round": k, "model": f"M{k}"} | dict.fromkeys(FIGURES)
     row |= {"prompts_kept": prompts["kept"], "prompts_dropped": _by_count(prompts["dropped"])}
-    row["length_drift"] = stages.get(f"iter_{k}/candidates", {}).get("length_drift")
+    answers = stages.get(f"iter_{k}/candidates", {})
+    if answers:
+        row["answers_cut"] = answers.get("finish_length", 0) / answers["candidates"]
+    row["length_drift"] = answers.get("length_drift")
     row |= prompt_figures(read_jsonl(files / "prompts.jsonl"))
     if f"iter_{k}/candidates" in stages:
         row["answer_diversity"] = answer_diversity(read_jsonl(files / "candidates.jsonl"))
@@ -59,8 +66,9 @@ def _round(folder: Path, stages: Mapping[str, Row], k: int) -> Row:
         row |= judgement_figures(read_jsonl(files / "judgements.jsonl"))
     if f"iter_{k}/pairs" in stages:
         row |= pair_figures(read_jsonl(files / "pairs.jsonl"), read_jsonl(files / "dropped.jsonl"))
-    row["positives"] = stages.get(f"iter_{k}/model", {}).get("positives")
-    return row
+        row["consistency"] = stages[f"iter_{k}/pairs"].get("consistency")
+    trained = stages.get(f"iter_{k}/model", {})
+    return row | {key: trained.get(key) for key in ("positives", *TRAINED)}
 
 
 def prompt_figures(prompts: Sequence[Row]) -> Row:

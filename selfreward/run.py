@@ -23,6 +23,7 @@ import argparse
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -34,8 +35,9 @@ import torch
 
 from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import eval_command, evaluation, stages, training
-from selfreward.context import GateError, Row, Run, Stopped
+from selfreward.context import SPENT, GateError, Row, Run, Stopped
 from selfreward.device import check_device, device_facts
+from selfreward.health import model_warnings
 from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer, tokenizer_hash
 from selfreward.recipe import Recipe
 from selfreward.recipe_file import PATH_KEYS, recipe_names
@@ -108,6 +110,11 @@ def loop(run: Run) -> list[Row]:
         row = stage(run, f"evaluation/{name}", evaluation.evaluate_model, name, path)
         pairs = run.dir.counts(made_by).get("pairs") if made_by.startswith("iter_") else None
         rows.append(row | {"pairs": pairs, "stage": made_by})
+    if run.recipe.data.heldout is not None and run.recipe.evaluation.head_to_head is not None:
+        stage(run, "evaluation/head_to_head", evaluation.compare_models, {name: path for name, path, _ in models})
+        rows = evaluation.with_matches(rows, run.rows("evaluation/head_to_head.jsonl"))
+    for sentence in model_warnings(rows):
+        run.report.warn(sentence)
     run.dir.write_jsonl("evaluation/metrics.jsonl", rows)
     return rows
 
@@ -120,23 +127,27 @@ def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
         return run.dir.counts(name)
     run.check_stop()
     run.report.say(f"{name} ...")
-    started = time.perf_counter()
+    started, before = time.perf_counter(), run.spent()
     try:
         counts = fn(run, *args)
     except BaseException:
         with suppress(InputError):  # a full disk, say: what stopped the stage matters more
-            _append_time(run, name, started)
+            _append_time(run, name, started, before)
         raise
-    seconds = _append_time(run, name, started)
+    seconds = _append_time(run, name, started, before)
     run.dir.mark_done(name, counts)
     run.report.say(f"{name}: {seconds:.1f} s  {_short(counts)}")
     return run.dir.counts(name)
 
 
-def _append_time(run: Run, name: str, started: float) -> float:
-    """The seconds since then; what an interrupted stage took is added to what it takes when it goes on."""
-    seconds = time.perf_counter() - started
-    run.dir.append_timing({"stage": name, "seconds": round(seconds, 3)})
+def _append_time(run: Run, name: str, started: float, before: Counter[str]) -> float:
+    """The seconds since then, and what the sampler did in them; what an interrupted stage took is added to what it takes
+    when it goes on."""
+    seconds, sampled = time.perf_counter() - started, run.spent() - before
+    row: Row = {"stage": name, "seconds": round(seconds, 3)}
+    if sampled:
+        row["sampler"] = {key: round(sampled[key], 3) for key in SPENT}
+    run.dir.append_timing(row)
     return seconds
 
 
@@ -250,6 +261,7 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
                     stop,
                     templates.judge_model,
                     templates.prompts,
+                    templates.pairwise,
                 )
             )
         except GateError as error:
@@ -280,6 +292,7 @@ def _manifest(recipe: Recipe, tokenizer: Tokenizer, templates: Templates) -> Row
         "judge_model_template": templates.judge_model.hash if templates.judge_model else None,
         "prompt_tokenizer": tokenizer_hash(recipe.prompt_model),
         "prompt_template": templates.prompts.hash if templates.prompts else None,
+        "pairwise_template": templates.pairwise.hash if templates.pairwise else None,
         "selfreward": own_version(),
         "numpy": metadata.version("numpy"),  # its permutations are the order of the data
         "training_threads": torch.get_num_threads(),

@@ -9,12 +9,14 @@ from engine import Llama, RequestOutput, SamplingParams, save_checkpoint
 from selfreward.context import GateError, Row, Run
 from selfreward.eft import select
 from selfreward.gates import check_judgements, length_drift
+from selfreward.health import round_warnings
 from selfreward.judging import Item, by_answer, judge_by_model, judge_candidates, ranked_items, scored_candidates
 from selfreward.pairs import NO_MORE, TOO_LONG, Rules, pair_id, said
 from selfreward.pairs import build_pairs as prompt_pairs
 from selfreward.prompts import PROMPT_TOO_LONG, by_reason, take_prompts, write_few_shot, write_prompts
 from selfreward.recipe import Candidates, Recipe
 from selfreward.report import reasons
+from selfreward.report_rounds import figures_of_round
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.seeds import eft_groups, file_of, heldout_groups, known_prompts
 from selfreward.state import row_seed
@@ -29,6 +31,8 @@ REFUSED = ("no_ranks", "unreadable", "order", "tie")  # why an attempt of the EF
 def written(stage: str, counts: Row) -> list[str]:
     """What a finished stage left in the run that later stages and the report read."""
     folder, _, last = stage.partition("/")
+    if stage == "evaluation/head_to_head":
+        return ["evaluation/head_to_head.jsonl"]
     if folder == "evaluation" or "same_as" in counts:
         return []
     if stage == "eft":
@@ -205,7 +209,10 @@ def build_pairs(run: Run, k: int) -> Row:
             f"{recipe.gates.min_pairs}: {_pairs_advice(recipe, none)}"
         )
     counts = {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
-    return counts | ({"consistency": _consistency(k, pairs)} if options.consistency else {})
+    counts |= {"consistency": _consistency(k, pairs)} if options.consistency else {}
+    for sentence in round_warnings(figures_of_round(run.dir.path, run.dir.finished() | {f"iter_{k}/pairs": counts}, k)):
+        run.report.warn(sentence)
+    return counts
 
 
 def _consistency(k: int, pairs: list[Row]) -> float:

@@ -78,7 +78,8 @@ def train_dpo(run: Run, k: int) -> Row:
     replay = eft_rows(run, options.max_pack_tokens)[0] if options.replay_weight else []
     kept, heldout = _apart(run, rows)
     steps = _train(run, model, kept, config, f"iter_{k}", replay, heldout)
-    return {"pairs": len(pairs)} | steps | parity | ({"replay": len(replay)} if replay else {})
+    smoothed = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+    return {"pairs": len(pairs)} | steps | parity | smoothed | ({"replay": len(replay)} if replay else {})
 
 
 def train_positives(run: Run, k: int) -> Row:

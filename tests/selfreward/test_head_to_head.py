@@ -13,6 +13,7 @@ import pytest
 
 from engine import InputError
 from selfreward import head_to_head
+from selfreward.evaluation import OUTCOME, with_matches
 from selfreward.head_to_head import both_orders, compared, figures, matches, read_verdicts
 from selfreward.recipe import PACKAGE
 from selfreward.run import main
@@ -102,6 +103,18 @@ def test_the_judges_mean_scores_decide_and_a_prompts_answers_stand_together(monk
     twice = {"b-c": [answer("x", id="a")], "c": [answer("x", id="a-b")]}
     with pytest.raises(InputError, match="two answers would both be called 'a-b-c'"):
         head_to_head.by_scores(run, M0, twice)
+
+
+def test_a_models_row_has_its_match_with_the_one_before_and_with_the_baseline() -> None:
+    models = [{"name": name} for name in ("M0", "SFT", "M1", "M2")]
+    found = [
+        {"model": a, "against": b, **dict.fromkeys(OUTCOME, number)}
+        for number, (a, b) in enumerate(matches([row["name"] for row in models]))
+    ]
+    rows = with_matches(models, found)
+    assert [(row["previous_win"], row["sft_win"]) for row in rows] == [(None, None), (0, None), (1, 1), (2, 3)]
+    assert all(f"{prefix}_{key}" in row for row in rows for prefix in ("previous", "sft") for key in OUTCOME)
+    assert models == [{"name": row["name"]} for row in models]  # the rows of finished stages stay as they are
 
 
 def compare(tmp_path: Path, *more: str) -> int:

@@ -67,7 +67,7 @@ dpo.clip dpo.max_pack_tokens dpo.dropout dpo.save_every dpo.activation_checkpoin
 dpo.label_smoothing dpo.nll_weight dpo.replay_weight dpo.replay_batch_size
 gates.min_readable gates.min_score_entropy gates.max_length_drift gates.min_pairs gates.step0_tolerance gates.parity_tolerance
 evaluation.oracle evaluation.prompts evaluation.temperature evaluation.greedy evaluation.max_tokens
-evaluation.judge_groups
+evaluation.judge_groups evaluation.head_to_head evaluation.pairwise_template
 sampler.dtype sampler.quantization sampler.kv_cache_gb sampler.max_batch_tokens sampler.max_sequences
 sampler.block_size
 device threads
@@ -255,6 +255,7 @@ def test_a_mistake_in_the_file_names_the_file_and_the_rest_is_counted(tmp_path: 
         (["judge.by=random", "judge_model=x"], "a judge model needs judge.by 'model'"),
         (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
         (["judge.by=random", "judge.score=expected"], "by is 'random', which has no distribution of scores"),
+        (["evaluation.pairwise_template=x.jinja"], "head_to_head is scores, where pairwise_template has no effect"),
         (["judge.model_template=tiny"], "judge.model_template is that of judge_model, which is not set"),
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
         (["candidates.n=300"], "candidates.n is 300, above sampler.max_sequences (256)"),

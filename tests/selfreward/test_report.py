@@ -15,7 +15,7 @@ from selfreward.metrics import entropy_bits
 from selfreward.report import build_report, print_report
 from selfreward.report_html import SHOWN_CHARACTERS, example_pairs, render, write_report
 from selfreward.report_plots import Plot, draw_plots
-from selfreward.report_rounds import judgement_figures, pair_figures, prompt_figures, round_figures
+from selfreward.report_rounds import FIGURES, judgement_figures, pair_figures, prompt_figures, round_figures
 from selfreward.state import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +83,15 @@ def all_models(rounds=2):
     return [model(name, stage, **graded(3 + i / 10), **judged(0.6 + i / 50)) for i, (name, stage) in enumerate(names)]
 
 
+def match(model, against, win=0.25, tie=0.5, **more):
+    row = {"model": model, "against": against, "n": 8, "unread": 0, "win": win, "tie": tie, "loss": 1 - win - tie}
+    row |= {"win_minus_loss": 2 * win + tie - 1, "win_minus_loss_se": 0.05}
+    return row | {"mean_length": 5.0, "mean_length_against": 6.0} | more
+
+
+MATCHES = [match("SFT", "M0"), match("M1", "SFT"), match("M2", "M1", 0.375), match("M2", "SFT", 0.5)]
+
+
 def make_run(folder, rounds=2, sft=True, pairs=PAIRS, seconds=1.5, recipe=None):
     """A finished run in `folder`; the returned directory is open."""
     run = RunDir(folder, {"recipe": recipe or {"seed": 0}})
@@ -100,6 +109,9 @@ def make_run(folder, rounds=2, sft=True, pairs=PAIRS, seconds=1.5, recipe=None):
         run.mark_done(f"iter_{k}/judgements", {"judgements": 6})
         run.mark_done(f"iter_{k}/pairs", {"pairs": len(pairs)})
         run.mark_done(f"iter_{k}/model", {"pairs": len(pairs), "steps": 3})
+    if sft:
+        run.write_jsonl("evaluation/head_to_head.jsonl", MATCHES)
+        run.mark_done("evaluation/head_to_head", {"by": "M3", "how": "scores", "prompts": 8, "unread": 0})
     for stage in run.finished():
         run.append_timing({"stage": stage, "seconds": seconds})
     return run
@@ -129,6 +141,10 @@ class Page(HTMLParser):
     @property
     def text(self):
         return " ".join("".join(self.data).split())
+
+    @property
+    def cells(self):
+        return " ".join(data.strip() for data in self.data)
 
     def all(self, name):
         return [attributes for tag, attributes in self.tags if tag == name]
@@ -238,7 +254,7 @@ def test_equal_runs_differ_in_times_alone(tmp_path):
     assert one.pop("timing") != two.pop("timing") and json.dumps(one) == json.dumps(two)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert {path.name for path in files if path.suffix == ".png"} == {
-        *("quality.png", "judge.png", "scores.png", "pairs.png", "dpo.png", "sft.png")
+        *("quality.png", "judge.png", "texts.png", "head_to_head.png", "scores.png", "pairs.png", "dpo.png", "sft.png")
     }
     assert not [path for path in files if path.name.endswith(".tmp")]
     for path in files:
@@ -259,13 +275,13 @@ def test_plots_do_not_depend_on_the_users_matplotlib_settings(tmp_path):
         return done.stdout
 
     there = run(MATPLOTLIBRC=str(tmp_path / "matplotlibrc"), PYTHONPATH=str(ROOT), SOURCE_DATE_EPOCH="1")
-    assert there == run(PYTHONPATH=str(ROOT)) and len(set(there.split())) == 6
+    assert there == run(PYTHONPATH=str(ROOT)) and len(set(there.split())) == 8
 
 
-def drawn(models=None, rounds=None, curves=None):
+def drawn(models=None, rounds=None, curves=None, matches=MATCHES):
     default_rounds = [{"round": 1} | judgement_figures(JUDGEMENTS) | pair_figures(PAIRS, DROPPED)]
     default_curves = {"SFT": sft_metrics(), "M1": sft_metrics(), "M2": dpo_metrics()}
-    return draw_plots(models or all_models(1), rounds or default_rounds, curves or default_curves)
+    return draw_plots(models or all_models(1), rounds or default_rounds, matches, curves or default_curves)
 
 
 def test_png_files_carry_no_date_and_no_version():
@@ -278,22 +294,25 @@ def test_png_files_carry_no_date_and_no_version():
 def test_every_plot_shows_its_own_figures_and_no_others():
     models, rounds = all_models(1), [{"round": 1} | judgement_figures(JUDGEMENTS) | pair_figures(PAIRS, DROPPED)]
     curves = {"SFT": sft_metrics(), "M2": dpo_metrics()}
-    before = drawn(models, rounds, curves)
+    before = drawn(models, rounds, curves, MATCHES)
 
     def changed(edit):
-        new = copy.deepcopy((models, rounds, curves))
+        new = copy.deepcopy((models, rounds, curves, MATCHES))
         edit(*new)
         return {old.name for old, new in zip(before, drawn(*new), strict=True) if old.png != new.png}
 
-    assert changed(lambda m, r, c: None) == set()
-    assert changed(lambda m, r, c: m[-1].update(true_quality=4.9)) == {"quality"}
-    assert changed(lambda m, r, c: m[-1].update(true_quality_greedy=4.9)) == {"quality"}
-    assert changed(lambda m, r, c: m[-1].update(judge_pairwise=0.9)) == {"judge"}
-    assert changed(lambda m, r, c: r[0].update(score_histogram=[0, 0, 0, 0, 1, 3])) == {"scores"}
-    assert changed(lambda m, r, c: r[0].update(pairs_dropped={"tie": 2})) == {"pairs"}
+    assert changed(lambda m, r, c, h: None) == set()
+    assert changed(lambda m, r, c, h: m[-1].update(true_quality=4.9)) == {"quality"}
+    assert changed(lambda m, r, c, h: m[-1].update(true_quality_greedy=4.9)) == {"quality"}
+    assert changed(lambda m, r, c, h: m[-1].update(judge_pairwise=0.9)) == {"judge"}
+    assert changed(lambda m, r, c, h: m[-1].update(mean_length=9.0)) == {"texts"}
+    assert changed(lambda m, r, c, h: m[-1].update(distinct_2=0.5)) == {"texts"}
+    assert changed(lambda m, r, c, h: h[0].update(tie=0.25)) == {"head_to_head"}
+    assert changed(lambda m, r, c, h: r[0].update(score_histogram=[0, 0, 0, 0, 1, 3])) == {"scores"}
+    assert changed(lambda m, r, c, h: r[0].update(pairs_dropped={"tie": 2})) == {"pairs"}
     for key in ("loss", "rewards/margins", "rewards/accuracies"):
-        assert changed(lambda m, r, c, key=key: c["M2"][1].update({key: 0.5})) == {"dpo"}
-    assert changed(lambda m, r, c: c["SFT"][1].update(loss=0.9)) == {"sft"}
+        assert changed(lambda m, r, c, h, key=key: c["M2"][1].update({key: 0.5})) == {"dpo"}
+    assert changed(lambda m, r, c, h: c["SFT"][1].update(loss=0.9)) == {"sft"}
 
 
 def test_matplotlib_is_imported_only_to_draw():
@@ -311,10 +330,47 @@ def test_the_page_shows_the_tables_and_the_plots(tmp_path):
     for text in ("3.40 ± 0.05", "4.32 ± 0.02", "0.680", "0.730", "0.530", "41", "66.7%", "+1.00 ± 2.00", "enough 7"):
         assert text in page.text, text
     images = page.all("img")
-    assert len(images) == 6
+    assert len(images) == 8
     for image in images:
         assert image["src"].startswith("data:image/png;base64,") and len(image["alt"]) > 40
     assert "M0 3.00, SFT 3.10, M1 3.20, M2 3.30, M3 3.40" in images[0]["alt"]
+
+
+def test_matches_times_and_what_is_odd_stand_on_the_page_and_in_the_report(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    sampled = {
+        "seconds": 2.0,
+        "computed_rows": 3000,
+        "new_tokens": 9,
+        "prefix_tokens_saved": 70,
+        "fork_tokens_saved": 7,
+    }
+    run.append_timing({"stage": "iter_1/judgements", "seconds": 1.0, "sampler": sampled})
+    run.append_timing({"stage": "iter_1/judgements", "seconds": 1.0, "sampler": sampled})  # it was interrupted
+    report, page = write(run, all_models())
+    assert report["matches"] == MATCHES
+    assert "by M3's scores" in page.text and "M2 SFT 50.0% 50.0% 0.0% +0.50\u00a0±\u00a00.05 0 5.0 6.0" in page.cells
+    assert report["timing"]["seconds"]["iter_1/judgements"] == 3.5
+    assert report["timing"]["sampler"] == {"iter_1/judgements": {key: 2 * value for key, value in sampled.items()}}
+    assert "iter_1/judgements 3.5 1,500 154" in page.cells
+    (said,) = {sentence.partition(": ")[2] for sentence in report["warnings"]}  # of both rounds
+    assert said.startswith("33% of the judgements cannot be read") and said in page.text
+    print_report(report, as_json=False)
+    assert "M3's scores" in (out := capsys.readouterr().out) and "+0.50 +- 0.05" in out and "1,500" in out
+
+
+def test_a_round_has_what_its_stages_counted(tmp_path):
+    with make_run(tmp_path / "run", rounds=1) as run:
+        run.write_jsonl("iter_1/candidates.jsonl", [{"prompt_id": "1", "text": text} for text in "abcd"])
+        run.mark_done("iter_1/candidates", {"prompts": 1, "candidates": 4, "finish_stop": 3, "finish_length": 1})
+        run.mark_done("iter_1/pairs", {"pairs": 2, "consistency": 0.875})
+        trained = {"steps": 9, "best_step": 6, "held_out": 2, "label_smoothing": 0.125, "parity_max": 1e-5}
+        run.mark_done("iter_1/model", {"pairs": 2, **trained})
+        (row,) = round_figures(run.path, run.finished())
+    assert row["answers_cut"] == 0.25 and row["consistency"] == 0.875 and trained.items() <= row.items()
+    _, page = write(RunDir(tmp_path / "run", {"recipe": {"seed": 0}}), all_models(1))
+    for text in ("cut 25.0%", "draws 0.875", "smoothing 0.125", "step 6", "choose it 2", "a token 1.0e-05"):
+        assert text in page.cells, text
 
 
 def test_text_of_models_data_and_recipe_cannot_leave_its_place(tmp_path):
@@ -365,13 +421,13 @@ def without(*keys):
 def test_without_an_oracle_there_is_no_true_quality(tmp_path):
     models = [row | {"true_quality_n": 0} for row in without("true_quality")]
     _, page = write(make_run(tmp_path / "run"), models)
-    assert len(page.all("img")) == 5 and "no true quality" in page.text and "true quality:" not in page.text
+    assert len(page.all("img")) == 7 and "no true quality" in page.text and "true quality:" not in page.text
 
 
 def test_without_held_out_ranks_there_is_no_judge_accuracy(tmp_path):
     models = [{k: v for k, v in row.items() if not k.startswith(("judge", "longer"))} for row in all_models()]
     _, page = write(make_run(tmp_path / "run"), models)
-    assert len(page.all("img")) == 5 and "judgement was not measured" in page.text and "longer wins" not in page.text
+    assert len(page.all("img")) == 7 and "judgement was not measured" in page.text and "longer wins" not in page.text
 
 
 def test_without_judge_data_m1_is_the_baseline(tmp_path):
@@ -379,12 +435,12 @@ def test_without_judge_data_m1_is_the_baseline(tmp_path):
     (run.path / "m1/metrics.jsonl").unlink()
     run.mark_done("m1/model", {"same_as": "sft/model"})
     _, page = write(run, all_models())
-    assert "M1 is the SFT baseline" in page.text and len(page.all("img")) == 6
+    assert "M1 is the SFT baseline" in page.text and len(page.all("img")) == 8
 
 
 def test_a_run_from_a_given_m1_speaks_of_no_m0(tmp_path):
     _, page = write(make_run(tmp_path / "run", rounds=1, sft=False), all_models(1)[2:])
-    assert len(page.all("img")) == 5 and "began with a finished model" in page.text
+    assert len(page.all("img")) == 6 and "began with a finished model" in page.text
     assert "M0" not in page.text and "SFT" not in page.text
 
 
@@ -392,14 +448,19 @@ def test_a_run_from_a_given_m1_speaks_of_no_m0(tmp_path):
     ("recipe", "says"),
     [
         ({"judge": {"by": "model"}, "judge_model": None}, "scores its own answers"),
-        ({"judge": {"by": "model"}, "judge_model": "x"}, "fixed judge model"),
+        (
+            {"judge": {"by": "model"}, "judge_model": "/y/x"},
+            "fixed judge model, x (its contents' hash begins with 0123456789ab),",
+        ),
+        ({"judge": {"by": "model", "score": "expected"}}, "expected scores"),
         ({"judge": {"by": "random"}}, "random scores"),
         ({"judge": {"by": "oracle"}}, "program that knows the truth"),
     ],
 )
 def test_the_page_says_who_judged(recipe, says):
     models, timing = all_models(1), [{"stage": "m1/model", "seconds": 1.0}]
-    page = Page(render(build_report(models, [], {}, timing), [], [], recipe))
+    rounds = [dict.fromkeys(FIGURES) | {"round": 1, "prompts_kept": 1}]
+    page = Page(render(build_report(models, rounds, [], {}, timing), [], [], recipe, "0123456789abcdef"))
     assert says in page.text
     assert ("never sees these grades" in page.text) == (recipe["judge"]["by"] != "oracle")
 
@@ -409,13 +470,13 @@ def test_the_page_says_nothing_of_humans_and_why_dropout_starts_above_ln_2(tmp_p
     _, page = write(make_run(tmp_path / "run"), all_models())
     assert "human" not in page.text and "starts above ln 2" not in page.text
     models, pairs = all_models(1), [Plot("dpo", "DPO", "DPO", b"")]
-    page = Page(render(build_report(models, [], {}, []), pairs, [], {"dpo": {"dropout": 0.1}}))
+    page = Page(render(build_report(models, [], [], {}, []), pairs, [], {"dpo": {"dropout": 0.1}}))
     assert "starts above ln 2 = 0.693" in page.text
 
 
 def test_many_rounds_are_drawn(tmp_path):
     report, page = write(make_run(tmp_path / "run", rounds=12), all_models(12))
-    assert len(report["rounds"]) == 12 and len(page.all("img")) == 6 and "M13" in page.text
+    assert len(report["rounds"]) == 12 and len(page.all("img")) == 8 and "M13" in page.text
 
 
 def test_perfect_answers_instead_of_pairs(tmp_path):

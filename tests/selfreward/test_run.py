@@ -71,6 +71,40 @@ def test_the_loop_ends_with_a_report_of_every_model(finished):
     assert report["stages"]["m1/model"]["eft"] > 0  # else M1 is the baseline, and its training is not seen here
 
 
+def test_every_model_meets_the_one_before_it_and_the_baseline(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert rows(finished / "evaluation/head_to_head.jsonl") == report["matches"] and len(report["matches"]) == 6
+    judged = rows(finished / "evaluation/judgements.jsonl")
+    assert len(judged) == 2 * 20 * 5 and report["stages"]["evaluation/head_to_head"]["by"] == "M3"
+    for row in report["matches"]:
+        assert row["n"] + row["unread"] == 20 and abs(row["win"] + row["tie"] + row["loss"] - 1) < 1e-9
+    last = report["models"][-1]
+    for prefix, match in (("previous", report["matches"][-2]), ("sft", report["matches"][-1])):
+        assert match["model"] == "M3" and last[f"{prefix}_win_minus_loss"] == match["win_minus_loss"]
+    sampled = report["timing"]["sampler"]["evaluation/head_to_head"]
+    assert sampled["computed_rows"] > 0 and sampled["seconds"] > 0
+    assert sampled["prefix_tokens_saved"] + sampled["fork_tokens_saved"] > sampled["computed_rows"]
+
+
+def test_the_last_model_may_see_two_answers_at_once_in_both_orders(finished, tmp_path):
+    template = tmp_path / "pairwise.jinja"
+    template.write_text(
+        "{% block rubric %}judge :{% endblock %}{% block prompt %} {{ prompt }} |{% endblock %}"
+        "{% block first %} {{ first }} |{% endblock %}{% block second %} {{ second }}{% endblock %}"
+        "{% block cue %} =>{% endblock %}"
+    )
+    out, how = tmp_path / "out", ["evaluation.head_to_head=pairwise", f"evaluation.pairwise_template={template}"]
+    assert command(out, f"m1={finished / 'm1/model'}", "model=null", "rounds=1", *how) == 0
+    compared = rows(out / "evaluation/comparisons.jsonl")
+    answers = [rows(out / f"evaluation/{name}/answers.jsonl") for name in ("M1", "M2")]
+    differ = sum(a["text"] != b["text"] for a, b in zip(*answers, strict=True))
+    assert len(compared) == 2 * 2 * differ > 0  # orders, draws
+    (match,) = rows(out / "evaluation/head_to_head.jsonl")
+    assert match["n"] >= 20 - differ and match["n"] + match["unread"] == 20
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert len(manifest["pairwise_template"]) == 64
+
+
 def test_every_prompt_candidate_and_judgement_is_accounted_for(finished):
     for k in (1, 2):
         prompts, candidates, judgements, pairs, dropped = (
