@@ -1,48 +1,29 @@
-"""Does a judge's head-to-head track truth? `eval --compare` of a finished tiny run, beside the oracle on the same answers."""
+"""Does a judge's head-to-head track truth? That of a finished tiny run, beside the oracle on the same answers."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from engine import InputError
 from selfreward.formats import read_jsonl
 from selfreward.metrics import mean_and_error
-from selfreward.tiny import DATA
 from selfreward.tiny.oracle import grade
 
 Row = dict[str, Any]
-PROMPTS = 250  # as many as the paper's 256 of its head-to-head
-FOLDER = f"eval/compare-heldout-{PROMPTS}"
 MATCHES = (("M2", "M1"), ("M3", "M2"), ("M3", "SFT"))
-
-
-def compare(run: Path) -> None:
-    """The run's models against one another by M3's scores, on held-out instructions. Done once."""
-    if (run / FOLDER / "head_to_head.jsonl").is_file():
-        return
-    prompts = run / f"heldout-{PROMPTS}.jsonl"
-    lines = (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    prompts.write_text("".join(lines[:PROMPTS]), encoding="utf-8")
-    command = [sys.executable, "-m", "selfreward.run", "eval", "--compare", str(prompts), "--out", str(run), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{run}: eval ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
 
 
 def outcomes(run: Path, model: str, against: str) -> list[tuple[int, int]]:
     """Per prompt (judge, truth): 1 where `model` won, 0 tie, -1 lost; prompts with an unread score are left out."""
-    folder = run / FOLDER
+    folder = run / "evaluation"
     scores: dict[str, list[float]] = {}
     for row in read_jsonl(folder / "judgements.jsonl"):
         if row["score"] is not None:
             scores.setdefault(row["candidate_id"], []).append(row["score"])
     found = []
-    for a, b in zip(*(read_jsonl(folder / f"answers/{name}.jsonl") for name in (model, against)), strict=True):
+    for a, b in zip(*(read_jsonl(folder / f"{name}/answers.jsonl") for name in (model, against)), strict=True):
         names = f"{a['id']}-{model}", f"{b['id']}-{against}"
         if a["text"] == b["text"]:
             found.append((0, 0))

@@ -84,9 +84,6 @@ def run_all(out: Path, seeds: int, more: Sequence[str], workers: int) -> None:
         with ThreadPoolExecutor(workers) as pool:
             for line in pool.map(lambda job: _run(out, job[0], job[1], more), jobs):
                 print(line, flush=True)
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(matches.compare, [directory(out, *job) for job in first]):
-            pass
 
 
 def _run(out: Path, variant: Variant, seed: int, more: Sequence[str]) -> str:
@@ -322,8 +319,8 @@ def _mean(paths: Iterable[Path], model: str, figure: str) -> float:
 
 
 def _match_table(paths: dict[int, Path]) -> str:
-    """The recipe's models head to head, of the runs where that was done."""
-    compared = [path for path in paths.values() if (path / matches.FOLDER / "head_to_head.jsonl").is_file()]
+    """The recipe's models head to head, in the runs that did so."""
+    compared = [path for path in paths.values() if (path / "evaluation/head_to_head.jsonl").is_file()]
     return _table(matches.HEADING, matches.table_rows(compared)) if compared else ""
 
 

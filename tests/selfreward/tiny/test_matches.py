@@ -11,8 +11,7 @@ from selfreward.tiny.oracle import grade
 @pytest.fixture
 def run(tmp_path):
     """Four prompts `copy a b c`: M2 right and M1 wrong, the other way round, the same text, and one unread score."""
-    folder = tmp_path / matches.FOLDER
-    (folder / "answers").mkdir(parents=True)
+    folder = tmp_path / "evaluation"
     texts = {"M2": ["a b c", "c c", "a b c", "a b c"], "M1": ["c c", "a b c", "a b c", "c c"]}
     texts |= {"M3": texts["M2"], "SFT": texts["M1"]}
     scores = {"M2": [5, 4, 3, 5], "M1": [1, 4, 5, None]}
@@ -20,7 +19,8 @@ def run(tmp_path):
     judged = []
     for name in texts:
         rows = [{"id": str(i), "prompt": "copy a b c", "text": text} for i, text in enumerate(texts[name])]
-        (folder / f"answers/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / name).mkdir(parents=True)
+        (folder / name / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         judged += [{"candidate_id": f"{i}-{name}", "score": score} for i, score in enumerate(scores[name])]
     (folder / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     (folder / "head_to_head.jsonl").write_text("")
@@ -38,8 +38,3 @@ def test_a_row_of_the_table(run):
     assert first == ["M2 against M1", "+0.33 +- 0.00", "+0.00 +- 0.00", "0 of 2", "100.0%", "50.0%"]
     assert second == ["M3 against M2", "+0.00 +- 0.00", "+0.00 +- 0.00", "2 of 2", "", ""]
     assert third[0] == "M3 against SFT" and len(third) == len(matches.HEADING)
-
-
-def test_what_was_compared_is_not_compared_again(run, monkeypatch):
-    monkeypatch.setattr(matches.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
-    matches.compare(run)
