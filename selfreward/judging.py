@@ -12,7 +12,7 @@ from selfreward import tiny
 from selfreward.context import Row, Run
 from selfreward.expected import distribution, score_labels, score_step
 from selfreward.judge import TOP_SCORE, Judgement, JudgeTemplate, judge_status, mean_score
-from selfreward.recipe import EFT, Judge
+from selfreward.recipe_stages import EFT, Judge
 from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 

@@ -62,7 +62,7 @@ CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other
 HELP = """\
 shipped recipes: {recipes} (a .yaml file of your own: begin with a copy of llama2-7b)
 
-keys that are often set (all of them, with their defaults: selfreward/recipe.py):
+keys that are often set (all of them, with their defaults: selfreward/recipe*.py):
     seed, rounds, threads, device
     model                      a Llama 2 directory; m1 to begin with one that is already trained
     data.ift, data.eft         instructions with answers; ranked answers

@@ -14,7 +14,8 @@ from selfreward.judging import Item, by_answer, judge_by_model, judge_candidates
 from selfreward.pairs import NO_MORE, TOO_LONG, Rules, pair_id, said
 from selfreward.pairs import build_pairs as prompt_pairs
 from selfreward.prompts import PROMPT_TOO_LONG, by_reason, take_prompts, write_few_shot, write_prompts
-from selfreward.recipe import Candidates, Recipe
+from selfreward.recipe import Recipe
+from selfreward.recipe_stages import Candidates
 from selfreward.report import reasons
 from selfreward.report_rounds import figures_of_round
 from selfreward.sampling import Request, in_groups, sample_groups

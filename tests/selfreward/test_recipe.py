@@ -15,8 +15,10 @@ import selfreward.recipe as recipe_module
 from engine import PRESETS, DPOConfig, InputError, LlamaConfig, SFTConfig
 from selfreward.filters import LEVELS
 from selfreward.judge import JudgeTemplate
-from selfreward.recipe import DPO, SFT, Prompts, Recipe, recipe_keys
+from selfreward.recipe import Recipe, recipe_keys
 from selfreward.recipe_file import recipe_names
+from selfreward.recipe_stages import Prompts
+from selfreward.recipe_training import DPO, SFT
 
 SMALL = """
 model: m0

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from engine import LoRA, load_adapter, load_checkpoint
 from engine.lora import PROJECTIONS
 from selfreward import run as run_module
-from selfreward.recipe import PACKAGE, Adapters
+from selfreward.recipe import PACKAGE
+from selfreward.recipe_training import Adapters
 from tests.selfreward.test_run import UNMEASURED, command, rows
 
 M0 = PACKAGE / "tiny/m0"
