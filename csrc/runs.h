@@ -22,7 +22,7 @@ struct Runs {
   }
 };
 
-// Calls work(run, first, last) for every run. `work` must not throw.
+// Calls work(run, first, last) for every run.
 inline void parallel_runs(const Runs& runs, int threads,
                           const std::function<void(int64_t run, int64_t first, int64_t last)>& work) {
   parallel_for(runs.count, threads,

@@ -1,11 +1,13 @@
 // A job is a counter that every thread takes indices from, so a thread that is late or slow costs nothing: the caller
-// works too, and waits only for those that have begun.
+// works too, and waits only for those that have begun. It waits for them also where work throws: the job that they hold
+// is on its stack.
 
 #include "threads.h"
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -25,9 +27,16 @@ struct Job {
   const int seats;             // threads that may join the caller
   std::atomic<int> active{0};  // threads that joined and have not left
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};  // what the first work that failed has thrown; to be read when all threads have left
 
   void run() {
-    for (int64_t i = next++; i < count; i = next++) work(i);
+    try {
+      for (int64_t i = next++; i < count; i = next++) work(i);
+    } catch (...) {
+      next = count;  // nobody begins another piece
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   }
 };
 
@@ -137,6 +146,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
     the_pool().run(job);
   else
     job.run();
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace selfreward

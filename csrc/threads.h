@@ -12,8 +12,9 @@ namespace selfreward {
 double worth_sharing();
 
 // Calls work(i) once for every i in [0, count), on the calling thread and at most `threads` - 1 others; which thread
-// takes which i is not defined, so a result must not depend on it. `work` must not throw. Returns when all is done.
-// Calls at the same time share the threads.
+// takes which i is not defined, so a result must not depend on it. Returns when all is done. Calls at the same time
+// share the threads. If work throws, no more of it begins, and what the first one threw is thrown here once all have
+// ended.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work);
 
 // Work is shared out however little it is, or no more; for tests of what threads do to the results.

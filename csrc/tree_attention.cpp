@@ -41,7 +41,7 @@ void tree_attention(const TreeAttentionArguments& a, int threads, TreeAttentionT
     longest = std::max(longest, tokens);
   }
   if (pairs * double(a.heads * a.dim) / 130e3 < worth_sharing()) threads = 1;
-  // All workers' memory is the caller's, who may throw: the work must not.
+  // All workers' memory is the caller's: where there is none, that is known before any of them begins.
   thread_local Scratch scratch;
   const int64_t jobs = a.groups * a.windows, floats = floats_of(a, longest);
   const int64_t workers = std::min<int64_t>(threads, jobs);
