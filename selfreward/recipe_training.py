@@ -101,7 +101,7 @@ class Adapters(Switched):
     switch, off = "rank", "no LoRA"
     rank: Steps = 0  # 0: all weights are trained
     alpha: Positive = 32.0
-    targets: list[Projection] = Field(list(get_args(Projection)))  # all of them
+    targets: list[Projection] = Field(default=list(get_args(Projection)))  # all of them
     base: Literal["fp32", "bf16"] = "fp32"  # M0's numbers, which stay as they are, and those of the exported models
 
     @model_validator(mode="after")
