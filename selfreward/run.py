@@ -135,7 +135,7 @@ def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
             _append_time(run, name, started, before)
         raise
     seconds = _append_time(run, name, started, before)
-    run.dir.mark_done(name, counts)
+    run.dir.mark_done(name, counts, [file for file in stages.written(name, counts) if run.dir.file(file).is_file()])
     run.report.say(f"{name}: {seconds:.1f} s  {_short(counts)}")
     return run.dir.counts(name)
 
@@ -152,12 +152,17 @@ def _append_time(run: Run, name: str, started: float, before: Counter[str]) -> f
 
 
 def _check_written(run: Run, name: str) -> None:
+    """A finished stage's files must be as it left them: what follows was made of them, or will be."""
+    again = f"{name!r} from {run.dir.file(STAGES)}, and the same command runs that stage again"
     for file in stages.written(name, run.dir.counts(name)):
         if not run.dir.file(file).exists():
             raise InputError(
-                f"{run.dir.file(file)} is missing; the finished stage {name!r} wrote it: restore it, or remove "
-                f"{name!r} from {run.dir.file(STAGES)}, and the same command runs that stage again"
+                f"{run.dir.file(file)} is missing; the finished stage {name!r} wrote it: restore it, or remove {again}"
             )
+    for path in run.dir.changed(name):
+        raise InputError(
+            f"{path} was changed after the finished stage {name!r} had written it: restore it, or remove it and {again}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """The directory of a run: what stands in it is whole, belongs to this recipe, and is written by one process at a time.
 
 manifest.json   what the run is (the caller's dictionary: recipe, hashes, versions); a resume must agree with it
-stages.json     the finished stages, in order, with their counts
+stages.json     the finished stages, in order, with their counts and the hashes of what they left for later ones
 timing.jsonl    the only place for times, so that all other files are the same bytes in every run
 
 Files are written whole (`write_json`, `write_jsonl`, `write_bytes`) or grow by whole groups of rows (`append_group`,
@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from engine import InputError
 
 MANIFEST, STAGES, TIMING, LOCK = "manifest.json", "stages.json", "timing.jsonl", ".lock"
+FILES = "files"  # of a stage in stages.json, beside its counts: name -> hash
 _SHOWN_DIFFERENCES = 20
 
 
@@ -129,16 +130,24 @@ class RunDir:
 
     def counts(self, stage: str) -> dict[str, Any]:
         """What `mark_done` recorded for a finished stage."""
-        return dict(self._stages[stage])
+        return {name: count for name, count in self._stages[stage].items() if name != FILES}
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """The counts of every finished stage, in the order in which they ended."""
-        return {stage: dict(counts) for stage, counts in self._stages.items()}
+        return {stage: self.counts(stage) for stage in self._stages}
 
-    def mark_done(self, stage: str, counts: Mapping[str, Any]) -> None:
-        """Record a stage as finished, after all of its files are written. Counts hold no times."""
-        self._stages[stage] = json.loads(_json(counts))
+    def mark_done(self, stage: str, counts: Mapping[str, Any], files: Iterable[str] = ()) -> None:
+        """Record a stage as finished, after all of its files are written. Counts hold no times. Of `files` (names in the
+        run, not directories) what they hold is recorded too."""
+        hashes = {name: file_hash(self.file(name)) for name in files}
+        self._stages[stage] = json.loads(_json(dict(counts) | ({FILES: hashes} if hashes else {})))
         self.write_json(STAGES, self._stages)
+
+    def changed(self, stage: str) -> list[Path]:
+        """The files of a finished stage that no longer hold what `mark_done` found in them. None of a stage that recorded
+        none, as those of older versions."""
+        recorded = self._stages[stage].get(FILES, {})
+        return [self.file(name) for name, known in recorded.items() if file_hash(self.file(name)) != known]
 
     def append_timing(self, row: Mapping[str, Any]) -> None:
         """Add a row to timing.jsonl; a last line torn by a kill is cut first."""

@@ -286,6 +286,51 @@ def test_what_a_finished_stage_wrote_and_is_gone_is_named_and_can_be_made_again(
             assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("edited", "stage"), [("eft/train.jsonl", "eft"), ("iter_1/judgements.jsonl", "iter_1/judgements")]
+)
+def test_what_a_finished_stage_wrote_and_was_changed_is_named_and_can_be_made_again(
+    edited, stage, finished, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / edited).write_text((out / edited).read_text().replace('"score": ', '"score":  ', 1))
+    assert (out / edited).read_bytes() != (finished / edited).read_bytes()
+    assert command(out) == 2
+    said = capsys.readouterr().err
+    assert f"{out / edited} was changed after the finished stage {stage!r}" in said and "Traceback" not in said
+    stages = json.loads((out / "stages.json").read_text())
+    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != stage}))
+    (out / edited).unlink()
+    assert command(out) == 0  # the advice
+    assert (out / edited).read_bytes() == (finished / edited).read_bytes()
+
+
+def test_a_run_of_a_version_that_recorded_no_hashes_goes_on(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    stages = json.loads((out / "stages.json").read_text())
+    assert "files" in stages["iter_1/judgements"]
+    old = {name: {key: value for key, value in counts.items() if key != "files"} for name, counts in stages.items()}
+    (out / "stages.json").write_text(json.dumps(old))
+    assert command(out) == 0
+    assert untimed_report(out) == untimed_report(finished)
+
+
+def test_the_report_counts_and_does_not_hash(finished):
+    report, stages = (json.loads((finished / name).read_text()) for name in ("report.json", "stages.json"))
+    counts = {name: {key: value for key, value in row.items() if key != "files"} for name, row in stages.items()}
+    assert report["stages"] == counts
+    assert {name for row in stages.values() for name in row.get("files", {})} == {
+        "eft/train.jsonl",
+        *(
+            f"iter_{k}/{name}.jsonl"
+            for k in (1, 2)
+            for name in ("prompts", "candidates", "judgements", "pairs", "dropped")
+        ),
+    }
+
+
 def test_a_tokenizer_larger_than_the_model_is_named_before_anything_is_computed(tmp_path, capsys):
     larger, package = tmp_path / "larger.model", Path(run_module.__file__).parent
     proto = (package / "tiny/m0/tokenizer.model").read_bytes()
