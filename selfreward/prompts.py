@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 from engine import InputError, RequestOutput, SamplingParams
@@ -64,8 +66,11 @@ class Choice:
 
 def sieve_of(recipe: Recipe, known: Iterable[str]) -> Sieve:
     """The recipe's filters, before any prompt. The recipe's well-formedness check knows no answers."""
-    is_valid = tiny.is_valid if recipe.prompts.valid == "tiny" else bool
-    return Sieve(known, recipe.prompts.level, recipe.prompts.rouge, is_valid)
+    return _sieve(known, recipe.prompts.level, recipe.prompts.rouge, recipe.prompts.valid)
+
+
+def _sieve(known: Iterable[str], level: str, rouge: float, valid: str | None) -> Sieve:
+    return Sieve(known, level, rouge, tiny.is_valid if valid == "tiny" else bool)
 
 
 # ---- by a model ---------------------------------------------------------------------------------------------------------
@@ -184,9 +189,19 @@ def _params(run: Run, k: int, number: int, stop: Sequence[str]) -> SamplingParam
 
 
 def usable_prompts(recipe: Recipe, known: set[str], rows: Sequence[Row]) -> Choice:
-    """Of prompts those that a run may use, each once, and all others with the reason why not."""
-    choice = Choice(sieve_of(recipe, known))
-    choice.add(Found(row["id"], row["prompt"].strip()) for row in rows)
+    """Of prompts those that a run may use, each once, and all others with the reason why not. Not to be changed."""
+    options = recipe.prompts
+    texts = tuple((row["id"], row["prompt"].strip()) for row in rows)
+    return _sifted(options.level, options.rouge, options.valid, frozenset(known), texts)
+
+
+@functools.lru_cache(maxsize=1)
+def _sifted(
+    level: str, rouge: float, valid: str | None, known: frozenset[str], texts: tuple[tuple[str, str], ...]
+) -> Choice:
+    """Kept for the next round, which takes its share of the same choice: filtering 10,000 prompts takes seconds."""
+    choice = Choice(_sieve(known, level, rouge, valid))
+    choice.add(Found(name, text) for name, text in texts)
     return choice
 
 
@@ -200,8 +215,9 @@ def take_prompts(recipe: Recipe, k: int, known: set[str]) -> Choice:
             f"{options.file} has {len(choice.kept)} usable prompts{_left_out(choice)}; {recipe.rounds} rounds of "
             f"{options.count or 'at least one'} need more: add some, or lower prompts.count or rounds"
         )
-    choice.kept = [row | {"id": f"{k}-{row['id']}"} for row in choice.kept[(k - 1) * count : k * count]]
-    return choice
+    share = copy(choice)
+    share.kept = [row | {"id": f"{k}-{row['id']}"} for row in choice.kept[(k - 1) * count : k * count]]
+    return share
 
 
 def _left_out(choice: Choice) -> str:

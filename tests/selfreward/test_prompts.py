@@ -100,6 +100,23 @@ def test_every_round_takes_its_own_share_of_a_file(plain, override, share):
     assert first[0]["id"] == "1-prompts-2" and second[0]["id"].startswith("2-")
 
 
+def test_a_file_is_filtered_once_for_all_rounds_and_again_where_it_changed(plain, monkeypatch):
+    sifted = []
+    monkeypatch.setattr(Sieve, "sift", lambda *given, real=Sieve.sift: sifted.append(1) or real(*given))
+    texts = [f"once {i}" for i in range(6)]
+    recipe = plain(texts, "prompts.filter=similar")
+    first, second, again = (take_prompts(recipe, k, {"known"}) for k in (1, 2, 1))
+    assert (
+        len(sifted) == 1
+        and first.kept == again.kept
+        and not {r["id"] for r in first.kept} & {r["id"] for r in second.kept}
+    )
+    take_prompts(recipe, 1, {"once 0"})
+    take_prompts(plain([*texts, "one more"], "prompts.filter=similar"), 1, {"known"})
+    take_prompts(plain(texts, "prompts.filter=similar", "prompts.rouge=0.6"), 1, {"known"})
+    assert len(sifted) == 4
+
+
 @pytest.mark.parametrize("override", ["rounds=8", "prompts.count=4"])
 def test_a_file_with_too_few_prompts_is_refused_before_anything_is_computed(plain, override):
     with pytest.raises(InputError, match=r"prompts\.jsonl has 6 usable prompts \(known 1: in seed or held-out data\)"):
