@@ -73,7 +73,7 @@ def as_example(record: Record) -> Row:
 
 
 def as_prompt(record: Record) -> Row:
-    """{"id", "prompt"}; answers are passed over."""
+    """{"id", "prompt"}; answers are passed over, whatever is wrong with them."""
     return {"id": record.id, "prompt": record.prompt}
 
 
@@ -86,8 +86,8 @@ def as_group(record: Record) -> Row:
 
 
 def _check_answered(record: Record) -> None:
-    if record.unranked is not None:
-        raise Refused("no_ranked_reply", f"of the tree's {record.unranked} replies none is ranked", broken=False)
+    if record.unread is not None:
+        raise record.unread
     if not record.answers:
         raise Refused("no_answer", "the row has a prompt and no answer; expected a 'response' beside it")
 

@@ -25,7 +25,7 @@ class Record:
     id: str | None = None
     language: str | None = None
     later_turns: int = 0  # of the conversation, left out
-    unranked: int | None = None  # replies of a tree that has no ranked one
+    unread: Refused | None = None  # why the answers are not read; the prompt is all the same
 
 
 class Answer(NamedTuple):
@@ -73,6 +73,14 @@ def _is_conversational(row: Any) -> bool:
 # Readers
 
 
+def _answered(prompt: str, id: str | None, answers: Callable[[], tuple[Answer, ...]], **more: Any) -> Record:
+    """A record whose prompt may be used though its answers cannot be read: what is wrong with them is kept."""
+    try:
+        return Record(prompt, answers(), id, **more)
+    except Refused as why:
+        return Record(prompt, id=id, unread=why, **more)
+
+
 def _text_row(row: Any) -> Record:
     return Record(_text({"prompt": row}, "prompt"))
 
@@ -92,19 +100,26 @@ def _tree(row: Row) -> Record:
     root = row.get("prompt")
     if not isinstance(root, dict):
         raise Refused("wrong_type", f"'prompt' is {kind(root)}; expected the root message of an Open Assistant tree")
-    replies = root.get("replies")
-    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise Refused("wrong_type", f"'prompt.replies' is {kind(replies)}; expected a list of messages")
     if root.get("deleted") is True:
         raise Refused("deleted", "the tree's first message is deleted", broken=False)
+    asked = (_text(root, "text"), _id(row, "message_tree_id"))
+    return _answered(*asked, lambda: _replies(root.get("replies")), language=_optional(root, "lang"))
+
+
+def _replies(replies: Any) -> tuple[Answer, ...]:
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise Refused("wrong_type", f"'prompt.replies' is {kind(replies)}; expected a list of messages")
     ranked = [reply for reply in replies if reply.get("rank") is not None and reply.get("deleted") is not True]
-    answers = tuple(Answer(_text(reply, "text"), _rank(reply)) for reply in ranked)
-    unranked = None if ranked else len(replies)
-    return Record(_text(root, "text"), answers, _id(row, "message_tree_id"), _optional(root, "lang"), unranked=unranked)
+    if not ranked:
+        raise Refused("no_ranked_reply", f"of the tree's {len(replies)} replies none is ranked", broken=False)
+    return tuple(Answer(_text(reply, "text"), _rank(reply)) for reply in ranked)
 
 
 def _ranked(row: Row) -> Record:
-    answers = row.get("answers")
+    return _answered(_text(row, "prompt"), _id(row), lambda: _ranked_answers(row.get("answers")))
+
+
+def _ranked_answers(answers: Any) -> tuple[Answer, ...]:
     if not isinstance(answers, list):
         raise Refused("wrong_type", f"'answers' is {kind(answers)}; expected a list of objects with 'text' and 'rank'")
     for place, answer in enumerate(answers):
@@ -115,38 +130,42 @@ def _ranked(row: Row) -> Record:
     if len(answers) < 2:
         found = "one entry" if answers else "no entries"
         raise Refused("one_answer", f"'answers' has {found}; expected two or more")
-    read = tuple(Answer(_text(answer, "text", may_be_empty=True), _rank(answer)) for answer in answers)
-    return Record(_text(row, "prompt"), read, _id(row))
+    return tuple(Answer(_text(answer, "text", may_be_empty=True), _rank(answer)) for answer in answers)
 
 
 def _completion(row: Row) -> Record:
     """TRL's prompt and completion, text or messages; `response` is another name for the completion."""
-    key = "response" if row.get("completion") is None else "completion"
+    if isinstance(row.get("prompt"), list):
+        return _answered(_asked(*_conversation(row, "prompt")), _id(row), lambda: _completed(row, _answer))
+    return _answered(_text(row, "prompt"), _id(row), lambda: _completed(row, _text))
+
+
+def _completed(row: Row, read: Callable[[Row, str], str]) -> tuple[Answer, ...]:
     if row.get("label") is False:
         raise Refused("labelled_bad", "'label' is false: the answer is an example of a bad one", broken=False)
-    if isinstance(row.get("prompt"), list):
-        system, turns = _conversation(row, "prompt")
-        return Record(_asked(system, turns), (Answer(_answer(row, key), 0),), _id(row))
-    return Record(_text(row, "prompt"), (Answer(_text(row, key), 0),), _id(row))
+    return (Answer(read(row, "response" if row.get("completion") is None else "completion"), 0),)
 
 
 def _preference(row: Row) -> Record:
     """TRL's chosen and rejected: text or messages, the prompt beside them or, implicit, what both begin with."""
     if isinstance(row.get("chosen"), list) or isinstance(row.get("prompt"), list):
         return _messages_preference(row)
-    chosen, rejected = (_text(row, key, may_be_empty=key == "rejected") for key in ("chosen", "rejected"))
-    if row.get("prompt") is None:
-        prompt, chosen, rejected = _common_start(chosen, rejected)
-    else:
-        prompt = _text(row, "prompt")
-    return _pair(row, prompt, chosen, rejected)
+    if row.get("prompt") is not None:
+        return _answered(_text(row, "prompt"), _id(row), lambda: _pair(*_texts(row)))
+    prompt, chosen, rejected = _common_start(*_texts(row))
+    if not prompt.strip():
+        raise Refused("empty", "'chosen' and 'rejected' begin with no common prompt, and there is none beside them")
+    return _answered(prompt, _id(row), lambda: _pair(chosen, rejected))
+
+
+def _texts(row: Row) -> tuple[str, str]:
+    return _text(row, "chosen"), _text(row, "rejected", may_be_empty=True)
 
 
 def _messages_preference(row: Row) -> Record:
     """Messages whose prompt is a list beside them, or what both begin with (then a prompt as text is a copy of it)."""
     if isinstance(row.get("prompt"), list):
-        system, turns = _conversation(row, "prompt")
-        return _pair(row, _asked(system, turns), _answer(row, "chosen"), _answer(row, "rejected"))
+        return _answered(_asked(*_conversation(row, "prompt")), _id(row), lambda: _pair(*_messages(row)))
     (system, chosen), (_, rejected) = _conversation(row, "chosen"), _conversation(row, "rejected")
     shared = _in_common(chosen, rejected)
     if shared == len(chosen) == len(rejected):
@@ -154,7 +173,11 @@ def _messages_preference(row: Row) -> Record:
     asked = chosen[: min(shared, len(chosen) - 1, len(rejected) - 1)]
     if [len(chosen) - len(asked), len(rejected) - len(asked)] != [1, 1]:
         raise Refused("several_turns", "'chosen' and 'rejected' differ in more than the last message", broken=False)
-    return _pair(row, _asked(system, asked), chosen[-1][1], rejected[-1][1])
+    return _answered(_asked(system, asked), _id(row), lambda: _pair(chosen[-1][1], rejected[-1][1]))
+
+
+def _messages(row: Row) -> tuple[str, str]:
+    return _answer(row, "chosen"), _answer(row, "rejected")
 
 
 def _common_start(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -187,14 +210,12 @@ def _in_common(first: Sequence[object], second: Sequence[object]) -> int:
     )
 
 
-def _pair(row: Row, prompt: str, chosen: str, rejected: str) -> Record:
-    if not prompt.strip():
-        raise Refused("empty", "'chosen' and 'rejected' begin with no common prompt, and there is none beside them")
+def _pair(chosen: str, rejected: str) -> tuple[Answer, ...]:
     if not chosen.strip():
         raise Refused("empty", "'chosen' is empty; write the text or remove the row")
     if chosen == rejected:
         raise Refused("identical", "'chosen' and 'rejected' are the same", broken=False)
-    return Record(prompt, (Answer(chosen, 0), Answer(rejected, 1)), _id(row))
+    return Answer(chosen, 0), Answer(rejected, 1)
 
 
 def _chat(row: Row) -> Record:
@@ -206,24 +227,31 @@ def _sharegpt(row: Row) -> Record:
 
 
 def _sharegpt_preference(row: Row) -> Record:
-    system, turns = _conversation(row, "conversations")
-    return _pair(row, _asked(system, turns), _answer(row, "chosen"), _answer(row, "rejected"))
+    return _answered(_asked(*_conversation(row, "conversations")), _id(row), lambda: _pair(*_messages(row)))
 
 
 def _pandalm(row: Row) -> Record:
     """PandaLM's test set: two answers and three people's votes (1 or 2: the better answer, 0: equals); most votes decide."""
+    return _answered(_instruction(row), _id(row, "idx"), lambda: _voted(row))
+
+
+def _voted(row: Row) -> tuple[Answer, ...]:
     votes = [_choice(row, f"annotator{number}", (0, 1, 2)) for number in (1, 2, 3)]
     vote, count = Counter(votes).most_common(1)[0]
     answers = tuple(_text(row, f"response{number}", may_be_empty=True) for number in (1, 2))
     if count < 2:
         raise Refused("undecided", f"the three annotators say {votes}; no two agree", broken=False)
-    return Record(_instruction(row), _two(answers, vote), _id(row, "idx"))
+    return _two(answers, vote)
 
 
 def _llmbar(row: Row) -> Record:
     """LLMBar: two outputs for one input, and which is the better one."""
+    return _answered(_text(row, "input"), _id(row), lambda: _labelled(row))
+
+
+def _labelled(row: Row) -> tuple[Answer, ...]:
     answers = tuple(_text(row, f"output_{number}", may_be_empty=True) for number in (1, 2))
-    return Record(_text(row, "input"), _two(answers, _choice(row, "label", (1, 2))), _id(row))
+    return _two(answers, _choice(row, "label", (1, 2)))
 
 
 def _two(texts: Sequence[str], better: int) -> tuple[Answer, ...]:
@@ -232,12 +260,11 @@ def _two(texts: Sequence[str], better: int) -> tuple[Answer, ...]:
 
 
 def _alpaca(row: Row) -> Record:
-    return Record(_instruction(row), (Answer(_text(row, "output"), 0),), _id(row))
+    return _answered(_instruction(row), _id(row), lambda: (Answer(_text(row, "output"), 0),))
 
 
 def _alpaca_preference(row: Row) -> Record:
-    chosen, rejected = (_text(row, key, may_be_empty=key == "rejected") for key in ("chosen", "rejected"))
-    return _pair(row, _instruction(row), chosen, rejected)
+    return _answered(_instruction(row), _id(row), lambda: _pair(*_texts(row)))
 
 
 # Name -> (is it this format, its reader). The first that fits is taken, so what has more keys stands first.

@@ -90,6 +90,38 @@ def test_a_preference_is_a_group_of_two_ranked_answers_in_every_format(name: str
     assert group["prompt"] == Q and [answer["text"].strip() for answer in ranked] == [GOOD, BAD]
 
 
+UNANSWERED = [
+    (reason, row | damage)
+    for name, row in ANSWERED + PREFERRED
+    for reason, damage in {
+        "prompt_completion": [
+            ("wrong_type", {"response": True, "completion": True}),
+            ("labelled_bad", {"label": False}),
+        ],
+        "alpaca": [("wrong_type", {"output": True})],
+        "preference": [("wrong_type", {"rejected": False}), ("identical", {"rejected": GOOD})],
+        "sharegpt_preference": [("wrong_type", {"chosen": True})],
+        "alpaca_preference": [("empty", {"chosen": " "})],
+        "pandalm": [("wrong_type", {"response1": False}), ("undecided", {"annotator1": 1})],
+        "llmbar": [("wrong_type", {"label": True})],
+        "ranked": [("one_answer", {"answers": []})],
+        "open_assistant": [("wrong_type", {"prompt": {"text": Q, "replies": 3}})],
+    }.get(name, [])
+]
+
+
+@pytest.mark.parametrize(("reason", "row"), UNANSWERED)
+def test_a_prompt_is_taken_whatever_is_wrong_with_its_answers(reason: str, row: dict[str, Any]) -> None:
+    name = format_of(row)
+    assert name is not None
+    record = read_record(row, name)
+    assert as_prompt(record)["prompt"] == Q
+    for use in (as_example, as_group):
+        with pytest.raises(Refused) as caught:
+            use(record)
+        assert caught.value.reason == reason
+
+
 def test_every_format_has_a_row_in_this_file_and_is_the_first_that_fits_it() -> None:
     prompts = [("text", Q), ("prompt", {"prompt": Q}), ("prompt", {"text": Q}), ("prompt", {"instruction": Q})]
     prompts.append(("prompt", {"prompt": [user()]}))
