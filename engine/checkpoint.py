@@ -165,7 +165,8 @@ def _open_layout(directory: Path) -> Layout:
     if not directory.is_dir():
         old = _beside(directory, "old")
         advice = f"an interrupted save left {old}: rename it" if old.is_dir() else "expected a checkpoint's directory"
-        raise CheckpointError(f"{directory}: there is no such directory; {advice}")
+        found = "this is a file" if directory.is_file() else "there is no such directory"
+        raise CheckpointError(f"{directory}: {found}; {advice}")
     if (directory / "params.json").is_file() and not (directory / "config.json").is_file():
         return MetaFiles(directory)
     return HfFiles(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +33,19 @@ OTHERS = ("judge_model", "prompt_model")  # models that may come from elsewhere
 
 def load_tokenizer(recipe: Recipe) -> Tokenizer:
     """The run's tokenizer, once every model is seen to be a checkpoint with an embedding for each of its pieces."""
-    models = {name: getattr(recipe, name) for name in ("model", "m1", *OTHERS)}
-    configs = {key: read_config(path) for key, path in models.items() if path is not None}
-    tokenizer = Tokenizer(recipe.tokenizer or recipe.model or recipe.m1 or "")
-    for key, config in configs.items():
-        path = models[key]
-        assert path is not None
+    configs = {}
+    for key in ("model", "m1", *OTHERS):
+        path = getattr(recipe, key)
+        if path is not None:
+            with _key_named(key, "the directory of a Llama 2 checkpoint"):
+                configs[key] = path, read_config(path)
+    key = next((key for key in ("tokenizer", "model", "m1") if getattr(recipe, key) is not None), "tokenizer")
+    with _key_named("tokenizer", "a tokenizer.model or its directory"):
+        tokenizer = Tokenizer(getattr(recipe, key))
+    for key, (path, config) in configs.items():
         if key in OTHERS and (path / "tokenizer.model").is_file():
+            with _key_named(key, "a model with its own tokenizer.model, or with none"):
+                Tokenizer(path)
             continue  # it speaks its own vocabulary
         if tokenizer.vocab_size > config.vocab_size:
             raise InputError(
@@ -46,6 +53,15 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
                 "do not belong together; give the one that this model was trained with (tokenizer=PATH)"
             )
     return tokenizer
+
+
+@contextmanager
+def _key_named(key: str, expected: str) -> Iterator[None]:
+    """What the engine says of a file, with the key of the recipe that led there."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error}; give {key}=PATH, {expected}") from None
 
 
 class Templates(NamedTuple):

@@ -347,6 +347,26 @@ def test_a_directory_of_something_else_is_no_model(tmp_path, capsys):
     assert "config.json is missing; HF's layout has config.json, Meta's has params.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["model", "m1", "judge_model", "prompt_model", "tokenizer"])
+def test_a_path_that_leads_to_no_model_or_tokenizer_is_named_with_its_key(key, tmp_path, capsys):
+    (tmp_path / "file").write_text("nothing")
+    (tmp_path / "empty").mkdir()
+    more = ["model=null"] if key == "m1" else []
+    for name in ("file", "empty"):
+        assert command(tmp_path / "out", *more, f"{key}={tmp_path / name}") == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {key}: {tmp_path / name}") and f"give {key}=PATH" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_vocabulary_of_a_model_from_elsewhere_is_looked_at_first(tmp_path, capsys):
+    shutil.copytree(PACKAGE / "tiny/m0", tmp_path / "judge")
+    (tmp_path / "judge/tokenizer.model").write_bytes(b"nothing")
+    assert command(tmp_path / "out", f"judge_model={tmp_path / 'judge'}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: judge_model: ") and "tokenizer.model is not a SentencePiece model" in said
+
+
 def test_what_decides_no_result_may_be_changed_before_a_resume(finished, tmp_path, monkeypatch):
     out, again = tmp_path / "run", []
     full = CHECKPOINTING["full"]
