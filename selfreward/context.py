@@ -45,6 +45,10 @@ class Stopped(Exception):
     """The run was asked to end; what was finished is saved."""
 
 
+class Reached(Exception):
+    """The one stage that was asked for is finished."""
+
+
 @dataclass
 class Run:
     """One run of the loop. `stop` is set by a signal and looked at between groups of rows and between training steps."""
@@ -58,6 +62,7 @@ class Run:
     judge_model_template: JudgeTemplate | None = None  # of recipe.judge_model; None: `template`
     prompt_template: PromptTemplate | None = None  # of prompts.mode few_shot
     pairwise_template: PairwiseTemplate | None = None  # of evaluation.head_to_head pairwise
+    until: str | None = None  # the stage behind which the loop ends; None: it runs to its end
     _loaded: tuple[Path, LLM] | None = field(default=None)
     _spent: Counter[str] = field(default_factory=Counter)  # by samplers that are no longer loaded
 

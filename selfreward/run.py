@@ -21,6 +21,7 @@ if __name__ == "__main__":  # first: the imports below take a second, in which C
 
 import argparse
 import json
+import shlex
 import threading
 import time
 from collections import Counter
@@ -35,19 +36,21 @@ import torch
 
 from engine import InputError, NotBuiltError, Tokenizer, content_hash
 from selfreward import eval_command, evaluation, stages, training
-from selfreward.context import SPENT, GateError, Row, Run, Stopped
+from selfreward.actions import ACTIONS, NOT_BUILT, SINGLE, described, stages_of
+from selfreward.context import SPENT, GateError, Reached, Row, Run, Stopped
 from selfreward.device import check_device, device_facts
+from selfreward.formats import read_jsonl
 from selfreward.health import model_warnings
 from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer, tokenizer_hash
 from selfreward.recipe import Recipe
 from selfreward.recipe_file import PATH_KEYS, recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
-from selfreward.state import STAGES, RunDir, file_hash, own_version, written_manifest
+from selfreward.state import STAGES, RunDir, file_hash, own_version, read_json, written_manifest
 from selfreward.validate import show, validate
 
-ACTIONS = ("run", "plan", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "eval", "report")
-BUILT = ("run", "validate", "eval")
+RECIPE = "tiny"  # the default
+MEASURED = "evaluation/metrics.jsonl"  # a row per model, the last file of a finished loop
 UNDECIDING = (
     ("sampler", "kv_cache_gb"),
     ("sampler", "max_batch_tokens"),
@@ -60,6 +63,9 @@ UNDECIDING = (
 )
 CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other key needs a new --out directory"
 HELP = """\
+actions:
+{actions}
+
 shipped recipes: {recipes} (a .yaml file of your own: begin with a copy of llama2-7b)
 
 keys that are often set (all of them, with their defaults: selfreward/recipe*.py):
@@ -115,7 +121,7 @@ def loop(run: Run) -> list[Row]:
         rows = evaluation.with_matches(rows, run.rows("evaluation/head_to_head.jsonl"))
     for sentence in model_warnings(rows):
         run.report.warn(sentence)
-    run.dir.write_jsonl("evaluation/metrics.jsonl", rows)
+    run.dir.write_jsonl(MEASURED, rows)
     return rows
 
 
@@ -137,6 +143,8 @@ def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
     seconds = _append_time(run, name, started, before)
     run.dir.mark_done(name, counts, [file for file in stages.written(name, counts) if run.dir.file(file).is_file()])
     run.report.say(f"{name}: {seconds:.1f} s  {_short(counts)}")
+    if name == run.until:
+        raise Reached
     return run.dir.counts(name)
 
 
@@ -181,12 +189,20 @@ def main(argv: list[str] | None = None) -> int:
             action, overrides = _action(arguments.words)
             if action == "eval":
                 raise InputError("'eval' has options of its own, so it stands first: python -m selfreward.run eval ...")
-            if action not in BUILT:
-                raise NotBuiltError(f"the action {action!r} is not built yet; without an action the whole loop runs")
-            recipe = Recipe.load(arguments.recipe, overrides)
+            if action in NOT_BUILT:
+                raise NotBuiltError(
+                    f"the action {action!r} is not built yet ({NOT_BUILT[action]}); without an action the whole loop runs"
+                )
+            if action == "report":
+                _report(arguments, report)
+                return 0
+            recipe = Recipe.load(arguments.recipe or RECIPE, overrides)
             if action == "validate":
                 return _validate(recipe, report)
-            _run(recipe, arguments.out, report, stop)
+            if action in SINGLE:
+                _one_stage(recipe, arguments, action, report, stop)
+            else:
+                _run(recipe, arguments.out, report, stop)
         except Stopped:
             name = signal.Signals(stop.signal).name
             print(f"stopped by {name}; what was finished is saved: the same command goes on there", file=sys.stderr)
@@ -240,6 +256,63 @@ def _validate(recipe: Recipe, report: Reporter) -> int:
 
 
 def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
+    with _opened(recipe, out, report, stop) as run:
+        _say_report(run.dir, write_report(run.dir, loop(run)), report)
+
+
+def _one_stage(recipe: Recipe, arguments: argparse.Namespace, action: str, report: Reporter, stop: Event) -> None:
+    """The loop up to and with the first unfinished stage of this kind; says which command comes next."""
+    order = stages_of(recipe)
+    wanted = [stage for name, stage in order if name == action]
+    if not wanted:
+        raise InputError(f"a run with m1 has no stage {action!r}: its first model is given; begin with 'prompts'")
+    with _opened(recipe, arguments.out, report, stop) as run:
+        run.until = next((stage for stage in wanted if not run.dir.done(stage)), None)
+        if run.until is not None:
+            with suppress(Reached):
+                loop(run)
+        left = [name for name, stage in order if not run.dir.done(stage)]
+        options = ["--recipe", arguments.recipe or RECIPE, "--out", arguments.out]
+        overrides = _action(arguments.words)[1]
+        following = shlex.join(["python", "-m", "selfreward.run", (left or ["run"])[0], *options, *overrides])
+        counts = None if run.until is None else run.dir.counts(run.until)
+        if report.as_json:
+            print(json.dumps({"stage": run.until, "counts": counts, "next": following}, ensure_ascii=False))
+        else:
+            done = f"{run.until} is finished" if run.until else f"every stage {action!r} was finished before"
+            print(f"{done}; next: {following}")
+
+
+def _report(arguments: argparse.Namespace, report: Reporter) -> None:
+    """Write the report of a run once more, from its files: of one that is not finished, too."""
+    given = [word for word in arguments.words if word != "report"]
+    given += [] if arguments.recipe is None else ["--recipe"]
+    if given:
+        raise InputError(f"report reads the run in --out and has no settings; leave {given[0]!r} out")
+    manifest = written_manifest(arguments.out)
+    if not manifest:
+        raise InputError(f"{arguments.out} holds no run; give the directory of one as --out")
+    with RunDir(arguments.out, manifest) as directory:
+        measured, before = directory.file(MEASURED), directory.file("report.json")
+        if measured.is_file():
+            models, stopped = read_jsonl(measured), None
+        else:
+            last = read_json(before) if before.is_file() else {}
+            models, stopped = [], "the run is not finished: its command, given again, goes on"
+            if last.get("stages") == directory.finished():  # nothing was done since, so what stopped it still does
+                stopped = last.get("stopped") or stopped
+        _say_report(directory, write_report(directory, models, stopped), report)
+
+
+def _say_report(directory: RunDir, written: Row, report: Reporter) -> None:
+    print_report(written, report.as_json)
+    if not report.as_json:
+        print(f"report: {directory.file('report.html')}", file=sys.stderr)
+
+
+@contextmanager
+def _opened(recipe: Recipe, out: str, report: Reporter, stop: Event) -> Iterator[Run]:
+    """The run in its directory, once all that it is given was looked at. A gate's sentence goes into its report."""
     began_with = written_manifest(out).get("training_threads")
     if began_with is not None and (type(began_with) is not int or began_with < 1):
         raise InputError(f"{out}/manifest.json: training_threads is {began_with!r}; restore the file, or start anew")
@@ -256,18 +329,16 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
         place = directory.manifest.get("gpu", "the CPU")
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}, on {place}")
         try:
-            models = loop(
-                Run(
-                    recipe,
-                    directory,
-                    tokenizer,
-                    templates.judge,
-                    report,
-                    stop,
-                    templates.judge_model,
-                    templates.prompts,
-                    templates.pairwise,
-                )
+            yield Run(
+                recipe,
+                directory,
+                tokenizer,
+                templates.judge,
+                report,
+                stop,
+                templates.judge_model,
+                templates.prompts,
+                templates.pairwise,
             )
         except GateError as error:
             said = f"{error} ({CHANGEABLE})"
@@ -276,9 +347,6 @@ def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
                 if report.as_json:
                     print_report(written, as_json=True)
             raise GateError(said) from None
-        print_report(write_report(directory, models), report.as_json)
-        if not report.as_json:
-            print(f"report: {directory.file('report.html')}", file=sys.stderr)
 
 
 def _manifest(recipe: Recipe, tokenizer: Tokenizer, templates: Templates) -> Row:
@@ -333,7 +401,7 @@ def _action(words: list[str]) -> tuple[str, list[str]]:
     """The action, the one word without "=" (default: the whole loop), and the overrides."""
     actions = [word for word in words if "=" not in word]
     for word in actions:
-        if word not in ACTIONS:
+        if word not in ACTIONS and word not in NOT_BUILT:
             raise InputError(f"{word!r} is neither an action ({', '.join(ACTIONS)}) nor key.sub=value")
     if len(actions) > 1:
         raise InputError(f"there are {len(actions)} actions ({', '.join(actions)}); give one")
@@ -344,14 +412,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m selfreward.run",
         description="The whole loop of self-rewarding: SFT, then rounds of prompts, answers, judgements, pairs and DPO.",
-        epilog=HELP.format(recipes=", ".join(recipe_names())),
+        epilog=HELP.format(actions=described(), recipes=", ".join(recipe_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    words = (
-        f"actions built so far: {', '.join(BUILT)} (run: the whole loop, the default; eval --help: what it can measure)"
+    parser.add_argument(
+        "words", nargs="*", metavar="ACTION | key.sub=value", help="one action at most, any number of keys"
     )
-    parser.add_argument("words", nargs="*", metavar="ACTION | key.sub=value", help=words)
-    parser.add_argument("--recipe", default="tiny", metavar="NAME_OR_FILE", help="shipped recipe or YAML file (tiny)")
+    parser.add_argument("--recipe", metavar="NAME_OR_FILE", help=f"shipped recipe or YAML file ({RECIPE})")
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="directory of the run, resumed if it is one")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")

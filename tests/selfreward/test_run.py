@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -449,8 +450,11 @@ def test_help_shows_actions_recipes_and_keys(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     said = capsys.readouterr().out
+    assert main(["frobnicate"]) == 2
+    complaint = capsys.readouterr().err
+    for action in ("run", "validate", "sft", "eft", "prompts", "sample", "judge", "pairs", "dpo", "report", "eval"):
+        assert re.search(rf"^    (\w+, )*{action}[,:]", said, re.MULTILINE) and action in complaint
     for part in (
-        "run",
         "llama2-7b",
         "tiny",
         "rounds",
@@ -461,6 +465,82 @@ def test_help_shows_actions_recipes_and_keys(capsys):
         assert part in said
     shown = set(re.findall(r"\b(?:data|prompts|candidates|judge|sft|dpo|sampler|gates)\.[a-z_]+", said))
     assert len(shown) >= 10 and shown <= set(recipe_keys())
+
+
+def next_command(capsys):
+    said = capsys.readouterr().out.strip()
+    return said, shlex.split(said.partition("next: ")[2])[3:]
+
+
+def test_a_stage_at_a_time_makes_the_same_run(finished, tmp_path, capsys, monkeypatch):
+    out, actions, words = tmp_path / "run", [], []
+    monkeypatch.setattr(run_module, "_append_time", lambda run, name, started: 0.0)
+    assert command(out, "sft") == 0
+    order = list(json.loads((finished / "stages.json").read_text()))
+    for number in range(13):
+        assert list(json.loads((out / "stages.json").read_text())) == order[: number + 1]
+        said, words = next_command(capsys)
+        assert said.startswith(f"{order[number]} is finished; next: python -m selfreward.run ")
+        actions.append(words[0])
+        if number < 12:
+            assert main(["--quiet", *words]) == 0
+    each = ["sample", "judge", "pairs", "dpo"]
+    assert actions == ["eft", "sft", "prompts", *each, "prompts", *each, "run"]
+    assert main(["--json", *words[1:]]) == 0
+    for name in ("stages.json", "evaluation/metrics.jsonl", "iter_2/model/model.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    capsys.readouterr()
+    assert command(out, "judge") == 0
+    said, words = next_command(capsys)
+    assert said.startswith("every stage 'judge' was finished before; next: ") and words[0] == "run"
+
+
+def test_a_later_stage_runs_what_comes_before_it_and_stops_there(tmp_path, capsys):
+    assert command(tmp_path / "run", "prompts", "--json", "model=null", f"m1={PACKAGE / 'tiny/m0'}") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["stage"] == "iter_1/prompts" and said["counts"]["kept"] == 24
+    assert shlex.split(said["next"])[3] == "sample"
+    assert list(json.loads((tmp_path / "run/stages.json").read_text())) == ["iter_1/prompts"]
+    assert command(tmp_path / "other", "eft", "model=null", f"m1={PACKAGE / 'tiny/m0'}") == 2
+    assert "a run with m1 has no stage 'eft'" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_the_report_can_be_written_once_more_from_the_files_of_a_run(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    written = {path: path.read_bytes() for path in [*out.glob("report.*"), *out.glob("plots/*")]}
+    assert len(written) > 3
+    for path in written:
+        path.unlink()
+    assert main(["report", "--out", str(out)]) == 0
+    assert capsys.readouterr().err == f"report: {out / 'report.html'}\n"
+    assert {path: path.read_bytes() for path in [*out.glob("report.*"), *out.glob("plots/*")]} == written
+
+
+def test_the_report_of_a_run_that_is_not_finished_says_so(tmp_path, capsys):
+    out = tmp_path / "run"
+    m1 = ["model=null", f"m1={PACKAGE / 'tiny/m0'}"]
+    assert command(out, *m1, "gates.min_pairs=1000") == 3
+    stopped = json.loads((out / "report.json").read_text())
+    assert main(["report", "--out", str(out)]) == 0
+    assert json.loads((out / "report.json").read_text()) == stopped and "gates.min_pairs" in stopped["stopped"]
+    assert command(out, *m1, "pairs") == 0
+    assert main(["report", "--out", str(out)]) == 0
+    later = json.loads((out / "report.json").read_text())
+    assert "the run is not finished" in later["stopped"] and "iter_1/pairs" in later["stages"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["report", "seed=1"], "leave 'seed=1' out"),
+        (["report", "--recipe", "tiny"], "leave '--recipe' out"),
+        (["report"], "holds no run"),
+    ],
+)
+def test_the_report_takes_a_run_and_nothing_else(words, said, tmp_path, capsys):
+    assert main([*words, "--out", str(tmp_path / "nowhere")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
 
 
 def test_replay_without_judge_data_is_a_gate(tmp_path, capsys):
