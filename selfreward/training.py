@@ -31,7 +31,7 @@ from engine import (
 from selfreward.context import GateError, Row, Run, Stopped
 from selfreward.judging import scored_candidates
 from selfreward.pairs import positive, said
-from selfreward.seeds import example_ids, file_of, ift_rows
+from selfreward.seeds import example_ids, file_of, ift_rows, same
 from selfreward.state import row_seed
 
 R = TypeVar("R", SFTRow, DPORow)
@@ -110,19 +110,21 @@ def _train_sft(run: Run, instructions: list[SFTRow], others: list[SFTRow], folde
 
 
 def _apart(run: Run, rows: list[R]) -> tuple[list[R], Heldout | None]:
-    """The rows to train on and those to measure: the recipe's share of the prompts, each with all of its rows."""
+    """The rows to train on and those to measure: the recipe's share of the prompts, each with all of its rows. Prompts that
+    differ only in case and blanks are one."""
     options = run.recipe.keep_best
     if not options.share:
         return rows, None
-    prompts = {tuple(row.prompt): row_seed(run.recipe.seed, 0, "held out", str(row.prompt)) for row in rows}
-    if len(prompts) < 2:
+    keys = {prompt: same(run.tokenizer.decode(list(prompt))) for prompt in {tuple(row.prompt) for row in rows}}
+    places = {key: row_seed(run.recipe.seed, 0, "held out", key) for key in keys.values()}
+    if len(places) < 2:
         raise GateError(
             "there is one prompt only, of which keep_best.share can leave out none; set it to 0 in a new directory"
         )
-    count = max(1, round(options.share * len(prompts)))
-    out = set(sorted(prompts, key=lambda prompt: prompts[prompt])[:count])
-    held = [row for row in rows if tuple(row.prompt) in out]
-    kept = [row for row in rows if tuple(row.prompt) not in out]
+    count = max(1, round(options.share * len(places)))
+    out = set(sorted(places, key=lambda key: places[key])[:count])
+    held = [row for row in rows if keys[tuple(row.prompt)] in out]
+    kept = [row for row in rows if keys[tuple(row.prompt)] not in out]
     return kept, Heldout(held, options.every, keep_best=True, patience=options.patience)
 
 

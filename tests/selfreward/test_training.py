@@ -130,9 +130,10 @@ def test_the_rounds_label_smoothing_is_what_consistency_leaves(round_one, monkey
     assert [config.label_smoothing for config in seen] == [0.0, pytest.approx(0.1)]
 
 
-def keeping(*options, tmp_path):
+def keeping(*options, tmp_path, decode=str):
     recipe = Recipe.load("tiny", options)
-    return Run(recipe, SimpleNamespace(file=lambda name: tmp_path / name), NOTHING, NOTHING, NOTHING)
+    directory: Any = SimpleNamespace(file=lambda name: tmp_path / name)
+    return Run(recipe, directory, SimpleNamespace(decode=decode), NOTHING, NOTHING)
 
 
 def test_whole_prompts_are_held_out_the_same_ones_in_any_company(tmp_path):
@@ -148,3 +149,16 @@ def test_whole_prompts_are_held_out_the_same_ones_in_any_company(tmp_path):
     assert _apart(keeping("keep_best.share=0", tmp_path=tmp_path), rows) == (rows, None)
     with pytest.raises(GateError, match="one prompt only"):
         _apart(run, rows[:1])
+
+
+def test_prompts_that_are_one_to_a_reader_are_held_out_together(tmp_path):
+    def decode(ids):
+        return f"[INST] {('Name tree', 'name  Tree')[ids[1] % 2]} {ids[1] // 2} [/INST]"
+
+    run = keeping("keep_best.share=0.25", tmp_path=tmp_path, decode=decode)
+    rows = [DPORow([1, n], [5], [6]) for n in range(2, 42)]
+    kept, held = _apart(run, rows)
+    assert held is not None and len(held.rows) == 10 and len(kept) == 30
+    assert not {row.prompt[1] // 2 for row in held.rows} & {row.prompt[1] // 2 for row in kept}
+    with pytest.raises(GateError, match="one prompt only"):
+        _apart(run, rows[:2])
