@@ -324,6 +324,7 @@ def test_the_report_counts_and_does_not_hash(finished):
     assert report["stages"] == counts
     assert {name for row in stages.values() for name in row.get("files", {})} == {
         "eft/train.jsonl",
+        "evaluation/head_to_head.jsonl",
         *(
             f"iter_{k}/{name}.jsonl"
             for k in (1, 2)
@@ -474,7 +475,7 @@ def next_command(capsys):
 
 def test_a_stage_at_a_time_makes_the_same_run(finished, tmp_path, capsys, monkeypatch):
     out, actions, words = tmp_path / "run", [], []
-    monkeypatch.setattr(run_module, "_append_time", lambda run, name, started: 0.0)
+    monkeypatch.setattr(run_module, "_append_time", lambda *given: 0.0)
     assert command(out, "sft") == 0
     order = list(json.loads((finished / "stages.json").read_text()))
     for number in range(13):
