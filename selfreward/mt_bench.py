@@ -20,10 +20,10 @@ from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
 TURNS = 2
-# FastChat's, by category; others are asked at 0.7.
+# FastChat's `temperature_config`, whole; other categories are asked at 0.7.
 TEMPERATURES = {
     **dict.fromkeys(("writing", "roleplay"), 0.7),
-    **dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0),
+    **dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0),
     **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 OTHER = 0.7
@@ -92,7 +92,7 @@ def _ask(run: Run, path: Path, name: str, turn: int, asked: Sequence[tuple[Row, 
         ids = before + run.tokenizer.chat_prompt(question["turns"][turn - 1])
         return Request(ids, params, lambda output: [_row(question, answers, output)])
 
-    return sample_groups(run, name, run.llm(path), in_groups([request(*each) for each in asked]))
+    return sample_groups(run, name, path, in_groups([request(*each) for each in asked]))
 
 
 def _row(question: Row, answers: list[str], output: RequestOutput | None) -> Row:
