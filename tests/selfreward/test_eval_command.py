@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine import Tokenizer
-from selfreward import eval_run, mt_bench
+from selfreward import eval_settings, mt_bench
 from selfreward.evaluation import text_figures
 from selfreward.formats import read_jsonl
 from selfreward.recipe import PACKAGE, Recipe
@@ -44,18 +44,18 @@ def test_the_same_prompts_are_answered_by_every_model_side_by_side(
     file = lines(tmp_path / "asked.jsonl", 4, "heldout.jsonl")
     assert command(tmp_path / "out", "--ask", str(file), *TWO, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    folder = tmp_path / "out/eval/ask-asked"
+    folder = tmp_path / "out/eval/answers-asked"
     rows = read_jsonl(folder / "side_by_side.jsonl")
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_jsonl(file)] and rows == found["rows"]
-    answers = {name: read_jsonl(folder / f"answers/{name}.jsonl") for name in "AB"}
+    answers = {name: read_jsonl(folder / f"models/{name}/answers.jsonl") for name in "AB"}
     for i, row in enumerate(rows):
         assert row["answers"] == {name: answers[name][i]["text"] for name in "AB"}
         assert row["answers"]["A"] == row["answers"]["B"]  # the seeds are the same, and so is the model
     assert found["models"]["A"] == text_figures([row["token_ids"] for row in answers["A"]])
-    before = (folder / "answers/A.jsonl").read_bytes()
-    (folder / "answers/A.jsonl").write_bytes(before[:-7])  # torn by a kill
+    before = (folder / "models/A/answers.jsonl").read_bytes()
+    (folder / "models/A/answers.jsonl").write_bytes(before[:-7])  # torn by a kill
     assert command(tmp_path / "out", "--ask", str(file), *TWO, "--json") == 0
-    assert (folder / "answers/A.jsonl").read_bytes() == before
+    assert (folder / "models/A/answers.jsonl").read_bytes() == before
     assert command(tmp_path / "out", "--ask", str(file), *TWO, "seed=1") == 2
     assert "recipe.seed is 0 there, 1 here" in capsys.readouterr().err
 
@@ -65,17 +65,17 @@ def test_outputs_for_alpaca_eval_name_instruction_and_generator(tmp_path: Path) 
         tmp_path / "set.json", [{"instruction": "copy a b", "output": "a b", "generator": "ref", "dataset": "d"}]
     )
     assert command(tmp_path / "out", "--alpaca", str(file), *TWO, "--json") == 0
-    (row,) = json.loads((tmp_path / "out/eval/alpaca-set/model_outputs/B.json").read_text())
+    (row,) = json.loads((tmp_path / "out/eval/answers-set/model_outputs/B.json").read_text())
     assert (row["instruction"], row["generator"], row["dataset"]) == ("copy a b", "B", "set")
-    assert row["output"] == read_jsonl(tmp_path / "out/eval/alpaca-set/answers/B.jsonl")[0]["text"]
+    assert row["output"] == read_jsonl(tmp_path / "out/eval/answers-set/models/B/answers.jsonl")[0]["text"]
 
 
 def test_both_turns_are_answered_the_second_behind_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def noted(run: Any, name: str, llm: Any, groups: Any, real: Any = mt_bench.sample_groups) -> Any:
+    def noted(run: Any, name: str, model: Any, groups: Any, real: Any = mt_bench.sample_groups) -> Any:
         asked.append([request for group in groups for request in group])
-        return real(run, name, llm, groups)
+        return real(run, name, model, groups)
 
     monkeypatch.setattr(mt_bench, "sample_groups", noted)
     file = write(tmp_path / "question.jsonl", QUESTIONS)
@@ -101,9 +101,9 @@ def test_a_first_answer_that_was_cut_is_ended_before_the_second_question(
     words = ("--mt-bench", str(file), "--model", f"A={M0}", "evaluation.max_tokens=1")
     asked = []
 
-    def noted(run: Any, name: str, llm: Any, groups: Any, real: Any = mt_bench.sample_groups) -> Any:
+    def noted(run: Any, name: str, model: Any, groups: Any, real: Any = mt_bench.sample_groups) -> Any:
         asked.append([request.ids for group in groups for request in group])
-        return real(run, name, llm, groups)
+        return real(run, name, model, groups)
 
     monkeypatch.setattr(mt_bench, "sample_groups", noted)
     assert command(tmp_path / "out", *words) == 0
@@ -125,6 +125,7 @@ def test_models_judge_a_file_of_ranked_answers_beside_its_longer_ones(
     assert found["models"]["A"]["pairs"] == found["longer"]["pairs"] == 36
     assert "ranked.jsonl:7: 'annotator2' is missing or null" in printed.err
     assert main(["eval", "--ranked", str(file), "--json"]) == 0
+    found.pop("judging")
     assert json.loads(capsys.readouterr().out) == found | {"models": {}}
 
 
@@ -135,13 +136,13 @@ def test_the_models_and_settings_of_a_run_are_found_in_its_directory(tmp_path: P
     for stage in ("sft/model", "m1/model", "iter_1/model"):
         shutil.copytree(M0, out / stage)
     (out / "stages.json").write_text(json.dumps({"sft/model": {}, "m1/model": {}, "iter_1/model": {}}))
-    found = eval_run.settings(None, out, ["evaluation.max_tokens=7"])
+    found = eval_settings.settings("--ask", None, out, ["evaluation.max_tokens=7"])
     assert (found.evaluation.temperature, found.evaluation.max_tokens) == (0.3, 7)
-    models = eval_run.find_models([], out)
+    models = eval_settings.find_models([], out)
     assert list(models) == ["M0", "SFT", "M1", "M2"] and models["M0"] == M0 and models["M2"] == out / "iter_1/model"
     file = write(tmp_path / "one.jsonl", [{"prompt": "copy a b"}])
     assert main(["eval", "--quiet", "--out", str(out), "--ask", str(file)]) == 0
-    (row,) = read_jsonl(out / "eval/ask-one/side_by_side.jsonl")
+    (row,) = read_jsonl(out / "eval/answers-one/side_by_side.jsonl")
     assert list(row["answers"]) == ["M0", "SFT", "M1", "M2"]
     again = [
         "eval",
@@ -150,12 +151,11 @@ def test_the_models_and_settings_of_a_run_are_found_in_its_directory(tmp_path: P
         str(out),
         "--recipe",
         "llama2-7b",
-        "judge.template=tiny",
         "evaluation.max_tokens=7",
     ]
     other = write(tmp_path / "other.jsonl", [{"prompt": "copy a b"}])
     assert main([*again, "--ask", str(other)]) == 0  # another recipe's settings, and still the run's own models
-    assert list(read_jsonl(out / "eval/ask-other/side_by_side.jsonl")[0]["answers"]) == ["M0", "SFT", "M1", "M2"]
+    assert list(read_jsonl(out / "eval/answers-other/side_by_side.jsonl")[0]["answers"]) == ["M0", "SFT", "M1", "M2"]
 
 
 def test_a_run_is_asked_where_it_was_computed(tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_a_run_is_asked_where_it_was_computed(tmp_path: Path) -> None:
     del recipe["device"]
     for device in ("cpu", "cuda"):
         (tmp_path / "manifest.json").write_text(json.dumps({"recipe": recipe, "device": device}))
-        assert eval_run.settings(None, tmp_path, []).device == device
-    assert eval_run.settings(None, tmp_path, ["device=cpu"]).device == "cpu"
+        assert eval_settings.settings("--ask", None, tmp_path, []).device == device
+    assert eval_settings.settings("--ask", None, tmp_path, ["device=cpu"]).device == "cpu"
 
 
 @pytest.mark.parametrize("word", ["sampler.dtype=bfloat16", "sampler.quantization=int8", "sampler.block_size=32"])
@@ -178,7 +178,7 @@ def test_rows_of_two_kinds_of_numbers_are_not_mixed(
     assert command(tmp_path / "out", *words, word) == 2
     assert f"recipe.{word.partition('=')[0]} is" in capsys.readouterr().err
     assert command(tmp_path / "out", *words, "sampler.max_sequences=8") == 0  # decides no byte
-    manifest = json.loads((tmp_path / "out/eval/ask-one/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out/eval/answers-one/manifest.json").read_text())
     assert manifest["device"] == "cpu" and {"instructions", "machine", "torch"} < manifest.keys()
 
 
@@ -213,9 +213,12 @@ def test_damaged_questions_are_one_sentence(
         (["--model", "A=nowhere"], "the model A should be in"),
         ([], "holds no finished models"),
         (["evaluation.maxtokens=3"], "evaluation.max_tokens"),
-        (["sft.lr=1.0"], "'sft.lr=1.0' has no effect on eval"),
-        (["evaluation.prompts=3"], "'evaluation.prompts=3' has no effect on eval"),
-        (["judge.by=random"], "'judge.by=random' has no effect on eval"),
+        (["sft.lr=1.0"], "'sft.lr=1.0' has no effect on --ask"),
+        (["evaluation.prompts=3"], "'evaluation.prompts=3' has no effect on --ask"),
+        (["evaluation={prompts: 3}"], "'evaluation={prompts: 3}' has no effect on --ask"),
+        (["evaluation={}"], "'evaluation={}' has no effect on --ask"),
+        (["judge.draws=1"], "'judge.draws=1' has no effect on --ask"),
+        (["judge.by=random"], "'judge.by=random' has no effect on --ask"),
     ],
 )
 def test_a_mistake_about_the_models_is_one_sentence(

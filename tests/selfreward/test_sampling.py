@@ -97,7 +97,11 @@ def test_what_is_finished_needs_no_model(run, unbroken, monkeypatch):
 def test_enough_is_asked_after_every_group(run):
     sizes = []
     rows = sample_groups(
-        run, "rows.jsonl", RECIPE.model, in_groups(REQUESTS), enough=lambda rows: sizes.append(len(rows)) or len(sizes) == 2
+        run,
+        "rows.jsonl",
+        RECIPE.model,
+        in_groups(REQUESTS),
+        enough=lambda rows: sizes.append(len(rows)) or len(sizes) == 2,
     )
     assert len(rows) == sum(r.params.n for r in REQUESTS[: 2 * GROUP]) == sizes[-1] and len(sizes) == 2
 
