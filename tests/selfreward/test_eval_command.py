@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine import Tokenizer
-from selfreward import eval_settings, mt_bench
+from engine import Tokenizer, load_checkpoint, save_checkpoint
+from selfreward import context, eval_settings, mt_bench
+from selfreward.eval_compare import folder_name
 from selfreward.evaluation import text_figures
 from selfreward.formats import read_jsonl
-from selfreward.recipe import PACKAGE, Recipe
+from selfreward.recipe import PACKAGE, Recipe, recipe_keys
 from selfreward.run import main
 
 M0, DATA = PACKAGE / "tiny/m0", PACKAGE / "tiny/data"
@@ -240,3 +242,125 @@ def test_eval_stands_first_and_settings_without_use_are_refused(
         assert "leave 'seed=3' out" in capsys.readouterr().err
     assert main(["eval", "--ask", "x.jsonl", "--out", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+# ---- answered once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the directories whose models are loaded from now on."""
+    names: list[str] = []
+
+    def load(path: Path, *more: Any, real: Any = context.LLM, **options: Any) -> Any:
+        names.append(path.name)
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(context, "LLM", load)
+    return names
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[str]:
+    """--model words of three models that differ, and M0's directory is the first's."""
+    for seed, name in enumerate(("b", "c"), start=1):
+        model = load_checkpoint(M0)
+        for i, weights in enumerate(model.parameters()):
+            noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(100 * seed + i))
+            weights.data += 0.02 * noise
+        save_checkpoint(model, tmp_path / name, Tokenizer(M0))
+    return [f"--model=A={M0}", f"--model=B={tmp_path / 'b'}", f"--model=C={tmp_path / 'c'}"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """All files but those for times."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("timing.jsonl", ".lock"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
+def test_answers_are_sampled_once_whoever_asks_and_a_new_model_samples_its_own(
+    tmp_path: Path, three: list[str], loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = lines(tmp_path / "p.jsonl", 5, "heldout.jsonl"), tmp_path / "out"
+    assert command(out, "--ask", str(file), *three[:2]) == 0
+    assert loaded == ["m0", "b"]
+    assert command(out, "--alpaca", str(file), *three[:2]) == 0 and loaded == ["m0", "b"]
+    loaded.clear()
+    assert command(out, "--ask", str(file), *three) == 0 and loaded == ["c"]
+    answers = snapshot(out / "eval/answers-p/models")
+    loaded.clear()
+    assert command(out, "--compare", str(file), *three) == 0 and loaded == ["c"]  # as the judge
+    assert command(out, "--compare", str(file), *three[:2]) == 0 and loaded == ["c", "b"]
+    assert command(out, "--compare", str(file), *three, f"judge_model={M0}") == 0 and loaded == ["c", "b", "m0"]
+    assert snapshot(out / "eval/answers-p/models") == answers
+    assert sorted(str(path.parent.relative_to(out)) for path in out.rglob("head_to_head.jsonl")) == [
+        "eval/answers-p/compare/scores-tiny-by-A/A,B,C",
+        "eval/answers-p/compare/scores-tiny-by-B/A,B",
+        "eval/answers-p/compare/scores-tiny-by-C/A,B,C",
+    ]
+    capsys.readouterr()
+    assert command(out, "--compare", str(file), *three, "judge.draws=1") == 2
+    said = capsys.readouterr().err
+    assert "C/A,B,C holds another run; remove it to ask anew, or undo: recipe.judge.draws is 3 there, 1 here" in said
+
+
+@pytest.mark.parametrize("what", ["--ask", "--alpaca", "--compare", "--ranked", "--mt-bench"])
+def test_a_finished_eval_loads_no_model_and_says_the_same_again(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = lines(tmp_path / "p.jsonl", 3, "eft_heldout.jsonl" if what == "--ranked" else "heldout.jsonl")
+    if what == "--mt-bench":
+        write(file, QUESTIONS)
+    said = []
+    for _ in range(2):
+        assert command(tmp_path / "out", what, str(file), *TWO, "--json") == 0
+        said.append(json.loads(capsys.readouterr().out))
+        monkeypatch.setattr(context, "LLM", None)
+    assert said[0] == said[1]
+    spent = said[0].get("answering") or said[0]["judging"]
+    assert spent.keys() == {"A", "B"}
+    for each in spent.values():
+        assert each["wall_seconds"] >= each["seconds"] > 0 and each["new_tokens"] > 0
+        assert abs(each["computed_per_second"] - each["computed_rows"] / each["seconds"]) <= 0.1
+
+
+def test_whatever_a_kill_left_the_same_command_ends_in_the_same_bytes(tmp_path: Path, three: list[str]) -> None:
+    file, out = lines(tmp_path / "p.jsonl", 130, "heldout.jsonl"), tmp_path / "out"
+    words = ("--compare", str(file), *three[:2], "judge.draws=1")
+    assert command(out, *words) == 0
+    whole, folder = snapshot(out), out / "eval/answers-p"
+    judged = folder / "compare/scores-tiny-by-B/A,B"
+    for torn in (folder / "models/B/answers.jsonl", judged / "judgements.jsonl"):
+        for left in (0.0, 0.6, 0.999):
+            torn.write_bytes(torn.read_bytes()[: int(left * torn.stat().st_size)])
+            for later in (torn.parent / "stages.json", judged / "head_to_head.jsonl"):
+                later.unlink(missing_ok=True)
+            assert command(out, *words) == 0
+            assert snapshot(out) == whole
+    shutil.rmtree(judged)
+    assert command(out, *words) == 0
+    assert snapshot(out) == whole
+
+
+def test_a_model_that_changed_is_refused_and_so_are_other_prompts_of_that_name(
+    tmp_path: Path, three: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path / "p.jsonl", [{"prompt": "copy a b"}]), tmp_path / "out"
+    assert command(out, "--ask", str(file), *three[:2]) == 0
+    capsys.readouterr()
+    assert command(out, "--ask", str(file), three[0], three[2].replace("C=", "B=")) == 2
+    assert "answers-p/models/B holds another run; remove it to ask anew, or undo: model is" in capsys.readouterr().err
+    write(file, [{"prompt": "copy a c"}])
+    assert command(out, "--ask", str(file), *three[:2]) == 2
+    assert "answers-p holds another run; remove it to ask anew, or undo: file is" in capsys.readouterr().err
+
+
+def test_a_set_of_models_has_a_directory_that_a_file_system_takes() -> None:
+    assert folder_name(["M0", "SFT", "M1"]) == "M0,SFT,M1"
+    long = [f"{'m' * 60}{i}" for i in range(5)]
+    assert folder_name(long).startswith("5 models ") and folder_name(long) != folder_name(long[::-1])
+
+
+def test_every_key_of_the_judge_is_used_where_a_judge_model_scores() -> None:
+    unused = {key for key in recipe_keys() if key.startswith("judge.")} - set(eval_settings.USED["--compare"])
+    assert unused == {"judge.by"}
