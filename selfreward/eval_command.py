@@ -27,7 +27,7 @@ from rich.table import Table
 from engine import InputError
 from selfreward import alpaca, head_to_head, mt_bench
 from selfreward.context import Row, Run
-from selfreward.eval_compare import compare
+from selfreward.eval_compare import compare, judge_of
 from selfreward.eval_run import Models, answer_all, of_model, opened, part, pins, read_prompts, times
 from selfreward.eval_settings import ANSWERING, USED, find_models, settings
 from selfreward.evaluation import figures_as_judge, text_figures
@@ -35,6 +35,7 @@ from selfreward.files import stem
 from selfreward.formats import Read, as_group, read_file
 from selfreward.metrics import FIGURES, length_figures
 from selfreward.pairwise import PairwiseTemplate
+from selfreward.prompts import PROMPT_TOO_LONG
 from selfreward.report import Reporter, number, with_error, with_interval
 
 OUT = "runs/tiny"
@@ -222,12 +223,13 @@ def _mt_bench(run: Run, models: Models, questions: list[Row], arguments: Namespa
 
 
 def _compare(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
+    judge = judge_of(run, models, arguments.judge_command)
     answers = answer_all(run, models, prompts)
-    folder, matches = compare(run, models, answers, arguments.judge_command)
+    matches = compare(run, judge, answers)
     if not run.report.as_json:
         _print(f"Head to head on {len(prompts)} prompts", MATCH, [_match(row) for row in matches])
-    found: Row = {"matches": matches, "judging": _times(run, folder, "judging")}
-    return found | _written(run, answers, [str(run.dir.file(f"{folder}/head_to_head.jsonl"))])
+    found: Row = {"matches": matches, "judging": _times(run, judge.folder, "judging")}
+    return found | _written(run, answers, [str(run.dir.file(f"{judge.folder}/head_to_head.jsonl"))])
 
 
 MATCH = ["model", "against", "win", "tie", "loss", "win - loss", "unread", "tokens", "tokens against"]
@@ -248,6 +250,9 @@ def _written(run: Run, answers: dict[str, list[Row]], files: Iterable[str] = ())
         cells = [[model, *(number(each[name], ".3f") for name in names)] for model, each in figures.items()]
         headings = ["model", "tokens", "repetition", "distinct-1", "distinct-2"]
         _print("What they wrote", headings, cells)
+    for name, rows in answers.items():
+        if without := sum(row["finish_reason"] == PROMPT_TOO_LONG for row in rows):
+            run.report.warn(f"{without} of {len(rows)} prompts leave {name} no room for an answer: it counts as empty")
     answering = {name: _times(run, of_model(name), f"answers of {name}") for name in answers}
     if not run.report.as_json:
         for file in files:

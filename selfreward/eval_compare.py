@@ -12,44 +12,53 @@ from engine import content_hash
 from selfreward import head_to_head
 from selfreward.block_template import BlockTemplate
 from selfreward.context import Row, Run
-from selfreward.eval_run import Models, part
+from selfreward.eval_run import ANEW, Models, part
 from selfreward.eval_settings import DRAWING, SCORING, deciding
 from selfreward.head_to_head import Answers, Outcomes
 from selfreward.pairwise import by_pairs
+from selfreward.state import RunDir
 
 LONGEST = 200  # bytes of a directory's name
+Ask = Callable[[Answers], dict[tuple[str, str], Outcomes]]
 
 
 class Judge(NamedTuple):
-    """`name`: of its directory, where `pinned` stands in the manifest."""
+    """`folder`: its directory, relative to the run's, where `pinned` stands in the manifest."""
 
-    name: str
+    folder: str
     pinned: Row
-    ask: Callable[[Answers], dict[tuple[str, str], Outcomes]]
+    ask: Ask
 
 
-def compare(run: Run, models: Models, answers: Answers, command: str | None) -> tuple[str, list[Row]]:
-    """A row per match, and the directory where they stand in head_to_head.jsonl, relative to the run's.
+def judge_of(run: Run, models: Models, command: str | None) -> Judge:
+    """The command, or `judge_model` or the last model: pairwise where the run has a template for that, else by scores.
 
-    By the command, or by `judge_model` or the last model: pairwise where the run has a template for that, else by scores.
+    InputError: there is no such model, or its directory holds what another judge said. That shows before all answers.
     """
-    judge = _by_command(run, command) if command is not None else _by_model(run, models)
-    folder = f"compare/{judge.name}/{folder_name(list(models))}"
-    with part(run, folder, judge.pinned | {"models": {name: model.hash for name, model in models.items()}}):
+    name, pinned, ask = _by_command(run, command) if command is not None else _by_model(run, models)
+    pinned |= {"models": {name: model.hash for name, model in models.items()}}
+    judge = Judge(f"compare/{name}/{folder_name(list(models))}", pinned, ask)
+    RunDir(run.dir.file(judge.folder), judge.pinned, otherwise=ANEW).close()
+    return judge
+
+
+def compare(run: Run, judge: Judge, answers: Answers) -> list[Row]:
+    """A row per match, which stand in the judge's head_to_head.jsonl too."""
+    with part(run, judge.folder, judge.pinned):
         found = [
             {"model": a, "against": b} | head_to_head.figures(each, answers[a], answers[b])
             for (a, b), each in judge.ask(answers).items()
         ]
         run.dir.write_jsonl("head_to_head.jsonl", found)
-    return folder, found
+    return found
 
 
-def _by_command(run: Run, command: str) -> Judge:
+def _by_command(run: Run, command: str) -> tuple[str, Row, Ask]:
     name = f"command-{re.sub(r'[^A-Za-z0-9_.]+', '-', command).strip('-')[:60]}-{_short_hash(command)}"
-    return Judge(name, {"command": command}, lambda answers: head_to_head.by_command(run, command, answers))
+    return (name, {"command": command}, lambda answers: head_to_head.by_command(run, command, answers))
 
 
-def _by_model(run: Run, models: Models) -> Judge:
+def _by_model(run: Run, models: Models) -> tuple[str, Row, Ask]:
     path = run.recipe.judge_model or list(models.values())[-1].path
     hash = next((model.hash for model in models.values() if model.path == path), None) or content_hash(path)
     pinned: Row = {"judge": hash, "judge_tokenizer": run.tokenizer_of(path).template_hash}
@@ -60,16 +69,12 @@ def _by_model(run: Run, models: Models) -> Judge:
     if run.pairwise_template is not None:
         template = run.pairwise_template
         pinned |= {"pairwise_template": template.hash, "recipe": deciding(run.recipe, DRAWING)}
-        return Judge(
-            f"pairwise-{_stem(template)}-by-{name}", pinned, lambda answers: by_pairs(run, path, template, answers)
-        )
+        return f"pairwise-{_stem(template)}-by-{name}", pinned, lambda answers: by_pairs(run, path, template, answers)
     asking = run.template
     if path == run.recipe.judge_model and run.judge_model_template is not None:
         asking = run.judge_model_template
     pinned |= {"judge_template": asking.hash, "recipe": deciding(run.recipe, SCORING)}
-    return Judge(
-        f"scores-{_stem(asking)}-by-{name}", pinned, lambda answers: head_to_head.by_scores(run, path, answers)
-    )
+    return f"scores-{_stem(asking)}-by-{name}", pinned, lambda answers: head_to_head.by_scores(run, path, answers)
 
 
 def _stem(template: BlockTemplate) -> str:

@@ -119,8 +119,11 @@ def times(run: Run, folder: str) -> Row:
     file, total = run.dir.file(f"{folder}/{TIMING}"), Counter[str]()
     wall = 0.0
     for row in read_jsonl(file) if file.is_file() else []:
-        wall += row["seconds"]
-        total.update(row["sampler"])
+        try:
+            wall += row["seconds"]
+            total.update(row["sampler"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{file}: a row has no 'seconds' or no 'sampler'; remove the file") from None
     found = {"wall_seconds": round(wall, 3)} | {key: round(total[key], 3) for key in SPENT}
     rate = total["computed_rows"] / total["seconds"] if total["seconds"] else None
     return found | {"computed_per_second": rate and round(rate, 1)}
@@ -146,4 +149,12 @@ def answer_all(run: Run, models: Models, prompts: list[Row]) -> dict[str, list[R
     for name, model in models.items():
         with part(run, of_model(name), pins(model)):
             answers[name] = sample_answers(run, model.path, "answers.jsonl", prompts, temperature)
+            _check_answers(run.dir.file("answers.jsonl"), prompts, answers[name])
     return answers
+
+
+def _check_answers(file: Path, prompts: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Kept rows are read by other commands, at other times, than wrote them."""
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), start=1):
+        if not isinstance(row, dict) or row.get("id") != prompt["id"] or not {"text", "token_ids"} <= row.keys():
+            raise InputError(f"{file}:{number}: not the answer to {prompt['id']!r}; remove the file to ask anew")

@@ -355,6 +355,46 @@ def test_a_model_that_changed_is_refused_and_so_are_other_prompts_of_that_name(
     assert "answers-p holds another run; remove it to ask anew, or undo: file is" in capsys.readouterr().err
 
 
+def test_a_judge_that_cannot_be_asked_shows_before_the_answers(
+    tmp_path: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path / "p.jsonl", [{"prompt": "copy a b"}]), tmp_path / "out"
+    assert command(out, "--compare", str(file), *TWO, "judge_model=nowhere") == 2
+    assert "nowhere: there is no such directory" in capsys.readouterr().err
+    assert command(out, "--compare", str(file), *TWO, "judge.draws=1") == 0
+    shutil.rmtree(out / "eval/answers-p/models")
+    loaded.clear()
+    assert command(out, "--compare", str(file), *TWO) == 2 and loaded == []
+    assert "recipe.judge.draws is 1 there, 3 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("answers.jsonl", {"id": "another"}, "answers.jsonl:1: not the answer to 'p-1'; remove the file to ask anew"),
+        ("answers.jsonl", 3, "answers.jsonl:1: not the answer to 'p-1'"),
+        ("timing.jsonl", {"seconds": 1}, "timing.jsonl: a row has no 'seconds' or no 'sampler'; remove the file"),
+        ("manifest.json", [], "manifest.json is not a JSON object"),
+    ],
+)
+def test_a_damaged_part_is_one_sentence(
+    name: str, row: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path / "p.jsonl", [{"prompt": "copy a b"}]), tmp_path / "out"
+    assert command(out, "--ask", str(file), *TWO) == 0
+    write(out / "eval/answers-p/models/A" / name, [row])
+    capsys.readouterr()
+    assert command(out, "--ask", str(file), *TWO, "--json") == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_prompts_that_leave_no_room_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "p.jsonl", [{"prompt": "copy " + "a b " * 500}, {"prompt": "copy a b"}])
+    assert command(tmp_path / "out", "--ask", str(file), *TWO) == 0
+    assert "1 of 2 prompts leave A no room for an answer: it counts as empty" in capsys.readouterr().err
+
+
 def test_a_set_of_models_has_a_directory_that_a_file_system_takes() -> None:
     assert folder_name(["M0", "SFT", "M1"]) == "M0,SFT,M1"
     long = [f"{'m' * 60}{i}" for i in range(5)]
