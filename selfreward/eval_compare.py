@@ -45,10 +45,7 @@ def judge_of(run: Run, models: Models, command: str | None) -> Judge:
 def compare(run: Run, judge: Judge, answers: Answers) -> list[Row]:
     """A row per match, which stand in the judge's head_to_head.jsonl too."""
     with part(run, judge.folder, judge.pinned):
-        found = [
-            {"model": a, "against": b} | head_to_head.figures(each, answers[a], answers[b])
-            for (a, b), each in judge.ask(answers).items()
-        ]
+        found = head_to_head.match_rows(judge.ask(answers), answers)
         run.dir.write_jsonl("head_to_head.jsonl", found)
     return found
 
