@@ -108,13 +108,15 @@ class Run:
         """The sampler on a model of the run; the last one stays loaded."""
         if self._loaded is None or self._loaded[0] != path:
             self._free()
-            tokenizer = self.tokenizer
-            if path in (self.recipe.judge_model, self.recipe.prompt_model) and (path / "tokenizer.model").is_file():
-                tokenizer = Tokenizer(path)  # a model from elsewhere speaks its own vocabulary
             with keys_named():
                 settings = self.recipe.sampler.model_dump() | {"dtype": sampler_dtype(self.recipe)}
-                self._loaded = (path, LLM(path, tokenizer, device=self.device, **settings))
+                self._loaded = (path, LLM(path, self.tokenizer_of(path), device=self.device, **settings))
         return self._loaded[1]
+
+    def tokenizer_of(self, path: Path) -> Tokenizer:
+        """The run's, but for a judge or a writer of prompts from elsewhere, which speaks its own vocabulary."""
+        elsewhere = path in (self.recipe.judge_model, self.recipe.prompt_model)
+        return Tokenizer(path) if elsewhere and (path / "tokenizer.model").is_file() else self.tokenizer
 
     def spent(self) -> Counter[str]:
         """What all samplers of this process have done: SPENT of `LLM.stats()`."""

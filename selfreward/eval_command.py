@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,15 +27,17 @@ from rich.table import Table
 from engine import InputError
 from selfreward import alpaca, head_to_head, mt_bench
 from selfreward.context import Row, Run
-from selfreward.eval_run import USED, answer_all, find_models, opened, read_prompts, settings
+from selfreward.eval_compare import compare, judge_of
+from selfreward.eval_run import Models, answer_all, of_model, opened, part, pins, read_prompts, times
+from selfreward.eval_settings import ANSWERING, USED, find_models, settings
 from selfreward.evaluation import figures_as_judge, text_figures
 from selfreward.files import stem
 from selfreward.formats import Read, as_group, read_file
 from selfreward.metrics import FIGURES, length_figures
-from selfreward.pairwise import PairwiseTemplate, by_pairs
+from selfreward.pairwise import PairwiseTemplate
+from selfreward.prompts import PROMPT_TOO_LONG
 from selfreward.report import Reporter, number, with_error, with_interval
 
-Models = dict[str, Path]
 OUT = "runs/tiny"
 LONGER = "longer text"  # the baseline's column
 SHOWN_PROMPTS, SHOWN_CHARACTERS = 10, 300  # of the table of `--ask`; the files hold all
@@ -56,7 +58,7 @@ def parser() -> ArgumentParser:
     what.add_argument("--compare", metavar="FILE", help="prompts, for the models' answers against one another")
     what.add_argument("--alpaca", metavar="FILE", help="instructions, for model_outputs.json")
     what.add_argument("--mt-bench", metavar="FILE", help="FastChat's question.jsonl, both turns")
-    options.add_argument("words", nargs="*", metavar="key.sub=value", help=f"of {', '.join(USED)}")
+    options.add_argument("words", nargs="*", metavar="key.sub=value", help="settings, of those that it uses")
     options.add_argument(
         "--model", action="append", default=[], metavar="NAME=DIR", help="instead of the run's; repeatable"
     )
@@ -97,20 +99,21 @@ def _refuse_settings(arguments: Namespace, why: str) -> None:
 
 
 def _with_models(arguments: Namespace, report: Reporter, stop: Event) -> Row:
-    out = Path(arguments.out or OUT)
-    recipe = settings(arguments.recipe, out, arguments.words)
+    out, job = Path(arguments.out or OUT), next(job for job in JOBS if getattr(arguments, job.option) is not None)
+    asked = f"--{job.option.replace('_', '-')}"
+    asked += " with --pairwise" if arguments.pairwise is not None else ""
+    asked += " with --judge-command" if arguments.judge_command is not None else ""
+    recipe = settings(asked, arguments.recipe, out, arguments.words)
     models = find_models(arguments.model, out)
     if arguments.compare is not None and len(models) < 2:
         raise InputError("--compare needs two models or more; add --model NAME=DIRECTORY")
     if arguments.judge_command is not None:
         head_to_head.check_command(arguments.judge_command)
-    what = next(name for name in JOBS if getattr(arguments, name) is not None)
-    file, (read, do) = Path(getattr(arguments, what)), JOBS[what]
-    rows = read(file)
     pairwise = None if arguments.pairwise is None else PairwiseTemplate(arguments.pairwise)
-    name = what.replace("_", "-") + ("-pairwise" if pairwise else "")
-    with opened(name, file, recipe, models, out, report, stop, pairwise) as run:
-        return do(run, models, rows, arguments)
+    file = Path(getattr(arguments, job.option))
+    rows = job.read(file)
+    with opened(job.kind, file, recipe, job.keys, models, out, report, stop, pairwise) as (run, found):
+        return job.do(run, found, rows, arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,8 +181,12 @@ def _ranked(read: Read, report: Reporter, by_model: Row) -> Row:
 
 
 def _judge(run: Run, models: Models, read: Read, arguments: Namespace) -> Row:
-    found = {name: figures_as_judge(run, path, f"judgements/{name}.jsonl", read.rows) for name, path in models.items()}
-    return _ranked(read, run.report, found)
+    figures = Row()
+    for name, model in models.items():
+        with part(run, of_model(name), pins(model)):
+            figures[name] = figures_as_judge(run, model.path, "judgements.jsonl", read.rows)
+    found = _ranked(read, run.report, figures)
+    return found | {"judging": {name: _times(run, of_model(name), f"judging by {name}") for name in models}}
 
 
 def _ask(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
@@ -202,41 +209,27 @@ def _alpaca(run: Run, models: Models, prompts: list[Row], arguments: Namespace) 
     for name, rows in answers.items():
         run.dir.write_json(f"model_outputs/{name}.json", alpaca.model_outputs(name, rows, stem(Path(arguments.alpaca))))
         written[name] = str(run.dir.file(f"model_outputs/{name}.json"))
-    return {"files": written} | _written(run, answers, written)
+    return {"files": written} | _written(run, answers, written.values())
 
 
 def _mt_bench(run: Run, models: Models, questions: list[Row], arguments: Namespace) -> Row:
     answers, written = {}, {}
-    for name, path in models.items():
-        answers[name] = mt_bench.answer_questions(run, name, path, questions)
+    for name, model in models.items():
+        with part(run, of_model(name), pins(model)):
+            answers[name] = mt_bench.answer_questions(run, model.path, questions)
         run.dir.write_jsonl(f"model_answer/{name}.jsonl", mt_bench.model_answers(name, answers[name]))
         written[name] = str(run.dir.file(f"model_answer/{name}.jsonl"))
-    return {"files": written} | _written(run, answers, written)
+    return {"files": written} | _written(run, answers, written.values())
 
 
 def _compare(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
-    answers, judging = answer_all(run, models, prompts), Row()
-    if arguments.judge_command is not None:
-        outcomes = head_to_head.by_command(run, arguments.judge_command, answers)
-    else:
-        judge = run.recipe.judge_model or list(models.values())[-1]
-        before = run.llm(judge).stats()
-        if arguments.pairwise is None:
-            outcomes = head_to_head.by_scores(run, judge, answers)
-        else:
-            outcomes = by_pairs(run, judge, PairwiseTemplate(arguments.pairwise), answers)
-        judging = _spent(before, run.llm(judge).stats())
-    found = [
-        {"model": a, "against": b} | head_to_head.figures(each, answers[a], answers[b])
-        for (a, b), each in outcomes.items()
-    ]
-    run.dir.write_jsonl("head_to_head.jsonl", found)
+    judge = judge_of(run, models, arguments.judge_command)
+    answers = answer_all(run, models, prompts)
+    matches = compare(run, judge, answers)
     if not run.report.as_json:
-        _print(f"Head to head on {len(prompts)} prompts", MATCH, [_match(row) for row in found])
-        if judging.get("seconds"):
-            saved, rate = judging["prefix_tokens_saved"], judging["computed_rows"] / judging["seconds"]
-            print(f"judging: {judging['seconds']:.1f} s, {rate:.0f} tokens/s computed, {saved} prompt tokens shared")
-    return {"matches": found, "judging": judging} | _written(run, answers)
+        _print(f"Head to head on {len(prompts)} prompts", MATCH, [_match(row) for row in matches])
+    found: Row = {"matches": matches, "judging": _times(run, judge.folder, "judging")}
+    return found | _written(run, answers, [str(run.dir.file(f"{judge.folder}/head_to_head.jsonl"))])
 
 
 MATCH = ["model", "against", "win", "tie", "loss", "win - loss", "unread", "tokens", "tokens against"]
@@ -249,31 +242,51 @@ def _match(row: Row) -> list[str]:
     return [row["model"], row["against"], *shares, margin, str(row["unread"]), *lengths]
 
 
-def _spent(before: Row, after: Row) -> Row:
-    names = ("seconds", "computed_rows", "new_tokens", "prefix_tokens_saved", "fork_tokens_saved")
-    return {name: after[name] - before[name] for name in names}
-
-
-def _written(run: Run, answers: dict[str, list[Row]], files: dict[str, str] | None = None) -> Row:
-    """Length and variety of what each model wrote, printed with the files."""
+def _written(run: Run, answers: dict[str, list[Row]], files: Iterable[str] = ()) -> Row:
+    """Length and variety of what each model wrote and how long it took, printed with the files."""
     figures = {name: text_figures([row["token_ids"] for row in rows]) for name, rows in answers.items()}
     if not run.report.as_json:
         names = ("mean_length", "repetition", "distinct_1", "distinct_2")
         cells = [[model, *(number(each[name], ".3f") for name in names)] for model, each in figures.items()]
         headings = ["model", "tokens", "repetition", "distinct-1", "distinct-2"]
         _print("What they wrote", headings, cells)
-        for file in (files or {}).values():
+    for name, rows in answers.items():
+        if without := sum(row["finish_reason"] == PROMPT_TOO_LONG for row in rows):
+            run.report.warn(f"{without} of {len(rows)} prompts leave {name} no room for an answer: it counts as empty")
+    answering = {name: _times(run, of_model(name), f"answers of {name}") for name in answers}
+    if not run.report.as_json:
+        for file in files:
             print(file)
-    return {"models": figures}
+    return {"models": figures, "answering": answering}
 
 
-JOBS: dict[str, tuple[Callable[[Path], Any], Callable[[Run, Models, Any, Namespace], Row]]] = {
-    "ranked": (_read_ranked, _judge),
-    "ask": (read_prompts, _ask),
-    "compare": (read_prompts, _compare),
-    "alpaca": (read_prompts, _alpaca),
-    "mt_bench": (mt_bench.read_questions, _mt_bench),
-}
+def _times(run: Run, folder: str, what: str) -> Row:
+    """How long it took, whenever that was: printed too."""
+    found = times(run, folder)
+    if not run.report.as_json:
+        rate, saved = found["computed_per_second"], found["prefix_tokens_saved"]
+        sampled = f", {rate:.0f} tokens/s computed, {saved} prompt tokens shared" if rate is not None else ""
+        print(f"{what}: {found['wall_seconds']:.1f} s{sampled}")
+    return found
+
+
+class Job(NamedTuple):
+    """`kind`: of its directory, which pins the settings `keys`. `do` returns what is printed as JSON."""
+
+    option: str
+    kind: str
+    keys: Sequence[str]
+    read: Callable[[Path], Any]
+    do: Callable[[Run, Models, Any, Namespace], Row]
+
+
+JOBS = (
+    Job("ranked", "ranked", USED["--ranked"], _read_ranked, _judge),
+    Job("ask", "answers", ANSWERING, read_prompts, _ask),
+    Job("compare", "answers", ANSWERING, read_prompts, _compare),
+    Job("alpaca", "answers", ANSWERING, read_prompts, _alpaca),
+    Job("mt_bench", "mt-bench", USED["--mt-bench"], mt_bench.read_questions, _mt_bench),
+)
 
 
 def _short(text: str) -> str:

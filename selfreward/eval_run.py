@@ -1,144 +1,140 @@
-"""What `eval` works with: the models of a run, or others given by name, and a directory of its own that can be resumed."""
+"""Where `eval` writes: a directory for every file of questions, and in it one for all that one model, or one judge, says.
+
+OUT/eval/answers-FILE/                     --ask, --compare, --alpaca; pinned: the file, the settings of sampling
+    models/NAME/answers.jsonl              pinned: the model. Sampled once, whoever asks
+    compare/HOW-by-JUDGE/MODELS/           pinned: judge, its settings and template, the models. judgements.jsonl,
+                                           comparisons.jsonl or verdicts.jsonl, and head_to_head.jsonl
+    side_by_side.jsonl                     of the models that --ask was last about
+    model_outputs/NAME.json                --alpaca
+OUT/eval/mt-bench-FILE/                    pinned: the file, the settings of sampling
+    models/NAME/turn_1.jsonl turn_2.jsonl  pinned: the model
+    model_answer/NAME.jsonl
+OUT/eval/ranked-FILE/                      pinned: the file, the settings and the template of judging
+    models/NAME/judgements.jsonl           pinned: the model
+
+What is pinned stands in a manifest.json, and another is refused with the list of differences, so that no two kinds of rows
+are mixed; another model or judge has a directory of its own. The directory of a model or a judge goes on where it stopped,
+needs no model once it is finished, and keeps in timing.jsonl how long it took and what the sampler did in that time.
+"""
 
 from __future__ import annotations
 
-import re
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
+from typing import NamedTuple
 
 from engine import InputError, Tokenizer, content_hash
-from selfreward.context import Row, Run
-from selfreward.device import check_device, device_facts, sampler_dtype
+from selfreward.context import SPENT, Row, Run
+from selfreward.device import check_device, device_facts
+from selfreward.eval_settings import deciding
 from selfreward.evaluation import sample_answers
 from selfreward.files import stem
-from selfreward.formats import Read, as_prompt, read_file, usable
-from selfreward.inputs import tokenizer_hash
+from selfreward.formats import Read, as_prompt, read_file, read_jsonl, usable
 from selfreward.judge import JudgeTemplate
 from selfreward.pairwise import PairwiseTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
-from selfreward.state import MANIFEST, STAGES, RunDir, file_hash, own_version, read_json, written_manifest
+from selfreward.state import TIMING, RunDir, file_hash, own_version
 
-USED = ("seed", "evaluation", "judge", "judge_model", "sampler", "device")  # of the recipe
-FOR_THE_LOOP = (
-    *("evaluation.oracle", "evaluation.prompts", "evaluation.greedy", "evaluation.judge_groups"),
-    *("evaluation.head_to_head", "evaluation.pairwise_template", "judge.by"),
-)
+ANEW = "remove it to ask anew"
+FINISHED = "finished"  # the stage of a part
 
 
-def settings(recipe: str | None, out: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe named, else that of the run in `out`; of it `eval` takes what USED names but FOR_THE_LOOP."""
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key.partition(".")[0] not in USED:
-            raise InputError(f"{override!r} has no effect on eval, which uses {', '.join(USED)}; leave it out")
-        if key in FOR_THE_LOOP:
-            raise InputError(f"{override!r} has no effect on eval, only on a run; leave it out")
-    if recipe is not None:
-        return Recipe.load(recipe, overrides, check_files=False)
-    if (out / MANIFEST).is_file():
-        return _recipe_of_run(out, overrides)
-    raise InputError(f"{out} holds no run; give --out with one, or --model with --recipe for the settings")
+class Model(NamedTuple):
+    path: Path
+    hash: str  # of its content
 
 
-def find_models(given: Sequence[str], out: Path) -> dict[str, Path]:
-    """Name -> directory: those given as NAME=DIR, else all finished ones of the run in `out`, M0 first."""
-    models: dict[str, Path] = {}
-    for each in given:
-        name, _, place = each.partition("=")
-        if not place or not re.fullmatch(r"[\w][\w. +-]*", name):
-            raise InputError(f"--model {each!r} is not NAME=DIRECTORY, with a name that a file can have")
-        if name in models:
-            raise InputError(f"--model names {name!r} twice; give every model its own name")
-        models[name] = Path(place).absolute()
-    found = models or _models_of_run(out)
-    for name, path in found.items():
-        if not path.is_dir():
-            raise InputError(f"the model {name} should be in {path}, which is no directory; correct the path")
-    return found
-
-
-def _recipe_of_run(out: Path, overrides: Sequence[str]) -> Recipe:
-    """The manifest keeps the device apart from the recipe, as it was found and not as it was asked for."""
-    written = written_manifest(out)
-    values, device = written.get("recipe"), written.get("device")
-    if isinstance(values, dict) and device is not None:
-        values = values | {"device": device}
-    return Recipe.of_manifest(out / MANIFEST, values, overrides)
-
-
-def _models_of_run(out: Path) -> dict[str, Path]:
-    """By the run's own recipe, whatever the settings are from."""
-    if not (out / MANIFEST).is_file() or not (out / STAGES).is_file():
-        raise InputError(f"{out} holds no finished models; give --out with a run, or --model NAME=DIRECTORY")
-    recipe = _recipe_of_run(out, [])
-    stages, models = read_json(out / STAGES), dict[str, Path]()
-    if recipe.m1 is not None:
-        models["M1"] = recipe.m1
-    elif recipe.model is not None:
-        models["M0"] = recipe.model
-    for stage, name in (("m0/model", "M0"), ("sft/model", "SFT"), ("m1/model", "M1")):
-        if stage in stages:
-            models[name] = out / stages[stage].get("same_as", stage)
-    k = 1
-    while f"iter_{k}/model" in stages:
-        models[f"M{k + 1}"] = out / f"iter_{k}/model"
-        k += 1
-    return {name: path.absolute() for name, path in models.items()}
+Models = dict[str, Model]
 
 
 @contextmanager
 def opened(
-    what: str,
+    kind: str,
     file: Path,
     recipe: Recipe,
-    models: dict[str, Path],
+    keys: Sequence[str],
+    paths: dict[str, Path],
     out: Path,
     report: Reporter,
     stop: Event,
     pairwise: PairwiseTemplate | None = None,
-) -> Iterator[Run]:
-    """A run in `OUT/eval/WHAT-FILE`: the same command goes on there, another model or setting is refused.
+) -> Iterator[tuple[Run, Models]]:
+    """A run in `OUT/eval/KIND-FILE`, which pins the settings `keys` that all models share.
 
     All models must share the tokenizer, which is that of the first. InputError says which does not.
     """
     check_device(recipe)
-    tokenizers = {name: Tokenizer(path) for name, path in models.items()}
+    tokenizers = {name: Tokenizer(path) for name, path in paths.items()}
     first, tokenizer = next(iter(tokenizers.items()))
     for name, each in tokenizers.items():
         if each.template_hash != tokenizer.template_hash:
             raise InputError(f"the tokenizers of {first} and {name} differ; evaluate them one at a time")
     template, by_other = JudgeTemplate(recipe.judge.template), recipe.judge.model_template
-    other = JudgeTemplate(by_other) if by_other else None
-    manifest = {
-        "what": what,
-        "file": file_hash(file),
-        "recipe": _deciding(recipe),
-        "models": {name: content_hash(path) for name, path in models.items()},
-        "judge": recipe.judge_model and content_hash(recipe.judge_model),
-        "judge_tokenizer": tokenizer_hash(recipe.judge_model),
-        "tokenizer": tokenizer.template_hash,
-        "judge_template": template.hash,
-        "judge_model_template": other and other.hash,
-        "pairwise_template": pairwise and pairwise.hash,
-        "selfreward": own_version(),
-    } | device_facts(recipe)
-    with RunDir(out / "eval" / f"{what}-{stem(file)}", manifest) as directory:
+    manifest = {"file": file_hash(file), "recipe": deciding(recipe, keys), "tokenizer": tokenizer.template_hash}
+    if "judge.template" in keys:
+        manifest["judge_template"] = template.hash
+    manifest |= {"selfreward": own_version()} | device_facts(recipe)
+    models = {name: Model(path, content_hash(path)) for name, path in paths.items()}
+    with RunDir(out / "eval" / f"{kind}-{stem(file)}", manifest, otherwise=ANEW) as directory:
         report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}")
-        yield Run(recipe, directory, tokenizer, template, report, stop, judge_model_template=other)
+        other = JudgeTemplate(by_other) if by_other else None
+        yield (
+            Run(recipe, directory, tokenizer, template, report, stop, other, pairwise_template=pairwise),
+            models,
+        )
 
 
-def _deciding(recipe: Recipe) -> Row:
-    """The settings that decide the rows which `eval` writes; templates are pinned by what they say."""
-    values = recipe.dump()
-    found = {key: dict(values[key]) for key in ("evaluation", "judge")}
-    for key in (*FOR_THE_LOOP, "judge.template", "judge.model_template"):
-        group, _, name = key.partition(".")
-        del found[group][name]
-    sampler = {"dtype": sampler_dtype(recipe)} | {key: values["sampler"][key] for key in ("quantization", "block_size")}
-    return {"seed": recipe.seed, **found, "sampler": sampler}
+@contextmanager
+def part(run: Run, folder: str, pinned: Row) -> Iterator[None]:
+    """Inside, the run works in this directory below its own; what it did there and how long it took is kept."""
+    with RunDir(run.dir.file(folder), pinned, otherwise=ANEW) as directory:
+        done, above = directory.done(FINISHED), run.dir
+        run.report.say(f"{folder}: finished before" if done else f"{folder} ...")
+        started, before = time.perf_counter(), run.spent()
+        run.dir = directory
+        try:
+            yield
+        finally:
+            run.dir = above
+            sampled = run.spent() - before
+            if sampled or not done:
+                _append_time(directory, time.perf_counter() - started, sampled)
+        directory.mark_done(FINISHED, {})
+
+
+def _append_time(directory: RunDir, seconds: float, sampled: Counter[str]) -> None:
+    with suppress(InputError):  # a full disk, say: what stopped the sampling matters more
+        sampler = {key: round(sampled[key], 3) for key in SPENT}
+        directory.append_timing({"seconds": round(seconds, 3), "sampler": sampler})
+
+
+def times(run: Run, folder: str) -> Row:
+    """What a part took, with all interruptions: its `wall_seconds`, what the sampler did (`seconds` are its steps'), and the
+    tokens that it computed a second."""
+    file, total = run.dir.file(f"{folder}/{TIMING}"), Counter[str]()
+    wall = 0.0
+    for row in read_jsonl(file) if file.is_file() else []:
+        try:
+            wall += row["seconds"]
+            total.update(row["sampler"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{file}: a row has no 'seconds' or no 'sampler'; remove the file") from None
+    found = {"wall_seconds": round(wall, 3)} | {key: round(total[key], 3) for key in SPENT}
+    rate = total["computed_rows"] / total["seconds"] if total["seconds"] else None
+    return found | {"computed_per_second": rate and round(rate, 1)}
+
+
+def of_model(name: str) -> str:
+    return f"models/{name}"
+
+
+def pins(model: Model) -> Row:
+    return {"model": model.hash}
 
 
 def read_prompts(file: Path) -> list[Row]:
@@ -147,9 +143,18 @@ def read_prompts(file: Path) -> list[Row]:
     return usable(read)
 
 
-def answer_all(run: Run, models: dict[str, Path], prompts: list[Row]) -> dict[str, list[Row]]:
-    """Every model's answer to every prompt, sampled as in the loop's own evaluation: answers/NAME.jsonl."""
-    temperature = run.recipe.evaluation.temperature
-    return {
-        name: sample_answers(run, path, f"answers/{name}.jsonl", prompts, temperature) for name, path in models.items()
-    }
+def answer_all(run: Run, models: Models, prompts: list[Row]) -> dict[str, list[Row]]:
+    """Every model's answer to every prompt, sampled as in the loop's own evaluation."""
+    answers, temperature = dict[str, list[Row]](), run.recipe.evaluation.temperature
+    for name, model in models.items():
+        with part(run, of_model(name), pins(model)):
+            answers[name] = sample_answers(run, model.path, "answers.jsonl", prompts, temperature)
+            _check_answers(run.dir.file("answers.jsonl"), prompts, answers[name])
+    return answers
+
+
+def _check_answers(file: Path, prompts: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Kept rows are read by other commands, at other times, than wrote them."""
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), start=1):
+        if not isinstance(row, dict) or row.get("id") != prompt["id"] or not {"text", "token_ids"} <= row.keys():
+            raise InputError(f"{file}:{number}: not the answer to {prompt['id']!r}; remove the file to ask anew")

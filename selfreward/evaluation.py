@@ -114,7 +114,7 @@ def sample_answers(
         ids = run.tokenizer.chat_prompt(prompt["prompt"])
         return Request(ids, params, lambda output: [_answer_row(prompt, output, graded)])
 
-    return sample_groups(run, name, run.llm(path), in_groups([request(prompt) for prompt in prompts]))
+    return sample_groups(run, name, path, in_groups([request(prompt) for prompt in prompts]))
 
 
 def _answer_row(prompt: Row, output: RequestOutput | None, graded: bool) -> Row:

@@ -23,7 +23,6 @@ from selfreward.files import Unreadable, read_rows
 from selfreward.judging import Item, judge_by_model, mean_of_draws, once
 from selfreward.metrics import mean_and_error, resampled
 from selfreward.records import kind
-from selfreward.state import read_json
 
 BASELINE = "SFT"
 WINNERS = ("first", "second", "tie")
@@ -87,9 +86,8 @@ def compared(first: Row, second: Row, score: float | None, other: float | None) 
 
 def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str], Outcomes]:
     """Each match's outcomes by a command that reads {"id", "prompt", "first", "second"} a line and writes {"id", "winner"}
-    with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl and asked for once: another
-    command is refused while they stand there, and finds the answers again when they are removed. It is not told which model
-    wrote what."""
+    with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl, and asked for while that is
+    not there. It is not told which model wrote what."""
     pairs = matches(list(answers))
     asked = [
         {"id": f"{match}-{place}-{order}", "prompt": row["prompt"], "first": texts[0], "second": texts[1]}
@@ -97,17 +95,14 @@ def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str]
         for place, (row, other) in enumerate(zip(answers[a], answers[b], strict=True))
         for order, texts in enumerate([(row["text"], other["text"]), (other["text"], row["text"])])
     ]
-    file, by = run.dir.file("verdicts.jsonl"), run.dir.file("verdicts_by.json")
-    if file.is_file() and (before := read_json(by).get("command")) != command:
-        raise InputError(f"{file} is by the command {before!r}; remove it to ask {command!r} about the same answers")
+    file, ids = run.dir.file("verdicts.jsonl"), {str(row["id"]) for row in asked}
     if not file.is_file():
         raw = run.dir.file("command_output.jsonl")
         raw.write_bytes(_output(command, asked))
-        verdicts = read_verdicts(raw, {str(row["id"]) for row in asked})
-        run.dir.write_json("verdicts_by.json", {"command": command})
+        verdicts = read_verdicts(raw, ids)
         run.dir.write_jsonl("verdicts.jsonl", [row | {"winner": verdicts[str(row["id"])]} for row in asked])
         raw.unlink()
-    winners = {row["id"]: row["winner"] for row in run.rows("verdicts.jsonl")}
+    winners = read_verdicts(file, ids)
     return {
         (a, b): [
             both_orders(*(winners[f"{match}-{place}-{order}"] for order in (0, 1))) for place in range(len(answers[a]))

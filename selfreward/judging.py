@@ -52,9 +52,7 @@ def judge_by_model(
     prompts: the answers of each prompt; a group is 64 prompts. The rubric, each prompt and each answer are computed once.
     key: (round, stage) of the draws' seeds. template: None is the run's.
     """
-    llm, asking = run.llm(model), template or run.template
-    tokenizer = llm.tokenizer
-    assert tokenizer is not None
+    tokenizer, asking = run.tokenizer_of(model), template or run.template
     labels = score_labels(tokenizer) if options.score == "expected" else {}
 
     def request(item: Item) -> Request:
@@ -70,7 +68,7 @@ def judge_by_model(
         return Request(ids, params, lambda output: _model_rows(item, options.draws, output, labels, tokenizer))
 
     groups = [[request(item) for items in group for item in items] for group in in_groups(prompts)]
-    return sample_groups(run, name, llm, groups)
+    return sample_groups(run, name, model, groups)
 
 
 def judge_candidates(run: Run, k: int, prompts: Sequence[Sequence[Item]]) -> list[Row]:

@@ -20,10 +20,10 @@ from selfreward.sampling import Request, in_groups, sample_groups
 from selfreward.state import row_seed
 
 TURNS = 2
-# FastChat's, by category; others are asked at 0.7.
+# FastChat's `temperature_config`, whole; other categories are asked at 0.7.
 TEMPERATURES = {
     **dict.fromkeys(("writing", "roleplay"), 0.7),
-    **dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0),
+    **dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0),
     **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 OTHER = 0.7
@@ -66,18 +66,18 @@ def _checked(where: str, row: object) -> Row:
     return {"question_id": number, "category": category, "turns": turns}
 
 
-def answer_questions(run: Run, name: str, path: Path, questions: Sequence[Row]) -> list[Row]:
-    """Both turns of every question, in rows that are resumed like any other: turn_1/NAME.jsonl and turn_2/NAME.jsonl.
+def answer_questions(run: Run, path: Path, questions: Sequence[Row]) -> list[Row]:
+    """Both turns of every question, in rows that are resumed like any other: turn_1.jsonl and turn_2.jsonl.
 
     Returns the rows of turn 2, in the questions' order, each with both answers in `turns`.
     """
-    firsts = _ask(run, path, f"turn_1/{name}.jsonl", 1, [(q, [], []) for q in questions])
+    firsts = _ask(run, path, "turn_1.jsonl", 1, [(q, [], []) for q in questions])
     later = []
     for question, first in zip(questions, firsts, strict=True):
         ids = run.tokenizer.chat_prompt(question["turns"][0]) + first["token_ids"]
         ended = ids[-1:] == [run.tokenizer.eos_id]
         later.append((question, ids if ended else [*ids, run.tokenizer.eos_id], first["turns"]))
-    return _ask(run, path, f"turn_2/{name}.jsonl", 2, later)
+    return _ask(run, path, "turn_2.jsonl", 2, later)
 
 
 def _ask(run: Run, path: Path, name: str, turn: int, asked: Sequence[tuple[Row, list[int], list[str]]]) -> list[Row]:
@@ -92,7 +92,7 @@ def _ask(run: Run, path: Path, name: str, turn: int, asked: Sequence[tuple[Row, 
         ids = before + run.tokenizer.chat_prompt(question["turns"][turn - 1])
         return Request(ids, params, lambda output: [_row(question, answers, output)])
 
-    return sample_groups(run, name, run.llm(path), in_groups([request(*each) for each in asked]))
+    return sample_groups(run, name, path, in_groups([request(*each) for each in asked]))
 
 
 def _row(question: Row, answers: list[str], output: RequestOutput | None) -> Row:

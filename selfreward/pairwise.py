@@ -105,9 +105,7 @@ def by_pairs(
     An order's verdict is that of most of its readable draws (a tie where two are as frequent); who wins in both orders
     wins, all else is a tie. Equal texts tie without being asked. None where an order has no readable draw.
     """
-    options, llm = run.recipe.judge, run.llm(judge)
-    tokenizer = llm.tokenizer
-    assert tokenizer is not None
+    options, tokenizer = run.recipe.judge, run.tokenizer_of(judge)
 
     def request(name: str, prompt: str, first: str, second: str) -> Request:
         params = SamplingParams(
@@ -133,7 +131,7 @@ def by_pairs(
         )
     groups = [[one for each in group for one in each] for group in in_groups(asked)]
     drawn: dict[str, list[Row]] = {}
-    for row in sample_groups(run, file, llm, [group for group in groups if group]):
+    for row in sample_groups(run, file, judge, [group for group in groups if group]):
         drawn.setdefault(row["comparison_id"], []).append(row)
 
     def outcome(a: str, b: str, first: Row, second: Row) -> int | None:

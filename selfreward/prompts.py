@@ -82,9 +82,10 @@ def write_prompts(run: Run, k: int, known: set[str]) -> Choice:
     known: prompts that may not come again. Every attempt is a row of iter_k/attempts.jsonl; fewer than `count` are kept
     only when 8 attempts per prompt did not yield enough.
     """
-    llm, count = run.llm(run.prompt_model), run.recipe.prompts.count
-    assert count is not None and llm.tokenizer is not None
-    cue = [llm.tokenizer.bos_id, *llm.tokenizer.encode(CUE)]
+    model, count = run.prompt_model, run.recipe.prompts.count
+    assert count is not None
+    tokenizer = run.tokenizer_of(model)
+    cue = [tokenizer.bos_id, *tokenizer.encode(CUE)]
     choice = Choice(sieve_of(run.recipe, known), count)
 
     def request(number: int) -> Request:
@@ -95,7 +96,7 @@ def write_prompts(run: Run, k: int, known: set[str]) -> Choice:
         return not choice.lacking
 
     requests = [request(number) for number in range(MAX_ATTEMPTS_PER_PROMPT * count)]
-    enough(sample_groups(run, f"iter_{k}/attempts.jsonl", llm, in_groups(requests), enough))
+    enough(sample_groups(run, f"iter_{k}/attempts.jsonl", model, in_groups(requests), enough))
     return choice
 
 
@@ -117,9 +118,9 @@ def write_few_shot(run: Run, k: int, known: set[str], earlier: Sequence[Row]) ->
     were kept before the wave, so that a resumed run writes the same bytes. Fewer than `count` are kept only when 8
     requests per prompt did not yield enough.
     """
-    options, llm, template = run.recipe.prompts, run.llm(run.prompt_model), run.prompt_template
-    assert options.count is not None and llm.tokenizer is not None and template is not None
-    tokenizer, count = llm.tokenizer, options.count
+    options, model, template = run.recipe.prompts, run.prompt_model, run.prompt_template
+    assert options.count is not None and template is not None
+    tokenizer, count = run.tokenizer_of(model), options.count
     seeds, choice, read = seed_rows(run.recipe), Choice(sieve_of(run.recipe, known), count), 0
 
     def request(number: int, generated: Sequence[Row]) -> Request:
@@ -142,7 +143,7 @@ def write_few_shot(run: Run, k: int, known: set[str], earlier: Sequence[Row]) ->
         return [request(number, generated) for number in range(len(rows), len(rows) + size)]
 
     most = -(-MAX_ATTEMPTS_PER_PROMPT * count // GROUP)
-    rows = sample_waves(run, f"iter_{k}/attempts.jsonl", llm, most, wave)
+    rows = sample_waves(run, f"iter_{k}/attempts.jsonl", model, most, wave)
     take(rows)
     assert len(choice) == sum(len(list(found_in(row, template.numbered))) for row in rows)
     return choice

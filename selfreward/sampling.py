@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine import LLM, RequestOutput, SamplingParams
@@ -36,26 +37,29 @@ def in_groups(items: Sequence[Any]) -> list[list[Any]]:
 def sample_groups(
     run: Run,
     name: str,
-    llm: LLM,
+    model: Path,
     groups: Sequence[Sequence[Request]],
     enough: Callable[[list[Row]], bool] | None = None,
 ) -> list[Row]:
-    """The rows of all requests, appended to the file `name` group by group; a resumed stage samples the groups it lacks.
+    """The rows of all requests to the model in that directory, appended to the file `name` group by group; a resumed stage
+    samples the groups it lacks, and loads the model only if it lacks any.
 
     enough(rows): asked after every group; true ends the stage there. Raises Stopped between groups.
     """
     rows, done = run.dir.kept_groups(name, [sum(request.params.n for request in group) for group in groups])
     progress = run.report.progress(f"{name} (at most)" if enough else name, sum(map(len, groups)))
     progress(sum(map(len, groups[:done])))
-    fresh = _finished(llm, groups[done:])
+    fresh = None
     while done < len(groups) and not (enough and done and enough(rows)):
+        fresh = fresh or _finished(run.llm(model), groups[done:])
         with keys_named(f"{name}: "):
             group = next(fresh)
         run.dir.append_group(name, group)
         progress(len(groups[done]))
         rows, done = rows + group, done + 1
         run.check_stop()
-    fresh.close()
+    if fresh is not None:
+        fresh.close()
     if not done:
         run.dir.write_jsonl(name, [])
     return rows
@@ -77,7 +81,9 @@ def _finished(llm: LLM, groups: Sequence[Sequence[Request]]) -> Generator[list[R
         start = stop
 
 
-def sample_waves(run: Run, name: str, llm: LLM, most: int, wave: Callable[[list[Row]], Sequence[Request]]) -> list[Row]:
+def sample_waves(
+    run: Run, name: str, model: Path, most: int, wave: Callable[[list[Row]], Sequence[Request]]
+) -> list[Row]:
     """`sample_groups` for requests that depend on what earlier ones gave, one row each, at most `most` groups of them.
 
     wave(rows): the next requests, whole groups of 64, made of all rows so far and nothing else, so that a resumed stage
@@ -88,12 +94,13 @@ def sample_waves(run: Run, name: str, llm: LLM, most: int, wave: Callable[[list[
     progress = run.report.progress(f"{name} (at most)", most * GROUP)
     while at < most and (requests := wave(rows)):
         groups = in_groups(requests)[: most - at]
-        fresh = _finished(llm, groups[max(0, done - at) :])
-        for group in groups:
+        fresh = None
+        for place, group in enumerate(groups):
             assert len(group) == GROUP, "a wave is whole groups"
             if at < done:
                 rows = rows + kept[at * GROUP : (at + 1) * GROUP]
             else:
+                fresh = fresh or _finished(run.llm(model), groups[place:])
                 with keys_named(f"{name}: "):
                     new = next(fresh)
                 run.dir.append_group(name, new)
@@ -101,5 +108,6 @@ def sample_waves(run: Run, name: str, llm: LLM, most: int, wave: Callable[[list[
                 rows = rows + new
             at += 1
             progress(GROUP)
-        fresh.close()
+        if fresh is not None:
+            fresh.close()
     return rows

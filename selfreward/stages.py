@@ -133,7 +133,7 @@ def sample_candidates(run: Run, k: int) -> Row:
     options = run.recipe.candidates
     prompts = run.rows(f"iter_{k}/prompts.jsonl")
     requests = [_candidate_request(run, k, prompt, options) for prompt in prompts]
-    rows = sample_groups(run, f"iter_{k}/candidates.jsonl", run.llm(run.model(k)), in_groups(requests))
+    rows = sample_groups(run, f"iter_{k}/candidates.jsonl", run.model(k), in_groups(requests))
     drift = length_drift(run, k, [len(row["token_ids"]) for row in rows])
     counts = {"prompts": len(prompts), "candidates": len(rows)} | _finish_counts(rows)
     return counts | ({} if drift is None else {"length_drift": round(drift, 4)})

@@ -39,7 +39,7 @@ class RunDir:
 
     InputError: the path is no directory; it holds files but no manifest; its manifest or stages cannot be read or
     differ (every difference is listed); another process has it open. `compared(manifest)` is what must agree (default:
-    all of it).
+    all of it), `otherwise` what the error advises where it does not.
     """
 
     def __init__(
@@ -47,8 +47,10 @@ class RunDir:
         path: str | Path,
         manifest: Mapping[str, Any],
         compared: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        otherwise: str = "give a new directory",
     ) -> None:
         self.path = Path(path)
+        self._otherwise = otherwise
         self._compared = compared
         self.manifest: dict[str, Any] = json.loads(_json(manifest))  # as it will be read back: tuples are lists
         self.resumed = self._inspect()
@@ -179,7 +181,7 @@ class RunDir:
         if differences:
             more = len(differences) - _SHOWN_DIFFERENCES
             raise InputError(
-                f"{self.path} holds another run; give a new directory, or undo: "
+                f"{self.path} holds another run; {self._otherwise}, or undo: "
                 + "; ".join(differences[:_SHOWN_DIFFERENCES])
                 + (f"; and {more} more" if more > 0 else "")
             )

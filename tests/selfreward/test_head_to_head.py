@@ -133,7 +133,9 @@ def test_a_model_ties_with_itself_and_the_engine_shares_what_both_were_asked(
     (match,) = found["matches"]
     assert (match["model"], match["against"], match["n"], match["tie"]) == ("B", "A", 4, 1.0)
     assert found["judging"]["new_tokens"] > 0 and found["judging"]["seconds"] > 0
-    assert match == json.loads((tmp_path / "out/eval/compare-p/head_to_head.jsonl").read_text())
+    assert match == json.loads(
+        (tmp_path / "out/eval/answers-p/compare/scores-tiny-by-B/A,B/head_to_head.jsonl").read_text()
+    )
 
 
 def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,12 +146,15 @@ def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsy
         assert compare(tmp_path, "--json", "--judge-command", command) == 0
         assert json.loads(capsys.readouterr().out)["matches"][0]["tie"] == 1.0
     assert log.read_text() == "asked "
-    rows = [json.loads(line) for line in (tmp_path / "out/eval/compare-p/verdicts.jsonl").read_text().splitlines()]
-    assert compare(tmp_path, "--judge-command", f"{command} again") == 2
-    assert "verdicts.jsonl is by the command" in capsys.readouterr().err
-    (tmp_path / "out/eval/compare-p/verdicts.jsonl").unlink()
+    folder = tmp_path / "out/eval/answers-p/compare"
+    (file,) = folder.glob("command-*/A,B/verdicts.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert compare(tmp_path, "--judge-command", f"{command} again") == 0
-    assert log.read_text() == "asked asked "
+    assert log.read_text() == "asked asked " and len(list(folder.glob("command-*/A,B/verdicts.jsonl"))) == 2
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[1:]))
+    capsys.readouterr()
+    assert compare(tmp_path, "--judge-command", command) == 2
+    assert "verdicts.jsonl lacks 1 of 8 verdicts" in capsys.readouterr().err
     assert len(rows) == 8 and [row["first"] for row in rows[::2]] == [row["second"] for row in rows[1::2]]
 
 
@@ -177,7 +182,7 @@ def test_a_command_that_failed_may_be_corrected_and_no_answer_is_lost(tmp_path: 
     (tmp_path / "judge.py").write_text("import sys\nif len(sys.argv) < 2:\n    sys.exit(3)\n" + LONGER)
     command = f"{sys.executable} {tmp_path / 'judge.py'}"
     assert compare(tmp_path, "--judge-command", command) == 2
-    file = tmp_path / "out/eval/compare-p/answers/A.jsonl"
+    file = tmp_path / "out/eval/answers-p/models/A/answers.jsonl"
     marked = file.read_text().replace('"prompt": "copy a b c"', '"prompt": "COPY a b c"')
     file.write_text(marked)
     assert compare(tmp_path, "--judge-command", f"{command} now") == 0

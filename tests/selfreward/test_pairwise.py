@@ -146,7 +146,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., A
         file.write_text(TINY)
         tokens: list[list[int]] = []
 
-        def sample(run: Any, name: str, llm: Any, groups: Any) -> list[dict[str, Any]]:
+        def sample(run: Any, name: str, model: Any, groups: Any) -> list[dict[str, Any]]:
             rows = []
             for one in (one for group in groups for one in group):
                 tokens.append(one.ids)
@@ -161,7 +161,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., A
 
         monkeypatch.setattr(pairwise, "sample_groups", sample)
         recipe = Recipe.load("tiny", [])
-        run: Any = SimpleNamespace(recipe=recipe, llm=lambda path: SimpleNamespace(tokenizer=tokenizer))
+        run: Any = SimpleNamespace(recipe=recipe, tokenizer_of=lambda path: tokenizer)
         run_with.tokens = tokens  # type: ignore[attr-defined]
         return pairwise.by_pairs(run, M0, PairwiseTemplate(file), answers)
 
@@ -244,7 +244,7 @@ def test_a_model_compares_in_both_orders_and_goes_on_where_it_was(
     found = json.loads(capsys.readouterr().out)
     (match,) = found["matches"]
     assert (match["n"], match["unread"]) == (40, 0)
-    file = out / "eval/compare-pairwise-p/comparisons.jsonl"
+    (file,) = (out / "eval/answers-p/compare").glob("pairwise-llama2-by-judge-*/one,two/comparisons.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["status"] for row in rows} == {"ok"} and {row["winner"] for row in rows} == {"first", "second"}
     assert len({row["comparison_id"] for row in rows}) == len(rows) == 80

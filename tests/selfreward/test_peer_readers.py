@@ -46,6 +46,7 @@ asked, given = common.load_questions(questions, None, None), common.load_model_a
 common.check_data(asked, given, {}, list(given), {})
 found["turns"] = {m: [rows[q["question_id"]]["choices"][0]["turns"] for q in asked] for m, rows in given.items()}
 found["models"] = common.get_model_list(answers)
+found["temperatures"] = common.temperature_config
 print(json.dumps(found, default=float))
 """
 
@@ -87,6 +88,7 @@ def test_they_read_what_we_write_and_find_the_same_win_rates(tmp_path: Path) -> 
 
     found = theirs(outputs, annotations, questions, folder)
     assert found["generator"] == "M3" and found["models"] == ["M3"] and found["turns"] == {"M3": turns}
+    assert found["temperatures"] == mt_bench.TEMPERATURES
     read = [(row["instruction"], row["output"], row["dataset"]) for row in found["rows"]]
     assert read == [(row["prompt"], row["text"], "mine") for row in rows]
     for part, other in zip(parts, found["winrate"], strict=True):

@@ -5,16 +5,18 @@ import json
 import pytest
 
 from engine import LLM, InputError, SamplingParams, Tokenizer
+from selfreward import context
 from selfreward.context import Run, Stopped
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
-from selfreward.sampling import GROUP, Request, in_groups, sample_groups
+from selfreward.sampling import GROUP, Request, in_groups, sample_groups, sample_waves
 from selfreward.state import RunDir
 
 NOTHING = None
 RECIPE = Recipe.load("micro")
 TOKENIZER = Tokenizer(RECIPE.model)
 MODEL = LLM(str(RECIPE.model), tokenizer=TOKENIZER)
+LOADED = (RECIPE.model, MODEL)
 
 
 def request(number, n=2):
@@ -33,14 +35,14 @@ REQUESTS = [request(number, n=1 + number % 3) for number in range(2 * GROUP + 9)
 @pytest.fixture
 def run(tmp_path):
     with RunDir(tmp_path / "run", {}) as directory:
-        yield Run(RECIPE, directory, TOKENIZER, NOTHING, Reporter(quiet=True))
+        yield Run(RECIPE, directory, TOKENIZER, NOTHING, Reporter(quiet=True), _loaded=LOADED)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     with RunDir(tmp_path_factory.mktemp("unbroken") / "run", {}) as directory:
-        run = Run(RECIPE, directory, TOKENIZER, NOTHING, Reporter(quiet=True))
-        rows = sample_groups(run, "rows.jsonl", MODEL, in_groups(REQUESTS))
+        run = Run(RECIPE, directory, TOKENIZER, NOTHING, Reporter(quiet=True), _loaded=LOADED)
+        rows = sample_groups(run, "rows.jsonl", RECIPE.model, in_groups(REQUESTS))
         return rows, directory.file("rows.jsonl").read_bytes()
 
 
@@ -63,7 +65,7 @@ def test_a_stage_goes_on_behind_its_last_whole_group_and_writes_the_same_bytes(r
         Request(r.ids, r.params, lambda output, r=r, i=i: asked.append(i) or r.rows(output))
         for i, r in enumerate(REQUESTS)
     ]
-    assert sample_groups(run, "rows.jsonl", MODEL, in_groups(requests)) == rows
+    assert sample_groups(run, "rows.jsonl", RECIPE.model, in_groups(requests)) == rows
     assert path.read_bytes() == content
     assert asked == list(range(groups * GROUP, len(REQUESTS)))  # nothing finished is sampled again
 
@@ -72,17 +74,34 @@ def test_a_stop_ends_the_stage_after_a_whole_group(run, unbroken):
     rows, content = unbroken
     run.stop.set()
     with pytest.raises(Stopped):
-        sample_groups(run, "rows.jsonl", MODEL, in_groups(REQUESTS))
+        sample_groups(run, "rows.jsonl", RECIPE.model, in_groups(REQUESTS))
     kept = run.dir.file("rows.jsonl").read_bytes()
     assert content.startswith(kept) and kept.count(b"\n") == sum(r.params.n for r in REQUESTS[:GROUP])
     run.stop.clear()
-    assert sample_groups(run, "rows.jsonl", MODEL, in_groups(REQUESTS)) == rows  # the sampler is usable again
+    assert sample_groups(run, "rows.jsonl", RECIPE.model, in_groups(REQUESTS)) == rows  # the sampler is usable again
+
+
+def test_what_is_finished_needs_no_model(run, unbroken, monkeypatch):
+    rows, content = unbroken
+    run.dir.file("rows.jsonl").write_bytes(content)
+    run._loaded = None
+    monkeypatch.setattr(context, "LLM", None)
+    assert sample_groups(run, "rows.jsonl", RECIPE.model, in_groups(REQUESTS)) == rows
+    one = [Request(r.ids, SamplingParams(), lambda output: [{"id": "one"}]) for r in REQUESTS[:GROUP]]
+    run.dir.write_jsonl("waves.jsonl", [{"id": "one"}] * GROUP)
+    assert len(sample_waves(run, "waves.jsonl", RECIPE.model, 1, lambda rows: one)) == GROUP
+    with pytest.raises(TypeError):  # a group more
+        sample_waves(run, "waves.jsonl", RECIPE.model, 2, lambda rows: one)
 
 
 def test_enough_is_asked_after_every_group(run):
     sizes = []
     rows = sample_groups(
-        run, "rows.jsonl", MODEL, in_groups(REQUESTS), enough=lambda rows: sizes.append(len(rows)) or len(sizes) == 2
+        run,
+        "rows.jsonl",
+        RECIPE.model,
+        in_groups(REQUESTS),
+        enough=lambda rows: sizes.append(len(rows)) or len(sizes) == 2,
     )
     assert len(rows) == sum(r.params.n for r in REQUESTS[: 2 * GROUP]) == sizes[-1] and len(sizes) == 2
 
@@ -90,16 +109,16 @@ def test_enough_is_asked_after_every_group(run):
 def test_a_prompt_that_fills_the_context_gets_its_rows_without_being_asked(run):
     long = request(1)
     long = Request([TOKENIZER.bos_id] * MODEL.max_model_len, long.params, long.rows)
-    rows = sample_groups(run, "rows.jsonl", MODEL, [[request(0), long, request(2)]])
+    rows = sample_groups(run, "rows.jsonl", RECIPE.model, [[request(0), long, request(2)]])
     assert [row["text"] is None for row in rows] == [False, False, True, True, False, False]
 
 
 def test_no_requests_leave_an_empty_file(run):
-    assert sample_groups(run, "rows.jsonl", MODEL, []) == []
+    assert sample_groups(run, "rows.jsonl", RECIPE.model, []) == []
     assert run.dir.file("rows.jsonl").read_bytes() == b""
 
 
 def test_a_damaged_row_of_an_interrupted_stage_is_named(run):
     run.dir.file("rows.jsonl").write_bytes(b"{}\nnot json\n")
     with pytest.raises(InputError, match=r"rows\.jsonl cannot be read .* remove it"):
-        sample_groups(run, "rows.jsonl", MODEL, [[request(0)]])
+        sample_groups(run, "rows.jsonl", RECIPE.model, [[request(0)]])
