@@ -1,6 +1,6 @@
 """`python -m benchmarks sampling|judging`: what each idea of the engine gives; with `--peers`, and for `prefill` and
 `single`, the engine beside other engines, at a smaller load. `kernels`, `prompts`, `quantization`, `sharing`,
-`train` and `logprob` have options of their own."""
+`head-to-head`, `train` and `logprob` have options of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, prompts, quantization, sharing, training
+from benchmarks import head_to_head, kernels, prompts, quantization, sharing, training
 from benchmarks.compare import children, compare
 from benchmarks.limits import Limits, machine
 from benchmarks.models import MODELS, peaked, random_model
@@ -32,6 +32,7 @@ OTHERS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": partial(training.main, "train"),
     "logprob": partial(training.main, "logprob"),
     "sharing": sharing.main,
+    "head-to-head": head_to_head.main,
 }
 
 

@@ -30,7 +30,7 @@ def _read_alone(llm: LLM) -> None:
     llm._grouped = False
 
 
-def _share_nothing(llm: LLM) -> None:
+def share_nothing(llm: LLM) -> None:
     """Every candidate computes its own prompt, and reads it alone."""
     llm._grouped = False
     llm._pool.find = lambda chain, tokens: []  # type: ignore[method-assign]
@@ -49,7 +49,7 @@ VARIANTS = (
     Variant("engine", "everything on"),
     Variant("ungrouped", "a shared chunk is read by every sequence for itself", without=_read_alone),
     Variant("whole blocks", "the common head of a partial block is computed again", without=_share_whole_blocks),
-    Variant("no sharing", "every candidate computes its own prompt", without=_share_nothing),
+    Variant("no sharing", "every candidate computes its own prompt", without=share_nothing),
     Variant("call by call", "kernels are called from Python, not replayed", without=_call_by_call),
     Variant("chunk 32", "blocks of 32 tokens", 32),
     Variant("chunk 128", "blocks of 128 tokens", 128),

@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.sharing import EngineClock, judge_items, measure, once_each, table
-from engine import LLM, SamplingParams, Tokenizer
+from benchmarks.sharing import judge_items, measure, table
+from benchmarks.stages import once_each
+from engine import Tokenizer
 from selfreward.judge import JudgeTemplate
 from tests.engine.helpers import random_llama, small_config
 
@@ -26,7 +26,8 @@ MODEL = random_llama(small_config(vocab_size=32000, max_seq_len=1024, dim=32, ff
 def test_judge_prompts_compute_their_blocks_once_and_their_tails_less_what_is_copied():
     tokenizer, template = Tokenizer(TOKENIZER), JudgeTemplate("llama2")
     prompts = judge_items(TREES, tokenizer)
-    ids = [template.token_ids(tokenizer, item.prompt, item.answer) for items in prompts for item in items]
+    texts = [(item.prompt, item.answer) for items in prompts for item in items]
+    ids = [template.token_ids(tokenizer, *each) for each in texts]
     assert len(ids) == 48 and all(180 <= len(tokenizer.encode(i.answer)) <= 221 for items in prompts for i in items)
     blocks = {tuple(prompt[: end + 64]) for prompt in ids for end in range(0, len(prompt) - 63, 64)}
     mean, expected = measure(MODEL, tokenizer, TREES, new=8, rounds=1)
@@ -36,7 +37,7 @@ def test_judge_prompts_compute_their_blocks_once_and_their_tails_less_what_is_co
         assert row["prefill_tokens"] == row["block_tokens"] + row["tail_tokens"] - row["copied_tokens"]
         assert row["prompt_tokens"] == sum(map(len, ids)) and row["preemptions"] == 0
         assert distinct_tokens(ids) <= row["prefill_tokens"] <= distinct_tokens(ids) + 8 * len(ids)
-        assert row["ratio_to_ideal"] == row["prefill_tokens"] / once_each(template, tokenizer, prompts) <= 1.3
+        assert row["ratio_to_ideal"] == row["prefill_tokens"] / once_each(template, tokenizer, texts) <= 1.3
     assert f"ratio {mean['ratio_to_ideal']:.3f}" in table([mean, expected])
 
 
@@ -48,16 +49,6 @@ def distinct_tokens(ids):
         for first, second in itertools.pairwise(ordered)
     ]
     return sum(map(len, ids)) - sum(shared)
-
-
-def test_the_clock_stands_still_while_the_caller_works(monkeypatch):
-    times = iter(range(100))
-    llm = LLM(MODEL, kv_cache_gb=0.01)
-    clock = EngineClock(llm)
-    monkeypatch.setattr("benchmarks.sharing.time", SimpleNamespace(perf_counter=lambda: next(times)))
-    for _ in llm.stream([[1, 2], [3, 4], [5]], SamplingParams(max_tokens=2)):
-        next(times)
-    assert clock.seconds == 4  # three outputs and the end
 
 
 @pytest.mark.full  # 10 s on an idle machine
