@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.head_to_head import BASELINE, block_tokens, measure, model_answers, table, texts_asked
+from benchmarks.head_to_head import BASELINE, Bench, block_tokens, measure, model_answers, table, texts_asked
 from benchmarks.stages import once_each
 from engine import Tokenizer
 from selfreward.pairwise import PairwiseTemplate
@@ -43,6 +43,21 @@ def test_a_prompt_that_stands_first_is_computed_once_for_all_matches():
     first = [len(prompt) for prompt, texts in zip(ids, asked, strict=True) if texts[0] in prompts_of(answers, 2)]
     assert control["alone_tokens"] == sum(first) > 1.5 * control["shared_tokens"]
     assert f"{pairs['ratio_to_ideal']:.3f}" in table(found) and "cache had lost them: 0 tokens" in table(found)
+
+
+@needs_data
+def test_a_cache_of_one_comparison_is_enough_where_prompts_stand_in_tree_order(tmp_path, monkeypatch):
+    tokenizer = Tokenizer(TOKENIZER)
+    answers = model_answers(PROMPTS, TREES, tokenizer, 2)
+    block = 2 * 4 * SMALL.n_layers * SMALL.n_kv_heads * SMALL.head_dim * 64
+    settings = ["judge.draws=1", "judge.max_tokens=1", f"sampler.kv_cache_gb={14.5 * block / 2**30}"]
+    (tmp_path / "a").mkdir()
+    found = Bench(random_llama(SMALL), tokenizer, tmp_path / "a", settings).row("pairs", answers)
+    assert found["evicted_tokens"] == 0 and found["ratio_to_ideal"] <= 1.1
+    monkeypatch.setattr("engine.scheduler.in_tree_order", lambda sequences: [*sequences][::2] + [*sequences][1::2])
+    (tmp_path / "b").mkdir()
+    found = Bench(random_llama(SMALL), tokenizer, tmp_path / "b", settings).row("pairs", answers)
+    assert found["evicted_tokens"] > 0 and found["ratio_to_ideal"] > 1.1
 
 
 def prompts_of(answers, count):
