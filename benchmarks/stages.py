@@ -54,6 +54,7 @@ class Measured(NamedTuple):
     counts: dict[str, float]  # COUNTED, of `LLM.stats()`
     seconds: float
     engine_seconds: float
+    cpu_seconds: float  # of all threads: what a ratio can be taken of where others work too
 
     @property
     def share_outside_engine(self) -> float:
@@ -82,11 +83,11 @@ def measure_stage(
         llm.generate([[1, 2]], SamplingParams(max_tokens=1))  # packs the weights
         llm.reset_prefix_cache()
         before, clock = llm.stats(), EngineClock(llm)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         stage(run)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         after = llm.stats()
-    return Measured({name: after[name] - before[name] for name in COUNTED}, seconds, clock.seconds)
+    return Measured({name: after[name] - before[name] for name in COUNTED}, seconds, clock.seconds, cpu)
 
 
 def once_each(template: BlockTemplate, tokenizer: Tokenizer, asked: Iterable[Sequence[str]]) -> int:
