@@ -27,41 +27,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
-from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
-
-from engine import InputError, NotBuiltError, Tokenizer, content_hash
+from engine import InputError, NotBuiltError
 from selfreward import eval_command, evaluation, stages, training
 from selfreward.actions import ACTIONS, NOT_BUILT, SINGLE, described, stages_of
 from selfreward.context import SPENT, GateError, Reached, Row, Run, Stopped
-from selfreward.device import check_device, device_facts
 from selfreward.formats import read_jsonl
 from selfreward.health import model_warnings
-from selfreward.inputs import Templates, check_inputs, load_templates, load_tokenizer, tokenizer_hash
+from selfreward.inputs import load_templates, load_tokenizer
+from selfreward.opening import opened
 from selfreward.recipe import Recipe
-from selfreward.recipe_file import PATH_KEYS, recipe_names
+from selfreward.recipe_file import recipe_names
 from selfreward.report import Reporter, print_report
 from selfreward.report_html import write_report
-from selfreward.state import STAGES, RunDir, file_hash, own_version, read_json, written_manifest
+from selfreward.state import STAGES, RunDir, read_json, written_manifest
 from selfreward.validate import show, validate
 
 RECIPE = "tiny"  # the default
 MEASURED = "evaluation/metrics.jsonl"  # a row per model, the last file of a finished loop
-UNDECIDING = (
-    ("sampler", "kv_cache_gb"),
-    ("sampler", "max_batch_tokens"),
-    ("sampler", "max_sequences"),
-    ("sft", "save_every"),
-    ("dpo", "save_every"),
-    ("sft", "activation_checkpointing"),
-    ("dpo", "activation_checkpointing"),
-    ("eft", "required"),
-)
-CHANGEABLE = "gates.* and eft.required may be changed before a resume; any other key needs a new --out directory"
 HELP = """\
 actions:
 {actions}
@@ -106,6 +91,7 @@ def loop(run: Run) -> list[Row]:
         stage(run, f"iter_{k}/candidates", stages.sample_candidates, k)
         stage(run, f"iter_{k}/judgements", stages.judge_round, k)
         stage(run, f"iter_{k}/pairs", stages.build_pairs, k)
+        stages.say_what_is_odd(run, k)
         stage(run, f"iter_{k}/model", training.train_round, k)
     models = [("M1", run.model(1), "m1/model")]
     if run.recipe.m1 is None:
@@ -256,7 +242,7 @@ def _validate(recipe: Recipe, report: Reporter) -> int:
 
 
 def _run(recipe: Recipe, out: str, report: Reporter, stop: Event) -> None:
-    with _opened(recipe, out, report, stop) as run:
+    with opened(recipe, out, report, stop) as run:
         _say_report(run.dir, write_report(run.dir, loop(run)), report)
 
 
@@ -266,7 +252,7 @@ def _one_stage(recipe: Recipe, arguments: argparse.Namespace, action: str, repor
     wanted = [stage for name, stage in order if name == action]
     if not wanted:
         raise InputError(f"a run with m1 has no stage {action!r}: its first model is given; begin with 'prompts'")
-    with _opened(recipe, arguments.out, report, stop) as run:
+    with opened(recipe, arguments.out, report, stop) as run:
         run.until = next((stage for stage in wanted if not run.dir.done(stage)), None)
         if run.until is not None:
             with suppress(Reached):
@@ -308,93 +294,6 @@ def _say_report(directory: RunDir, written: Row, report: Reporter) -> None:
     print_report(written, report.as_json)
     if not report.as_json:
         print(f"report: {directory.file('report.html')}", file=sys.stderr)
-
-
-@contextmanager
-def _opened(recipe: Recipe, out: str, report: Reporter, stop: Event) -> Iterator[Run]:
-    """The run in its directory, once all that it is given was looked at. A gate's sentence goes into its report."""
-    began_with = written_manifest(out).get("training_threads")
-    if began_with is not None and (type(began_with) is not int or began_with < 1):
-        raise InputError(f"{out}/manifest.json: training_threads is {began_with!r}; restore the file, or start anew")
-    threads = recipe.threads or began_with
-    if threads is not None:  # torch's sums change with the count: a resumed run takes the one that it began with
-        torch.set_num_threads(threads)
-    check_device(recipe)
-    tokenizer = load_tokenizer(recipe)
-    templates = load_templates(recipe)
-    odd = check_inputs(recipe, tokenizer, templates.judge)
-    with RunDir(out, _manifest(recipe, tokenizer, templates), without_places) as directory:
-        for sentence in odd:
-            report.warn(sentence)
-        place = directory.manifest.get("gpu", "the CPU")
-        report.say(f"{'resuming' if directory.resumed else 'starting'} in {directory.path}, on {place}")
-        try:
-            yield Run(
-                recipe,
-                directory,
-                tokenizer,
-                templates.judge,
-                report,
-                stop,
-                templates.judge_model,
-                templates.prompts,
-                templates.pairwise,
-            )
-        except GateError as error:
-            said = f"{error} ({CHANGEABLE})"
-            with suppress(InputError, OSError):  # what the gate says matters more than the page
-                written = write_report(directory, [], stopped=said)
-                if report.as_json:
-                    print_report(written, as_json=True)
-            raise GateError(said) from None
-
-
-def _manifest(recipe: Recipe, tokenizer: Tokenizer, templates: Templates) -> Row:
-    """Everything that decides a run's bytes."""
-    return {
-        "recipe": deciding(recipe),
-        "inputs": {key: file_hash(path) for key, path in recipe.paths().items() if path.is_file()},
-        "models": {
-            key: content_hash(path)
-            for key, path in recipe.paths().items()
-            if key in ("model", "m1", "judge_model", "prompt_model")
-        },
-        "tokenizer": tokenizer.template_hash,
-        "judge_tokenizer": tokenizer_hash(recipe.judge_model),
-        "judge_template": templates.judge.hash,
-        "judge_model_template": templates.judge_model.hash if templates.judge_model else None,
-        "prompt_tokenizer": tokenizer_hash(recipe.prompt_model),
-        "prompt_template": templates.prompts.hash if templates.prompts else None,
-        "pairwise_template": templates.pairwise.hash if templates.pairwise else None,
-        "selfreward": own_version(),
-        "numpy": metadata.version("numpy"),  # its permutations are the order of the data
-        "training_threads": torch.get_num_threads(),
-    } | device_facts(recipe)
-
-
-def deciding(recipe: Recipe) -> Row:
-    """The keys that decide a run's bytes: the others may be changed before a resume, such as a gate that stopped the run."""
-    values = recipe.dump()
-    for key in ("gates", "threads", "device"):  # threads and device are pinned as they were, not as they were asked for
-        del values[key]
-    for group, key in UNDECIDING:
-        del values[group][key]
-    return values
-
-
-def without_places(manifest: Row) -> Row:
-    """The manifest as a resume compares it: what a path holds is compared by its hash, so of the path there remains the
-    name of a data file, after which rows without an id are named."""
-
-    def shortened(values: Any, prefix: str) -> Any:
-        if isinstance(values, dict):
-            return {key: shortened(value, f"{prefix}{key}.") for key, value in values.items()}
-        key = prefix[:-1]
-        if key not in PATH_KEYS or not isinstance(values, str):
-            return values
-        return Path(values).name if key.startswith("data.") or key == "prompts.file" else "a path"
-
-    return manifest | {"recipe": shortened(manifest.get("recipe"), "")}
 
 
 def _action(words: list[str]) -> tuple[str, list[str]]:

@@ -210,10 +210,13 @@ def build_pairs(run: Run, k: int) -> Row:
             f"{recipe.gates.min_pairs}: {_pairs_advice(recipe, none)}"
         )
     counts = {"prompts": len(prompts), "pairs": len(pairs), "dropped": dict(without)}
-    counts |= {"consistency": _consistency(k, pairs)} if options.consistency else {}
-    for sentence in round_warnings(figures_of_round(run.dir.path, run.dir.finished() | {f"iter_{k}/pairs": counts}, k)):
+    return counts | ({"consistency": _consistency(k, pairs)} if options.consistency else {})
+
+
+def say_what_is_odd(run: Run, k: int) -> None:
+    """Before a round's training: what is no reason to stop, but to look."""
+    for sentence in round_warnings(figures_of_round(run.dir.path, run.dir.finished(), k)):
         run.report.warn(sentence)
-    return counts
 
 
 def _consistency(k: int, pairs: list[Row]) -> float:

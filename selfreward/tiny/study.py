@@ -28,8 +28,8 @@ from engine import InputError
 from selfreward.formats import read_jsonl
 from selfreward.judging import draw_score
 from selfreward.metrics import mean_and_error
+from selfreward.opening import deciding
 from selfreward.recipe import Recipe
-from selfreward.run import deciding
 from selfreward.tiny import DATA, matches
 from selfreward.tiny.oracle import checks
 

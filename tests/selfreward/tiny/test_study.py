@@ -7,8 +7,8 @@ import pytest
 
 from engine import InputError
 from selfreward.formats import read_jsonl
+from selfreward.opening import deciding
 from selfreward.recipe import Recipe
-from selfreward.run import deciding
 from selfreward.tiny import DATA, study
 from selfreward.tiny.oracle import checks
 from selfreward.tiny.study import BEGIN, END, VARIANTS, bootstrap, directory, insert, read, tables
