@@ -71,6 +71,7 @@ def build_report(
     matches: list[Row],
     stages: dict[str, Row],
     timing: list[Row],
+    recipe: Row,
     stopped: str | None = None,
 ) -> Row:
     """report.json: figures per model, per round and per match, counts per stage, what is odd in them; everything about time
@@ -85,7 +86,7 @@ def build_report(
         "models": models,
         "rounds": rounds,
         "matches": matches,
-        "warnings": [said for row in rounds for said in round_warnings(row)] + model_warnings(models),
+        "warnings": [said for row in rounds for said in round_warnings(row, recipe)] + model_warnings(models, recipe),
         "stages": stages,
         "stopped": stopped,
         "timing": {"seconds": dict(seconds), "sampler": {stage: dict(found) for stage, found in sampler.items()}},

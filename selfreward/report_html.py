@@ -52,13 +52,14 @@ def write_report(directory: RunDir, models: list[Row], stopped: str | None = Non
     stages, timing = directory.finished(), directory.file(TIMING)
     rounds = round_figures(directory.path, stages)
     matches = read_jsonl(directory.file("evaluation/head_to_head.jsonl")) if HEAD_TO_HEAD in stages else []
-    report = build_report(models, rounds, matches, stages, read_jsonl(timing) if timing.is_file() else [], stopped)
+    times, recipe = read_jsonl(timing) if timing.is_file() else [], directory.manifest.get("recipe") or {}
+    report = build_report(models, rounds, matches, stages, times, recipe, stopped)
     plots = draw_plots(models, rounds, matches, training_curves(directory.path, stages))
     for plot in plots:
         directory.write_bytes(f"plots/{plot.name}.png", plot.png)
     directory.write_json("report.json", report)
     judge = (directory.manifest.get("models") or {}).get("judge_model")
-    page = render(report, plots, example_pairs(directory.path, stages), directory.manifest.get("recipe", {}), judge)
+    page = render(report, plots, example_pairs(directory.path, stages), recipe, judge)
     directory.write_bytes("report.html", page.encode("utf-8"))
     return report
 

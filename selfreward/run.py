@@ -105,7 +105,7 @@ def loop(run: Run) -> list[Row]:
     if run.recipe.data.heldout is not None and run.recipe.evaluation.head_to_head is not None:
         stage(run, "evaluation/head_to_head", evaluation.compare_models, {name: path for name, path, _ in models})
         rows = evaluation.with_matches(rows, run.rows("evaluation/head_to_head.jsonl"))
-    for sentence in model_warnings(rows):
+    for sentence in model_warnings(rows, run.recipe.dump()):
         run.report.warn(sentence)
     run.dir.write_jsonl(MEASURED, rows)
     return rows

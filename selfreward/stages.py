@@ -215,7 +215,7 @@ def build_pairs(run: Run, k: int) -> Row:
 
 def say_what_is_odd(run: Run, k: int) -> None:
     """Before a round's training: what is no reason to stop, but to look."""
-    for sentence in round_warnings(figures_of_round(run.dir.path, run.dir.finished(), k)):
+    for sentence in round_warnings(figures_of_round(run.dir.path, run.dir.finished(), k), run.recipe.dump()):
         run.report.warn(sentence)
 
 

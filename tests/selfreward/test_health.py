@@ -35,14 +35,14 @@ UNKNOWN = dict.fromkeys(SOUND) | {"round": 1, "prompts_kept": 3}
     ],
 )
 def test_each_figure_of_a_round_at_its_bound_and_beyond(change: dict[str, Any], said: str) -> None:
-    assert round_warnings(SOUND) == [] and round_warnings(UNKNOWN) == []
-    (sentence,) = round_warnings(SOUND | change)
+    assert round_warnings(SOUND, {}) == [] and round_warnings(UNKNOWN, {}) == []
+    (sentence,) = round_warnings(SOUND | change, {})
     assert sentence.startswith("round 2: ") and said in sentence
 
 
 def test_a_gap_in_length_within_its_error_is_none() -> None:
-    assert round_warnings(SOUND | {"length_chosen": 20.0, "length_gap": 10.0, "length_gap_se": 5.0}) == []
-    assert len(round_warnings(SOUND | {"length_chosen": 20.0, "length_gap": 10.0, "length_gap_se": 4.9})) == 1
+    assert round_warnings(SOUND | {"length_chosen": 20.0, "length_gap": 10.0, "length_gap_se": 5.0}, {}) == []
+    assert len(round_warnings(SOUND | {"length_chosen": 20.0, "length_gap": 10.0, "length_gap_se": 4.9}, {})) == 1
 
 
 def rows(**last: Any) -> list[dict[str, Any]]:
@@ -67,6 +67,75 @@ def rows(**last: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_each_figure_of_a_model_at_its_bound_and_beyond(change: dict[str, Any], said: str) -> None:
-    assert model_warnings(rows()) == [] and model_warnings([]) == [] and model_warnings([{"name": "M2"}]) == []
-    (sentence,) = model_warnings(rows(**change))
+    assert all(model_warnings(few, {}) == [] for few in (rows(), [], [{"name": "M2"}]))
+    (sentence,) = model_warnings(rows(**change), {})
     assert said in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "recipe", "said"),
+    [
+        ({"prompts_dropped": {"duplicate": 106}}, {"prompts": {"mode": "file"}}, None),
+        ({"answers_cut": 1.0}, {"pairs": {"allow_truncated_chosen": True}}, None),
+        (
+            {"pairs_dropped": {"tie": 51}},
+            {"judge": {"score": "mean", "by": "model"}},
+            "set judge.score=expected, or raise",
+        ),
+        (
+            {"pairs_dropped": {"tie": 51}},
+            {"judge": {"score": "expected", "by": "model"}},
+            "one score; raise judge.draws",
+        ),
+        ({"pairs_dropped": {"tie": 51}}, {"judge": {"score": "mean", "by": "oracle"}}, "one score; raise judge.draws"),
+        ({"length_chosen": 12.6}, {"pairs": {"length_control": None}}, "will grow; set pairs.length_control"),
+        ({"length_chosen": 12.6}, {"pairs": {"length_control": 0.1}}, "will grow; raise pairs.length_control"),
+        ({"statuses": {"no_score": 1}}, {"judge_model": "/x"}, "give another judge_model or another judge.template"),
+        ({"statuses": {"no_score": 1}}, {"m1": "/x"}, "give an m1 that has learned to judge or another"),
+        ({"length_chosen": 12.6, "pairs_dropped": {"tie": 51}}, {"method": "positives"}, None),
+    ],
+)
+def test_what_a_round_is_told_has_an_effect_in_its_recipe(
+    change: dict[str, Any], recipe: dict[str, Any], said: str | None
+) -> None:
+    """A prompts.file has its dropped prompts in every round; pairs that are not trained on may tie and be long."""
+    found = round_warnings(SOUND | change, recipe)
+    assert [said in sentence for sentence in found] == [True] if said else found == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "recipe", "said"),
+    [
+        ("SFT", {"longer_wins": 0.9}, {}, None),  # it has seen no judge data
+        ("SFT", {"previous_win_minus_loss": -0.2}, {}, None),
+        ("M1", {"previous_win_minus_loss": -0.2}, {}, "give more instructions (data.ift), or lower sft.lr"),
+        ("M2", {"previous_win_minus_loss": -0.2}, {"method": "dpo"}, "lower dpo.lr, raise dpo.beta"),
+        ("M2", {"previous_win_minus_loss": -0.2}, {"method": "positives"}, "lower sft.lr or sft.epochs"),
+        ("M2", {"judge_pairwise_ties_half": 0.7}, {"dpo": {"replay_weight": 0.0}}, "set dpo.replay_weight"),
+        ("M2", {"judge_pairwise_ties_half": 0.7}, {"dpo": {"replay_weight": 0.5}}, "raise dpo.replay_weight"),
+        ("M2", {"judge_pairwise_ties_half": 0.7}, {"m1": "/x"}, "lower dpo.lr, or raise dpo.beta"),
+        (
+            "M2",
+            {"longer_wins": 0.9},
+            {"m1": "/x", "judge_model": "/y"},
+            "nothing; give an m1 that has learned to judge",
+        ),
+        ("M2", {"judge_pairwise_ties_half": 0.7}, {"method": "positives"}, "give more judge data (data.eft)"),
+    ],
+)
+def test_what_a_model_is_told_has_an_effect_in_its_recipe(
+    name: str, change: dict[str, Any], recipe: dict[str, Any], said: str | None
+) -> None:
+    found = model_warnings([row | change if row["name"] == name else row for row in rows()], recipe)
+    assert [said in sentence for sentence in found] == [True] if said else found == []
+
+
+def test_a_judge_without_an_error_may_be_worn_down_too() -> None:
+    """Its figure has no interval: of 70 prompts without an error the rate of errors may be up to 3 / 70."""
+    models = rows(judge_pairwise_ties_half=0.95)
+    models[2] |= {"judge_pairwise_ties_half": 1.0, "judge_pairwise_ties_half_interval": None, "judge_prompts": 70}
+    models[3] |= {"judge_pairwise_ties_half": 0.96}
+    (sentence,) = model_warnings(models, {})
+    assert sentence.startswith(
+        "M3 judges worse than M1 (95.0% of the ranked pairs, ties half, below M1's interval from 95.7%)"
+    )

@@ -460,7 +460,7 @@ def test_a_run_from_a_given_m1_speaks_of_no_m0(tmp_path):
 def test_the_page_says_who_judged(recipe, says):
     models, timing = all_models(1), [{"stage": "m1/model", "seconds": 1.0}]
     rounds = [dict.fromkeys(FIGURES) | {"round": 1, "prompts_kept": 1}]
-    page = Page(render(build_report(models, rounds, [], {}, timing), [], [], recipe, "0123456789abcdef"))
+    page = Page(render(build_report(models, rounds, [], {}, timing, recipe), [], [], recipe, "0123456789abcdef"))
     assert says in page.text
     assert ("never sees these grades" in page.text) == (recipe["judge"]["by"] != "oracle")
 
@@ -470,7 +470,7 @@ def test_the_page_says_nothing_of_humans_and_why_dropout_starts_above_ln_2(tmp_p
     _, page = write(make_run(tmp_path / "run"), all_models())
     assert "human" not in page.text and "starts above ln 2" not in page.text
     models, pairs = all_models(1), [Plot("dpo", "DPO", "DPO", b"")]
-    page = Page(render(build_report(models, [], [], {}, []), pairs, [], {"dpo": {"dropout": 0.1}}))
+    page = Page(render(build_report(models, [], [], {}, [], {}), pairs, [], {"dpo": {"dropout": 0.1}}))
     assert "starts above ln 2 = 0.693" in page.text
 
 
