@@ -36,7 +36,7 @@ from selfreward.formats import Read, as_group, read_file
 from selfreward.metrics import FIGURES, length_figures
 from selfreward.pairwise import PairwiseTemplate
 from selfreward.prompts import PROMPT_TOO_LONG
-from selfreward.report import Reporter, number, with_error, with_interval
+from selfreward.report import Reporter, match_table, number, with_interval
 
 OUT = "runs/tiny"
 LONGER = "longer text"  # the baseline's column
@@ -227,19 +227,9 @@ def _compare(run: Run, models: Models, prompts: list[Row], arguments: Namespace)
     answers = answer_all(run, models, prompts)
     matches = compare(run, judge, answers)
     if not run.report.as_json:
-        _print(f"Head to head on {len(prompts)} prompts", MATCH, [_match(row) for row in matches])
+        _print(f"Head to head on {len(prompts)} prompts", *match_table(matches))
     found: Row = {"matches": matches, "judging": _times(run, judge.folder, "judging")}
     return found | _written(run, answers, [str(run.dir.file(f"{judge.folder}/head_to_head.jsonl"))])
-
-
-MATCH = ["model", "against", "win", "tie", "loss", "win - loss", "unread", "tokens", "tokens against"]
-
-
-def _match(row: Row) -> list[str]:
-    shares = [number(row[key], ".1%") for key in ("win", "tie", "loss")]
-    margin = with_error(row["win_minus_loss"], row["win_minus_loss_se"], "+.2f")
-    lengths = [number(row[key], ".1f") for key in ("mean_length", "mean_length_against")]
-    return [row["model"], row["against"], *shares, margin, str(row["unread"]), *lengths]
 
 
 def _written(run: Run, answers: dict[str, list[Row]], files: Iterable[str] = ()) -> Row:
