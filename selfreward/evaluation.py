@@ -17,7 +17,7 @@ from selfreward.seeds import heldout_groups, heldout_prompts
 from selfreward.state import row_seed
 from selfreward.variety import distinct, repetition
 
-OUTCOME = ("win", "tie", "loss", "win_minus_loss", "win_minus_loss_se", "unread")  # of a match, in a model's row
+OUTCOME = ("n", "win", "tie", "loss", "win_minus_loss", "win_minus_loss_se", "unread")  # of a match, in a model's row
 
 
 def evaluate_model(run: Run, name: str, path: Path) -> Row:

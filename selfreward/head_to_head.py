@@ -182,13 +182,13 @@ def match_rows(outcomes: Mapping[tuple[str, str], Outcomes], answers: Answers) -
 
 def figures(outcomes: Outcomes, rows: Sequence[Row], against: Sequence[Row]) -> Row:
     """Shares of wins, ties and losses among the prompts with a verdict, and `win_minus_loss` with the standard error that
-    resampling the prompts gives; lengths in tokens, over all prompts."""
+    resampling the prompts gives (None where all have one outcome: that is no certainty); lengths in tokens, over all prompts."""
     read = [outcome for outcome in outcomes if outcome is not None]
     n = len(read)
     found: Row = {"n": n, "unread": len(outcomes) - n}
     found |= {name: read.count(value) / n if n else None for name, value in (("win", 1), ("tie", 0), ("loss", -1))}
     found |= {"win_minus_loss": sum(read) / n if n else None, "win_minus_loss_se": None}
-    if n > 1:
+    if len(set(read)) > 1:
         means = resampled(np.array(read, dtype=np.float64).reshape(-1, 1))[:, 0] / n
         found["win_minus_loss_se"] = round(float(means.std(ddof=1)), 9)
     for key, each in (("mean_length", rows), ("mean_length_against", against)):

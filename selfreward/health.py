@@ -85,7 +85,12 @@ def model_warnings(models: Sequence[Row], recipe: dict[str, Any]) -> list[str]:
     first = next((row for row in models if row["name"] == "M1"), {})
     for row in trained:
         name, judged, longer = row["name"], row.get("judge_pairwise_ties_half"), row.get("longer_wins")
-        if judged is not None and longer is not None and judged <= longer and name != "SFT":
+        if _above(row.get("judge_unread"), UNREADABLE) and name != "SFT":
+            found.append(
+                f"{row['judge_unread']:.0%} of the ranked answers have no score by {name} that can be read, and are wrong in its "
+                f"figures as a judge; raise judge.max_tokens, or give {_judge_data(recipe)} or another judge.template"
+            )
+        elif judged is not None and longer is not None and judged <= longer and name != "SFT":
             found.append(
                 f"{name} orders {judged:.1%} of the ranked pairs rightly (ties half), the longer answer alone {longer:.1%}: as a "
                 f"judge it has learned nothing; give {_judge_data(recipe)}"
@@ -96,8 +101,7 @@ def model_warnings(models: Sequence[Row], recipe: dict[str, Any]) -> list[str]:
                 f"{name} judges worse than M1 ({judged:.1%} of the ranked pairs, ties half, below M1's interval from "
                 f"{low:.1%}): {_wear_advice(recipe)}"
             )
-        margin, error = row.get("previous_win_minus_loss"), row.get("previous_win_minus_loss_se")
-        if margin is not None and error is not None and margin < -ERRORS * error and name != "SFT":
+        if _loses(row) and name != "SFT":
             found.append(
                 f"{name} loses to the model before it ({row['previous_win']:.0%} won, {row['previous_loss']:.0%} lost): this "
                 f"training made the answers worse; {_loss_advice(name, recipe)}"
@@ -107,7 +111,30 @@ def model_warnings(models: Sequence[Row], recipe: dict[str, Any]) -> list[str]:
                 f"{name}'s answers repeat themselves ({row['repetition']:.0%} of their runs of four tokens): it loops; lower the "
                 "learning rate or the epochs"
             )
-    return found
+    return found + _unread_matches(models, recipe)
+
+
+def _unread_matches(models: Sequence[Row], recipe: dict[str, Any]) -> list[str]:
+    """Of the matches of every model against the one before it, together: the judge is the same in all."""
+    compared = [row for row in models if row.get("previous_n") is not None]
+    unread = sum(row["previous_unread"] for row in compared)
+    asked = unread + sum(row["previous_n"] for row in compared)
+    if unread <= UNREADABLE * asked:
+        return []
+    pairwise = at(recipe, "evaluation.head_to_head") == "pairwise"
+    other = "evaluation.pairwise_template, or evaluation.head_to_head=scores" if pairwise else "judge.template"
+    return [
+        f"head to head, {unread / asked:.0%} of the prompts have no verdict that can be read; raise judge.max_tokens, or give "
+        f"another judge_model or {other}"
+    ]
+
+
+def _loses(row: Row) -> bool:
+    """Against the model before it, by more than chance. Where all prompts have one outcome there is no error."""
+    margin, error = row.get("previous_win_minus_loss"), row.get("previous_win_minus_loss_se")
+    if margin is None:
+        return False
+    return margin < -ERRORS * error if error is not None else margin < 0 and row.get("previous_n", 0) > 1
 
 
 def _low(row: Row) -> float | None:

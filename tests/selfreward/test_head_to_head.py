@@ -63,6 +63,8 @@ def test_figures_by_hand() -> None:
     expected = np.std(outcomes[:10]) / np.sqrt(10)  # what resampling tends to
     assert abs(found["win_minus_loss_se"] - expected) <= 0.05 * expected
     assert figures([None], [answer("x")], [answer("y")])["win"] is None
+    tied = figures([0] * 9, [answer("x")] * 9, [answer("y")] * 9)
+    assert (tied["tie"], tied["win_minus_loss"], tied["win_minus_loss_se"]) == (1, 0, None)  # no spread is no certainty
 
 
 def test_the_judges_mean_scores_decide_and_a_prompts_answers_stand_together(monkeypatch: pytest.MonkeyPatch) -> None:

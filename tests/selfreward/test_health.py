@@ -139,3 +139,29 @@ def test_a_judge_without_an_error_may_be_worn_down_too() -> None:
     assert sentence.startswith(
         "M3 judges worse than M1 (95.0% of the ranked pairs, ties half, below M1's interval from 95.7%)"
     )
+
+
+def test_a_match_without_an_error_is_lost_only_where_all_of_several_prompts_were() -> None:
+    lost = {"previous_win_minus_loss": -1.0, "previous_win_minus_loss_se": None, "previous_unread": 0}
+    assert len(model_warnings(rows(**lost, previous_n=2), {})) == 1
+    assert model_warnings(rows(**lost, previous_n=1), {}) == []
+    tied = lost | {"previous_win_minus_loss": 0.0}
+    assert model_warnings(rows(**tied, previous_n=100), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("pairwise", "evaluation.head_to_head=scores"), ("scores", "judge.template")]
+)
+def test_matches_without_a_verdict_are_said_once(how: str, said: str) -> None:
+    recipe = {"evaluation": {"head_to_head": how}}
+    models = [row | {"previous_n": 90, "previous_unread": 10} for row in rows()]
+    assert model_warnings(models, recipe) == []
+    models[4] |= {"previous_unread": 11}
+    (sentence,) = model_warnings(models, recipe)
+    assert sentence.startswith("head to head, 10% of the prompts have no verdict") and sentence.endswith(said)
+
+
+def test_scores_that_cannot_be_read_are_said_to_be_the_reason() -> None:
+    assert model_warnings(rows(judge_unread=0.1), {}) == []
+    (sentence,) = model_warnings(rows(judge_unread=0.11, longer_wins=0.9), {})
+    assert sentence.startswith("11% of the ranked answers have no score by M3 that can be read")
