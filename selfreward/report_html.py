@@ -76,7 +76,7 @@ def render(
     match_headings, matches = match_table(report["matches"])
     time_headings, times = time_table(report)
     return _template().render(
-        lead=lead(report),
+        lead=lead(report, positives=recipe.get("method") == "positives"),
         stopped=report["stopped"],
         headings=headings,
         cells=[[cell.replace(" +- ", PLUS_MINUS) for cell in row] for row in cells],
@@ -87,13 +87,15 @@ def render(
         judge_hash=(judge_hash or "")[:SHOWN_HASH],
         expected=(recipe.get("judge") or {}).get("score") == "expected",
         warnings=report["warnings"],
+        compared=report["stages"].get(HEAD_TO_HEAD),
         match_title=match_title(report) if matches else "",
         match_headings=match_headings,
         matches=[[cell.replace(" +- ", PLUS_MINUS) for cell in row] for row in matches],
         time_headings=time_headings,
         times=times,
         dropout=(recipe.get("dpo") or {}).get("dropout"),
-        positives=_positives(report),
+        positives=recipe.get("method") == "positives",
+        copied=any("duplicate" in (row["statuses"] or {}) for row in report["rounds"]),
         rounds=[row["round"] for row in report["rounds"]],
         figures=round_table(report["rounds"]),
         plots={plot.name: plot for plot in plots},
@@ -104,8 +106,8 @@ def render(
     )
 
 
-def lead(report: Row) -> list[str]:
-    """What happened, in a few sentences, first on the page."""
+def lead(report: Row, positives: bool = False) -> list[str]:
+    """What happened, in a few sentences, first on the page. positives: the rounds train on perfect answers, not on pairs."""
     models, rounds = report["models"], report["rounds"]
     found = [
         _from_to(models, "true_quality", "True quality", "0 to 5", ".2f"),
@@ -115,11 +117,17 @@ def lead(report: Row) -> list[str]:
     if unread:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in unread.items())
         found.append(f"Of the answers judged for that, without a readable score, and so wrong: {shares}.")
-    if rounds and rounds[-1]["pairs"] is not None:
-        key = "positives" if _positives(report) else "pairs"
-        what = {"positives": "Answers with the perfect score", "pairs": "Preference pairs"}[key]
-        counts = ", ".join(f"{row[key]} in round {row['round']}" for row in rounds if row[key] is not None)
-        found.append(f"{what} made from the models' own answers: {counts}.")
+    key = "positives" if positives else "pairs"
+    counts = ", ".join(
+        f"{row[key]} {'up to' if positives else 'in'} round {row['round']}" for row in rounds if row[key] is not None
+    )
+    if counts:
+        what = (
+            "The models' own answers with the perfect score"
+            if positives
+            else "Preference pairs made from the models' own answers"
+        )
+        found.append(f"{what}: {counts}.")
     if "same_as" in report["stages"].get("m1/model", {}):
         found.append("There was no judge data, so M1 is the SFT baseline.")
     return [sentence for sentence in found if sentence]
@@ -132,11 +140,6 @@ def _from_to(models: Sequence[Row], key: str, what: str, unit: str, spec: str) -
         return None
     shown = [row for row in rows if row is rows[0] or row["name"] == "M1" or row is rows[-1]]
     return f"{what} ({unit}): " + ", ".join(f"{row['name']} {_figure(row, key, spec)}" for row in shown) + "."
-
-
-def _positives(report: Row) -> bool:
-    """Whether the rounds trained on perfect answers alone, not on pairs."""
-    return any(row["positives"] is not None for row in report["rounds"])
 
 
 def _judge(recipe: Mapping[str, Any]) -> str:

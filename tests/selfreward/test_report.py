@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -480,13 +481,79 @@ def test_many_rounds_are_drawn(tmp_path):
 
 
 def test_perfect_answers_instead_of_pairs(tmp_path):
-    run = make_run(tmp_path / "run", rounds=1, pairs=[])
+    run = make_run(tmp_path / "run", rounds=1, pairs=[], recipe={"method": "positives"})
     run.write_jsonl("iter_1/metrics.jsonl", sft_metrics())
     run.mark_done("iter_1/model", {"rows": 9, "steps": 3, "positives": 17})
     report, page = write(run, all_models(1))
     assert report["rounds"][0]["positives"] == 17 and report["rounds"][0]["pair_yield"] == 0.0
-    assert "17 in round 1" in page.text and "perfect score" in page.text and "Example pairs" not in page.text
+    assert "17 up to round 1" in page.text and "before it. The pairs are not trained on" in page.text
+    assert (
+        "the best answer to every prompt that has one" in page.text
+        and "perfect score" in page.text
+        and "Example pairs" not in page.text
+    )
     assert not [image for image in page.all("img") if image["alt"].startswith("DPO")]
+
+
+def test_a_round_that_stopped_before_its_pairs_leaves_those_of_the_round_before_on_the_page(tmp_path):
+    with make_run(tmp_path / "run", recipe={"method": "positives"}) as run:
+        stages = run.finished()
+    for stage in ("iter_1/model", "iter_2/pairs", "iter_2/model", "evaluation/head_to_head"):
+        del stages[stage]
+    rounds = round_figures(tmp_path / "run", stages)
+    page = Page(render(build_report([], rounds, [], stages, [], {}, "a gate"), [], [], {}))
+    assert "Preference pairs made from the models' own answers: 2 in round 1." in page.text
+    page = Page(render(build_report([], rounds, [], stages, [], {}, "a gate"), [], [], {"method": "positives"}))
+    assert "best answer to every prompt" in page.text and "the worst answer" not in page.text  # none is trained yet
+
+
+def test_without_held_out_instructions_the_page_does_not_miss_a_program(tmp_path):
+    run = make_run(tmp_path / "run")
+    models = [row | {"true_quality_n": 0} for row in without("true_quality", "mean_length")]
+    _, page = write(run, models)
+    assert "No held-out instructions were given" in page.text and "no program" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("found", "says", "says_not"),
+    [
+        ({"by": "M2", "how": "scores"}, ["so do equal scores", "no independent witness"], ["wins in one order"]),
+        ({"by": "M2", "how": "pairwise"}, ["each wins in one order", "no independent witness"], ["equal scores. win"]),
+        ({"by": "judge_model", "how": "scores"}, ["so do equal scores"], ["no independent witness"]),
+    ],
+)
+def test_the_page_says_what_ties_and_who_is_no_witness(found, says, says_not):
+    stages = {"evaluation/head_to_head": {"prompts": 8, "unread": 0} | found}
+    page = Page(render(build_report(all_models(1), [], MATCHES, stages, [], {}), [], [], {}))
+    assert all(said in page.text for said in says) and not any(said in page.text for said in says_not)
+
+
+def test_every_figure_of_the_page_is_explained(tmp_path):
+    """By its own name in bold, or as a count of what another one names."""
+    models = [
+        row | {"judge_unread": 0.2, "distinct_2": 0.5, "repetition": 0.1, "judge_exact": 0.5} for row in all_models(1)
+    ]
+    keys = {"judge_spearman": 0.5, "judge_kendall": 0.5, "judge_five_best": 0.5, "true_quality_greedy": 3.0, "pairs": 3}
+    text = render(
+        build_report([row | keys for row in models], [], [], {}, [{"stage": "m1/model", "seconds": 2.0}], {}),
+        [],
+        [],
+        {},
+    )
+    headings = re.findall(r'<th scope="col">(.*?)</th>', text)
+    assert (
+        len(headings) == 20
+        and [name for name in {*headings} - {"model", "stage"} if f"<b>{name}</b>" not in text] == []
+    )
+    rounds = [
+        dict.fromkeys(FIGURES) | {"round": 1, "prompts_kept": 1, "statuses": {"ok": 1, "duplicate": 2}, "held_out": 3}
+    ]
+    page = Page(render(build_report([], rounds, [], {}, [], {}), [], [], {}))
+    assert "whose judgements it shares" in page.text and "the least loss on the rows held out" in page.text
+    page = Page(
+        render(build_report([], [rounds[0] | {"statuses": {"ok": 1}, "held_out": None}], [], {}, [], {}), [], [], {})
+    )
+    assert "whose judgements it shares" not in page.text and "the least loss" not in page.text
 
 
 def test_a_run_that_has_nothing_yet_is_a_page(tmp_path):
