@@ -21,26 +21,25 @@ OUTCOME = ("n", "win", "tie", "loss", "win_minus_loss", "win_minus_loss_se", "un
 
 
 def evaluate_model(run: Run, name: str, path: Path) -> Row:
-    """One row of the report: truth on held-out instructions, accuracy as a judge on held-out ranks, mean length."""
-    options, folder = run.recipe.evaluation, f"evaluation/{name}"
+    """One row of the report: truth on held-out instructions, accuracy as a judge on held-out ranks, mean length. The same keys
+    in every run: None for what it has no data for."""
+    options, folder, answers = run.recipe.evaluation, f"evaluation/{name}", list[Row]()
     row: Row = {"name": name, "mean_length": None}
     row |= dict.fromkeys(("true_quality", "true_quality_se", "true_quality_greedy", "true_quality_greedy_se"))
     row["true_quality_n"] = 0
     if run.recipe.data.heldout is not None:
         prompts, graded = heldout_prompts(run.recipe), options.oracle is not None
         answers = sample_answers(run, path, f"{folder}/answers.jsonl", prompts, options.temperature, graded)
-        row |= text_figures([answer["token_ids"] for answer in answers])
         greedy = sample_answers(run, path, f"{folder}/greedy.jsonl", prompts, 0.0, graded) if options.greedy else []
         if graded:
             row["true_quality"], row["true_quality_se"] = mean_and_error([a["grade"] for a in answers])
             row["true_quality_greedy"], row["true_quality_greedy_se"] = mean_and_error([a["grade"] for a in greedy])
             row["true_quality_n"] = len(answers)
+    row |= text_figures([answer["token_ids"] for answer in answers])
     groups = heldout_groups(run.recipe)
-    if groups:
-        figures = figures_as_judge(run, path, f"{folder}/judgements.jsonl", groups)
-        row |= prefixed("judge", figures) | prefixed("longer", length_figures(groups))
-        row["longer_wins"] = row["longer_pairwise_ties_half"]
-    return row
+    figures = figures_as_judge(run, path, f"{folder}/judgements.jsonl", groups) if groups else judge_figures([], [])
+    row |= prefixed("judge", figures) | prefixed("longer", length_figures(groups))
+    return row | {"longer_wins": row["longer_pairwise_ties_half"]}
 
 
 def figures_as_judge(run: Run, path: Path, name: str, groups: Sequence[Row]) -> Row:

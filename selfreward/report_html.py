@@ -172,7 +172,7 @@ def round_table(rounds: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("entropy of the scores, bits", [number(row["score_entropy_bits"], ".2f") for row in rounds]),
         ("variance between an answer's draws", [number(row["draw_variance"], ".2f") for row in rounds]),
         ("readable ones with an expected score", [number(row["expected_share"], ".1%") for row in rounds]),
-        ("expected score, distance from the drawn", [number(row["expected_gap"], ".2f") for row in rounds]),
+        ("expected score, distance from the drawn", [number(row["expected_gap"], ".4f") for row in rounds]),
         ("pairs", [number(row["pairs"], "d") for row in rounds]),
         ("pairs per prompt", [number(row["pair_yield"], ".3f") for row in rounds]),
         ("prompts without a pair", [_counts(row["pairs_dropped"]) for row in rounds]),

@@ -102,9 +102,11 @@ def loop(run: Run) -> list[Row]:
         row = stage(run, f"evaluation/{name}", evaluation.evaluate_model, name, path)
         pairs = run.dir.counts(made_by).get("pairs") if made_by.startswith("iter_") else None
         rows.append(row | {"pairs": pairs, "stage": made_by})
+    matches = list[Row]()
     if run.recipe.data.heldout is not None and run.recipe.evaluation.head_to_head is not None:
         stage(run, "evaluation/head_to_head", evaluation.compare_models, {name: path for name, path, _ in models})
-        rows = evaluation.with_matches(rows, run.rows("evaluation/head_to_head.jsonl"))
+        matches = run.rows("evaluation/head_to_head.jsonl")
+    rows = evaluation.with_matches(rows, matches)
     for sentence in model_warnings(rows, run.recipe.dump()):
         run.report.warn(sentence)
     run.dir.write_jsonl(MEASURED, rows)
