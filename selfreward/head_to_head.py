@@ -98,7 +98,7 @@ def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str]
     file, ids = run.dir.file("verdicts.jsonl"), {str(row["id"]) for row in asked}
     if not file.is_file():
         raw = run.dir.file("command_output.jsonl")
-        raw.write_bytes(_output(command, asked))
+        raw.write_bytes(_output(run, command, asked))
         verdicts = read_verdicts(raw, ids)
         run.dir.write_jsonl("verdicts.jsonl", [row | {"winner": verdicts[str(row["id"])]} for row in asked])
         raw.unlink()
@@ -134,13 +134,14 @@ def _cannot_start(command: str, why: object) -> InputError:
     return InputError(f"--judge-command {command!r} cannot be started ({why}); correct it")
 
 
-def _output(command: str, asked: Sequence[Row]) -> bytes:
+def _output(run: Run, command: str, asked: Sequence[Row]) -> bytes:
     given = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked).encode("utf-8")
     try:
         done = subprocess.run(shlex.split(command), input=given, stdout=subprocess.PIPE)
     except OSError as error:
         raise _cannot_start(command, error) from None
     if done.returncode:
+        run.check_stop()  # Ctrl-C reaches the command too: that it ended is then no fault of its own
         raise InputError(f"--judge-command {command!r} ended with exit code {done.returncode}; see what it says above")
     return done.stdout
 

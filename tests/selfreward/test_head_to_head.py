@@ -191,6 +191,16 @@ def test_a_command_that_failed_may_be_corrected_and_no_answer_is_lost(tmp_path: 
     assert file.read_text() == marked and "COPY" in marked  # not answered again
 
 
+def test_ctrl_c_while_the_command_works_is_no_failure_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text("import os, sys\nos.kill(os.getppid(), 2)\nsys.exit(1)\n")
+    assert compare(tmp_path, "--judge-command", f"{sys.executable} {script}") == 130
+    said = capsys.readouterr().err
+    assert "stopped by SIGINT" in said and "exit code" not in said
+
+
 def test_more_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(tmp_path, "--judge-command", "nowhere-to-be-found") == 2
     assert "cannot be started" in capsys.readouterr().err
