@@ -135,6 +135,10 @@ class Recipe(Group):
             )
         if self.evaluation.oracle is not None and self.data.heldout is None:
             raise InputError("evaluation.oracle needs data.heldout, the instructions to measure on")
+        if self.evaluation.head_to_head == "pairwise" and self.data.heldout is None:
+            raise InputError(
+                "evaluation.head_to_head is 'pairwise', which compares answers to data.heldout; set that, or leave it out"
+            )
         return self
 
     @classmethod
@@ -224,6 +228,11 @@ def _group(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)
 
 
+def _may_be_null(annotation: Any) -> bool:
+    """Whether null is a value of its own, as for `save_every`."""
+    return type(None) in getattr(annotation, "__args__", ())
+
+
 def _with_defaults(values: dict[str, Any], group: type[BaseModel]) -> dict[str, Any]:
     """Without the keys that are null and cannot be: null means the default, also of a group whose keys are all commented
     out, and so takes back what a file sets."""
@@ -231,7 +240,7 @@ def _with_defaults(values: dict[str, Any], group: type[BaseModel]) -> dict[str, 
     for key, value in values.items():
         field = group.model_fields.get(key)
         inner = None if field is None else _group(field.annotation)
-        if value is None and field is not None and field.default is not None:
+        if value is None and field is not None and not _may_be_null(field.annotation):
             if not field.is_required():
                 continue
             value = {} if inner else None

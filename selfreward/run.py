@@ -116,7 +116,7 @@ def loop(run: Run) -> list[Row]:
 def stage(run: Run, name: str, fn: Callable[..., Row], *args: Any) -> Row:
     """Run one stage unless it is finished; its counts and its time are recorded."""
     if run.dir.done(name):
-        _check_written(run, name)
+        _check_written(run.dir, name)
         run.report.say(f"{name}: finished before")
         return run.dir.counts(name)
     run.check_stop()
@@ -147,15 +147,16 @@ def _append_time(run: Run, name: str, started: float, before: Counter[str]) -> f
     return seconds
 
 
-def _check_written(run: Run, name: str) -> None:
-    """A finished stage's files must be as it left them: what follows was made of them, or will be."""
-    again = f"{name!r} from {run.dir.file(STAGES)}, and the same command runs that stage again"
-    for file in stages.written(name, run.dir.counts(name)):
-        if not run.dir.file(file).exists():
+def _check_written(directory: RunDir, name: str, models: bool = True) -> None:
+    """A finished stage's files must be as it left them: what follows was made of them, or will be. A report needs no
+    models."""
+    again = f"{name!r} from {directory.file(STAGES)}, and the run's command makes it again"
+    for file in stages.written(name, directory.counts(name)):
+        if not directory.file(file).exists() and (models or file.endswith(".jsonl")):
             raise InputError(
-                f"{run.dir.file(file)} is missing; the finished stage {name!r} wrote it: restore it, or remove {again}"
+                f"{directory.file(file)} is missing; the finished stage {name!r} wrote it: restore it, or remove {again}"
             )
-    for path in run.dir.changed(name):
+    for path in directory.changed(name):
         raise InputError(
             f"{path} was changed after the finished stage {name!r} had written it: restore it, or remove it and {again}"
         )
@@ -281,6 +282,8 @@ def _report(arguments: argparse.Namespace, report: Reporter) -> None:
     if not manifest:
         raise InputError(f"{arguments.out} holds no run; give the directory of one as --out")
     with RunDir(arguments.out, manifest) as directory:
+        for name in directory.finished():
+            _check_written(directory, name, models=False)
         measured, before = directory.file(MEASURED), directory.file("report.json")
         if measured.is_file():
             models, stopped = read_jsonl(measured), None

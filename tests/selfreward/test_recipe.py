@@ -258,6 +258,7 @@ def test_a_mistake_in_the_file_names_the_file_and_the_rest_is_counted(tmp_path: 
         (["judge.by=oracle"], "set evaluation.oracle to tiny too"),
         (["judge.by=random", "judge.score=expected"], "by is 'random', which has no distribution of scores"),
         (["evaluation.pairwise_template=x.jinja"], "head_to_head is scores, where pairwise_template has no effect"),
+        (["evaluation.head_to_head=pairwise"], "'pairwise', which compares answers to data.heldout; set that"),
         (["judge.model_template=tiny"], "judge.model_template is that of judge_model, which is not set"),
         (["data.max_tokens=5000"], "above sft.max_pack_tokens (4096)"),
         (["candidates.n=300"], "candidates.n is 300, above sampler.max_sequences (256)"),
@@ -433,6 +434,12 @@ def test_null_takes_back_what_the_file_sets(tmp_path: Path) -> None:
         Recipe.load("micro", given)
     taken_back = [f"prompts.{key}=null" for key in ("max_tokens", "temperature", "top_p")]
     assert Recipe.load("micro", [*given, *taken_back]).prompts.temperature == 0.6
+
+
+def test_null_is_a_value_where_a_key_has_one(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "evaluation.head_to_head=null", "sft={save_every: null}", "dpo.save_every=")
+    assert recipe.evaluation.head_to_head is None
+    assert recipe.sft.save_every is None and recipe.dpo.save_every is None
 
 
 @pytest.mark.parametrize("name", ["tiny", "micro", "trial", "llama2-7b"])

@@ -288,14 +288,19 @@ def test_what_a_finished_stage_wrote_and_is_gone_is_named_and_can_be_made_again(
 
 
 @pytest.mark.parametrize(
-    ("edited", "stage"), [("eft/train.jsonl", "eft"), ("iter_1/judgements.jsonl", "iter_1/judgements")]
+    ("edited", "stage"),
+    [
+        ("eft/train.jsonl", "eft"),
+        ("iter_1/judgements.jsonl", "iter_1/judgements"),
+        ("evaluation/M1/answers.jsonl", "evaluation/M1"),
+    ],
 )
 def test_what_a_finished_stage_wrote_and_was_changed_is_named_and_can_be_made_again(
     edited, stage, finished, tmp_path, capsys
 ):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    (out / edited).write_text((out / edited).read_text().replace('"score": ', '"score":  ', 1))
+    (out / edited).write_text((out / edited).read_text().replace('": ', '":  ', 1))
     assert (out / edited).read_bytes() != (finished / edited).read_bytes()
     assert command(out) == 2
     said = capsys.readouterr().err
@@ -325,6 +330,7 @@ def test_the_report_counts_and_does_not_hash(finished):
     assert {name for row in stages.values() for name in row.get("files", {})} == {
         "eft/train.jsonl",
         "evaluation/head_to_head.jsonl",
+        *(f"evaluation/{name}/answers.jsonl" for name in ("M0", "SFT", "M1", "M2", "M3")),
         *(
             f"iter_{k}/{name}.jsonl"
             for k in (1, 2)
@@ -529,6 +535,22 @@ def test_the_report_of_a_run_that_is_not_finished_says_so(tmp_path, capsys):
     assert main(["report", "--out", str(out)]) == 0
     later = json.loads((out / "report.json").read_text())
     assert "the run is not finished" in later["stopped"] and "iter_1/pairs" in later["stages"]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_report_is_of_what_the_stages_wrote(gone, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "iter_1/model")  # the report needs no models
+    assert main(["report", "--out", str(out)]) == 0
+    file = out / "iter_1/pairs.jsonl"
+    file.unlink() if gone else file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[1:]))
+    written = (out / "report.json").read_bytes()
+    capsys.readouterr()
+    assert main(["report", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"{file} {'is missing' if gone else 'was changed'}" in said and "'iter_1/pairs'" in said
+    assert (out / "report.json").read_bytes() == written
 
 
 @pytest.mark.parametrize(
