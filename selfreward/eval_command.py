@@ -30,13 +30,13 @@ from selfreward.context import Row, Run
 from selfreward.eval_compare import compare, judge_of
 from selfreward.eval_run import Models, answer_all, of_model, opened, part, pins, read_prompts, times
 from selfreward.eval_settings import ANSWERING, USED, find_models, settings
-from selfreward.evaluation import figures_as_judge, text_figures
+from selfreward.evaluation import judge_answers, text_figures
 from selfreward.files import stem
 from selfreward.formats import Read, as_group, read_file
-from selfreward.metrics import FIGURES, length_figures
+from selfreward.metrics import FIGURES, judge_change, judge_figures, length_figures
 from selfreward.pairwise import PairwiseTemplate
 from selfreward.prompts import PROMPT_TOO_LONG
-from selfreward.report import Reporter, match_table, number, with_interval
+from selfreward.report import Reporter, match_table, match_title, number, with_interval
 
 OUT = "runs/tiny"
 LONGER = "longer text"  # the baseline's column
@@ -78,7 +78,7 @@ def evaluate(arguments: Namespace, report: Reporter, stop: Event) -> None:
     if arguments.judge_command is not None and arguments.compare is None:
         raise InputError("--judge-command judges the answers of --compare; leave it out")
     if arguments.pairwise is not None and (arguments.compare is None or arguments.judge_command is not None):
-        raise InputError("--pairwise is how the judge model of --compare is asked; leave it out")
+        raise InputError("--pairwise is how the judge model of --compare is asked, not a --judge-command; leave it out")
     if arguments.annotations is not None:
         _refuse_settings(arguments, "--annotations reads a file and needs no model")
         found = _annotations(Path(arguments.annotations), report)
@@ -153,8 +153,8 @@ def _read_ranked(file: Path) -> Read:
     """Rows that cannot be used are left out with their reasons: published files have such."""
     read = read_file(file, as_group)
     if not read.rows:
-        first = f" ({read.refused[0].where}: {read.refused[0].said})" if read.refused else ""
-        raise InputError(f"{file} holds no ranked answers{first}; expected rows as docs/data.md lists them")
+        first = f"; the first, {read.refused[0].where}: {read.refused[0].said}" if read.refused else ""
+        raise InputError(f"{file}: none of its {read.total} rows has ranked answers as docs/data.md lists them{first}")
     return read
 
 
@@ -167,10 +167,16 @@ def _ranked(read: Read, report: Reporter, by_model: Row) -> Row:
     judges = {LONGER: length_figures(read.rows), **by_model}
     found |= {"longer": judges[LONGER], "models": by_model}
     if not report.as_json:
-        title = f"{judges[LONGER]['pairs']} pairs of {judges[LONGER]['prompts']} prompts"
+        length = judges[LONGER]
+        title = (
+            f"{length['pairs']} pairs of {length['prompts']} prompts, in {length['groups']} of {read.total} rows "
+            f"({len(read.rows) - length['groups']} rank all alike)"
+        )
         cells = [
             [name.replace("_", " "), *(with_interval(figures, name) for figures in judges.values())] for name in FIGURES
         ]
+        changes = [with_interval(figures, "change", "+.3f") for figures in judges.values()]
+        cells += [["ties half, from the model before", *changes]] if len(by_model) > 1 else []
         cells.append(["without a readable score", *(number(figures["unread"], ".1%") for figures in judges.values())])
         _print(title, ["figure", *judges], cells)
     return found
@@ -181,10 +187,13 @@ def _ranked(read: Read, report: Reporter, by_model: Row) -> Row:
 
 
 def _judge(run: Run, models: Models, read: Read, arguments: Namespace) -> Row:
-    figures = Row()
+    figures, before = Row(), None
     for name, model in models.items():
         with part(run, of_model(name), pins(model)):
-            figures[name] = figures_as_judge(run, model.path, "judgements.jsonl", read.rows)
+            scores, drawn = judge_answers(run, model.path, "judgements.jsonl", read.rows)
+        figures[name] = judge_figures(read.rows, scores, drawn)
+        figures[name] |= judge_change(read.rows, scores, before) if before is not None else {}
+        before = scores
     found = _ranked(read, run.report, figures)
     return found | {"judging": {name: _times(run, of_model(name), f"judging by {name}") for name in models}}
 
@@ -225,10 +234,11 @@ def _mt_bench(run: Run, models: Models, questions: list[Row], arguments: Namespa
 def _compare(run: Run, models: Models, prompts: list[Row], arguments: Namespace) -> Row:
     judge = judge_of(run, models, arguments.judge_command)
     answers = answer_all(run, models, prompts)
+    run.dir.close()  # the answers are there: others may have them judged meanwhile
     matches = compare(run, judge, answers)
     if not run.report.as_json:
-        _print(f"Head to head on {len(prompts)} prompts", *match_table(matches))
-    found: Row = {"matches": matches, "judging": _times(run, judge.folder, "judging")}
+        _print(match_title(len(prompts), judge.by, judge.how), *match_table(matches))
+    found: Row = {"matches": matches, "by": judge.by, "how": judge.how, "judging": _times(run, judge.folder, "judging")}
     return found | _written(run, answers, [str(run.dir.file(f"{judge.folder}/head_to_head.jsonl"))])
 
 

@@ -75,7 +75,11 @@ def opened(
         if each.template_hash != tokenizer.template_hash:
             raise InputError(f"the tokenizers of {first} and {name} differ; evaluate them one at a time")
     template, by_other = JudgeTemplate(recipe.judge.template), recipe.judge.model_template
-    manifest = {"file": file_hash(file), "recipe": deciding(recipe, keys), "tokenizer": tokenizer.template_hash}
+    manifest = {
+        "hash of the file with the questions": file_hash(file),
+        "recipe": deciding(recipe, keys),
+        "tokenizer": tokenizer.template_hash,
+    }
     if "judge.template" in keys:
         manifest["judge_template"] = template.hash
     manifest |= {"selfreward": own_version()} | device_facts(recipe)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from engine import RequestOutput, SamplingParams
 from selfreward import tiny
 from selfreward.context import Row, Run
-from selfreward.head_to_head import BASELINE, by_scores, match_rows
-from selfreward.judging import by_answer, drawn_score, judge_by_model, mean_of_draws, ranked_items
+from selfreward.head_to_head import by_scores, match_rows
+from selfreward.judging import by_answer, draw_score, drawn_score, judge_by_model, mean_of_draws, ranked_items
 from selfreward.metrics import judge_figures, length_figures, mean_and_error
 from selfreward.pairwise import by_pairs
 from selfreward.sampling import Request, in_groups, sample_groups
@@ -17,7 +17,7 @@ from selfreward.seeds import heldout_groups, heldout_prompts
 from selfreward.state import row_seed
 from selfreward.variety import distinct, repetition
 
-OUTCOME = ("n", "win", "tie", "loss", "win_minus_loss", "win_minus_loss_se", "unread")  # of a match, in a model's row
+Scored = list[list[float | None]]
 
 
 def evaluate_model(run: Run, name: str, path: Path) -> Row:
@@ -37,21 +37,24 @@ def evaluate_model(run: Run, name: str, path: Path) -> Row:
             row["true_quality_n"] = len(answers)
     row |= text_figures([answer["token_ids"] for answer in answers])
     groups = heldout_groups(run.recipe)
-    figures = figures_as_judge(run, path, f"{folder}/judgements.jsonl", groups) if groups else judge_figures([], [])
-    row |= prefixed("judge", figures) | prefixed("longer", length_figures(groups))
+    scores, drawn = judge_answers(run, path, f"{folder}/judgements.jsonl", groups) if groups else ([], [])
+    row |= prefixed("judge", judge_figures(groups, scores, drawn)) | prefixed("longer", length_figures(groups))
     return row | {"longer_wins": row["longer_pairwise_ties_half"]}
 
 
-def figures_as_judge(run: Run, path: Path, name: str, groups: Sequence[Row]) -> Row:
-    """`judge_figures` of the scores that a model gives ranked answers; its judgements go into the file `name`.
-
-    A perfect score is one that was drawn each time: expected scores, where the recipe takes them, never reach it.
-    """
+def judge_answers(run: Run, path: Path, name: str, groups: Sequence[Row]) -> tuple[Scored, Scored]:
+    """What a model gives ranked answers, and, for 5-best, the same as it was drawn: expected scores, where the recipe takes
+    them, are never perfect. Its judgements go into the file `name`."""
     judged = judge_by_model(run, name, path, ranked_items(groups), run.recipe.judge, (0, "evaluation"))
+    return mean_scores(run, groups, judged), mean_scores(run, groups, judged, drawn_score)
+
+
+def mean_scores(
+    run: Run, groups: Sequence[Row], judged: Sequence[Row], value: Callable[[Row], float | None] = draw_score
+) -> Scored:
+    """[group][answer]: the mean of the draws."""
     drawn = by_answer(groups, judged)
-    scores = [[mean_of_draws(run, draws) for draws in drawn[group["id"]]] for group in groups]
-    whole = [[mean_of_draws(run, draws, drawn_score) for draws in drawn[group["id"]]] for group in groups]
-    return judge_figures(groups, scores, whole)
+    return [[mean_of_draws(run, draws, value) for draws in drawn[group["id"]]] for group in groups]
 
 
 def compare_models(run: Run, models: Mapping[str, Path]) -> Row:
@@ -72,19 +75,6 @@ def compare_models(run: Run, models: Mapping[str, Path]) -> Row:
         "prompts": len(answers[list(models)[-1]]),
         "unread": sum(row["unread"] for row in rows),
     }
-
-
-def with_matches(models: Sequence[Row], matches: Sequence[Row]) -> list[Row]:
-    """The models' rows with what came of each against the one before it (`previous_*`) and the baseline (`sft_*`)."""
-    found = {(row["model"], row["against"]): row for row in matches}
-    rows = list[Row]()
-    for row in models:
-        before = rows[-1]["name"] if rows else None
-        for prefix, other in (("previous", before), ("sft", BASELINE)):
-            match = found.get((row["name"], other))
-            row = row | {f"{prefix}_{key}": match and match[key] for key in OUTCOME}
-        rows.append(row)
-    return rows
 
 
 def text_figures(texts: Sequence[Sequence[int]]) -> Row:

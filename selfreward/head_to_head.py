@@ -87,12 +87,13 @@ def compared(first: Row, second: Row, score: float | None, other: float | None) 
 def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str], Outcomes]:
     """Each match's outcomes by a command that reads {"id", "prompt", "first", "second"} a line and writes {"id", "winner"}
     with "first", "second", "tie" or null, in any order. Its verdicts are kept in verdicts.jsonl, and asked for while that is
-    not there. It is not told which model wrote what."""
+    not there. It is not told which model wrote what. Equal texts tie without being asked about."""
     pairs = matches(list(answers))
     asked = [
         {"id": f"{match}-{place}-{order}", "prompt": row["prompt"], "first": texts[0], "second": texts[1]}
         for match, (a, b) in enumerate(pairs)
         for place, (row, other) in enumerate(zip(answers[a], answers[b], strict=True))
+        if row["text"] != other["text"]
         for order, texts in enumerate([(row["text"], other["text"]), (other["text"], row["text"])])
     ]
     file, ids = run.dir.file("verdicts.jsonl"), {str(row["id"]) for row in asked}
@@ -103,9 +104,16 @@ def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str]
         run.dir.write_jsonl("verdicts.jsonl", [row | {"winner": verdicts[str(row["id"])]} for row in asked])
         raw.unlink()
     winners = read_verdicts(file, ids)
+
+    def outcome(match: int, place: int, row: Row, other: Row) -> int | None:
+        if row["text"] == other["text"]:
+            return 0
+        return both_orders(*(winners[f"{match}-{place}-{order}"] for order in (0, 1)))
+
     return {
         (a, b): [
-            both_orders(*(winners[f"{match}-{place}-{order}"] for order in (0, 1))) for place in range(len(answers[a]))
+            outcome(match, place, row, other)
+            for place, (row, other) in enumerate(zip(answers[a], answers[b], strict=True))
         ]
         for match, (a, b) in enumerate(pairs)
     }
@@ -142,7 +150,9 @@ def _output(run: Run, command: str, asked: Sequence[Row]) -> bytes:
         raise _cannot_start(command, error) from None
     if done.returncode:
         run.check_stop()  # Ctrl-C reaches the command too: that it ended is then no fault of its own
-        raise InputError(f"--judge-command {command!r} ended with exit code {done.returncode}; see what it says above")
+        raise InputError(
+            f"--judge-command {command!r} ended with exit code {done.returncode}; what it wrote to standard error stands above"
+        )
     return done.stdout
 
 
@@ -183,10 +193,12 @@ def match_rows(outcomes: Mapping[tuple[str, str], Outcomes], answers: Answers) -
 
 def figures(outcomes: Outcomes, rows: Sequence[Row], against: Sequence[Row]) -> Row:
     """Shares of wins, ties and losses among the prompts with a verdict, and `win_minus_loss` with the standard error that
-    resampling the prompts gives (None where all have one outcome: that is no certainty); lengths in tokens, over all prompts."""
+    resampling the prompts gives (None where all have one outcome: that is no certainty); `same_text`: prompts that both
+    answered alike, which tie; lengths in tokens, over all prompts."""
     read = [outcome for outcome in outcomes if outcome is not None]
     n = len(read)
     found: Row = {"n": n, "unread": len(outcomes) - n}
+    found["same_text"] = sum(row["text"] == other["text"] for row, other in zip(rows, against, strict=True))
     found |= {name: read.count(value) / n if n else None for name, value in (("win", 1), ("tie", 0), ("loss", -1))}
     found |= {"win_minus_loss": sum(read) / n if n else None, "win_minus_loss_se": None}
     if len(set(read)) > 1:

@@ -118,13 +118,14 @@ def _unread_matches(models: Sequence[Row], recipe: dict[str, Any]) -> list[str]:
     """Of the matches of every model against the one before it, together: the judge is the same in all."""
     compared = [row for row in models if row.get("previous_n") is not None]
     unread = sum(row["previous_unread"] for row in compared)
-    asked = unread + sum(row["previous_n"] for row in compared)
+    asked = unread + sum(row["previous_n"] - row["previous_same_text"] for row in compared)
     if unread <= UNREADABLE * asked:
         return []
     pairwise = at(recipe, "evaluation.head_to_head") == "pairwise"
     other = "evaluation.pairwise_template, or evaluation.head_to_head=scores" if pairwise else "judge.template"
     return [
-        f"head to head, {unread / asked:.0%} of the prompts have no verdict that can be read; raise judge.max_tokens, or give "
+        f"head to head, {unread / asked:.0%} of the prompts with different texts have no verdict that can be read; raise "
+        "judge.max_tokens, or give "
         f"another judge_model or {other}"
     ]
 

@@ -50,25 +50,43 @@ def judge_figures(groups: Sequence[Row], scores: Sequence[Scores], drawn: Sequen
     (different ones), `unread` (the share of answers without a readable score, which are wrong in the figures), and for each
     name of FIGURES `name` and `name_interval`, [low, high]; None where nothing could be measured.
     """
-    used = [
-        (group, each, whole)
-        for group, each, whole in zip(groups, scores, drawn or scores, strict=True)
-        if len(set(_ranks(group))) > 1
-    ]
-    given = [score for _, each, _ in used for score in each]
-    prompts: dict[str, int] = {}  # of a file that has a prompt twice, the rows are drawn together
-    places = [
-        prompts.setdefault(group.get("prompt", str(number)), len(prompts)) for number, (group, _, _) in enumerate(used)
-    ]
-    found: Row = {"pairs": len(ranked_pairs(groups)), "groups": len(used), "prompts": len(prompts)}
+    apart = [number for number, group in enumerate(groups) if len(set(_ranks(group))) > 1]
+    used, each = [groups[number] for number in apart], [scores[number] for number in apart]
+    whole = each if drawn is None else [drawn[number] for number in apart]
+    given = [score for of_group in each for score in of_group]
+    found: Row = {"pairs": len(ranked_pairs(used)), "groups": len(used), "prompts": len(_by_prompt(used, each, _exact))}
     found["unread"] = given.count(None) / len(given) if given else None
     for name, of_group in FIGURES.items():
-        parts = [(0.0, 0.0)] * len(prompts)
-        for place, (group, each, whole) in zip(places, used, strict=True):
-            numerator, denominator = of_group(_ranks(group), whole if name == "five_best" else each)
-            parts[place] = parts[place][0] + numerator, parts[place][1] + denominator
+        parts = _by_prompt(used, whole if name == "five_best" else each, of_group)
         found[name], found[f"{name}_interval"] = ratio_and_interval(parts)
     return found
+
+
+def judge_change(groups: Sequence[Row], scores: Sequence[Scores], before: Sequence[Scores]) -> Row:
+    """`change` of pairwise accuracy (ties half) from the scores `before` to `scores` of the same answers, with
+    `change_interval`. Paired: prompts are drawn with what both judges say of them, so what is hard for both does not count."""
+    apart = [number for number, group in enumerate(groups) if len(set(_ranks(group))) > 1]
+    used = [groups[number] for number in apart]
+    after, first = (
+        _by_prompt(used, [each[number] for number in apart], _pairwise_ties_half) for each in (scores, before)
+    )
+    parts = [(right - wrong, total) for (right, total), (wrong, _) in zip(after, first, strict=True)]
+    change, interval = ratio_and_interval(parts)
+    return {"change": change, "change_interval": interval}
+
+
+def _by_prompt(
+    groups: Sequence[Row],
+    scores: Sequence[Scores],
+    of_group: Callable[[Sequence[int], Scores], tuple[float, float]],
+) -> list[tuple[float, float]]:
+    """A figure's part of each different prompt: of a file that has a prompt twice, the rows are drawn together."""
+    parts: dict[str, tuple[float, float]] = {}
+    for number, (group, each) in enumerate(zip(groups, scores, strict=True)):
+        prompt, part = group.get("prompt", str(number)), of_group(_ranks(group), each)
+        before = parts.get(prompt, (0.0, 0.0))
+        parts[prompt] = before[0] + part[0], before[1] + part[1]
+    return list(parts.values())
 
 
 def length_figures(groups: Sequence[Row]) -> Row:

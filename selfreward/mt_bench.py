@@ -31,16 +31,15 @@ OTHER = 0.7
 
 def read_questions(path: Path) -> list[Row]:
     """Rows of question.jsonl: {"question_id", "category", "turns"}. InputError names file and row."""
-    questions = [_checked(where, row) for where, row in read_rows(path)]
+    questions, seen = list[Row](), dict[int, str]()
+    for where, row in read_rows(path):
+        question = _checked(where, row)
+        first = seen.setdefault(question["question_id"], where)
+        if first != where:
+            raise InputError(f"{where}: question {question['question_id']} stands at {first} already; give it once")
+        questions.append(question)
     if not questions:
         raise InputError(f"{path} holds no questions; expected FastChat's question.jsonl")
-    seen: dict[int, int] = {}
-    for number, question in enumerate(questions, start=1):
-        first = seen.setdefault(question["question_id"], number)
-        if first != number:
-            raise InputError(
-                f"{path}: question {question['question_id']} stands twice (as number {first} and {number})"
-            )
     return questions
 
 

@@ -17,7 +17,17 @@ from selfreward.health import model_warnings, round_warnings
 Row = dict[str, Any]
 PROGRESS_SECONDS = 5.0
 NONE = "-"  # a figure that there is not
-PAGE_ONLY = ("ties half", "5-best", "exact", "Spearman", "Kendall", "distinct pairs", "repetition")  # of the columns
+PAGE_ONLY = (
+    "ties half, 95%",
+    "judge change",
+    "seconds",
+    "5-best",
+    "exact",
+    "Spearman",
+    "Kendall",
+    "distinct pairs",
+    "repetition",
+)  # of the columns
 
 
 class Reporter:
@@ -99,11 +109,14 @@ def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("model", lambda row: str(row["name"])),
         ("true quality", lambda row: with_error(row.get("true_quality"), row.get("true_quality_se"))),
+        ("change", lambda row: with_error(row.get("true_quality_change"), row.get("true_quality_change_se"), "+.2f")),
         ("greedy", lambda row: with_error(row.get("true_quality_greedy"), row.get("true_quality_greedy_se"))),
         ("judge pairwise", lambda row: number(row.get("judge_pairwise"), ".3f")),
         ("judge unread", lambda row: number(row.get("judge_unread") or None, ".1%")),
-        ("ties half", lambda row: with_interval(row, "judge_pairwise_ties_half")),
+        ("ties half", lambda row: number(row.get("judge_pairwise_ties_half"), ".3f")),
         ("longer wins", lambda row: number(row.get("longer_wins"), ".3f")),
+        ("ties half, 95%", lambda row: interval(row, "judge_pairwise_ties_half")),
+        ("judge change", lambda row: with_interval(row, "judge_change", "+.3f")),
         ("5-best", lambda row: with_interval(row, "judge_five_best")),
         ("exact", lambda row: with_interval(row, "judge_exact")),
         ("Spearman", lambda row: with_interval(row, "judge_spearman")),
@@ -134,8 +147,10 @@ def print_report(report: Row, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     console.print(table)
+    if report["stopped"]:
+        print(report["stopped"])
     if report["matches"]:
-        console.print(_table(match_title(report), *match_table(report["matches"])))
+        console.print(_table(title_of_matches(report), *match_table(report["matches"])))
     console.print(_table("Seconds per stage", *time_table(report)))
 
 
@@ -148,23 +163,40 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
     return table
 
 
-def match_title(report: Row) -> str:
-    """Who judged the matches, how, and on how many prompts."""
+def title_of_matches(report: Row) -> str:
     found = report["stages"]["evaluation/head_to_head"]
     by = "the judge model" if found["by"] == "judge_model" else found["by"]
-    how = "'s scores" if found["how"] == "scores" else ", which saw both answers in both orders"
-    return f"Head to head on {found['prompts']} prompts, by {by}{how}"
+    return match_title(found["prompts"], by, found["how"])
+
+
+def match_title(prompts: int, by: str, how: str) -> str:
+    """On how many prompts, who judged the matches, and how: "scores", or both answers at once."""
+    seen = "'s scores" if how == "scores" else ", which saw both answers in both orders"
+    return f"Head to head on {prompts} prompts, by {by}{seen}"
 
 
 def match_table(matches: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and the cells of every match: shares of the prompts with a verdict, `unread` those without, tokens."""
-    headings = ["model", "against", "win", "tie", "loss", "win - loss", "unread", "tokens", "tokens against"]
+    """Headings, and the cells of every match: shares of the prompts with a verdict, the share of all that both answered with
+    the same text (they tie), how many have no verdict, tokens."""
+    headings = [
+        "model",
+        "against",
+        "win",
+        "tie",
+        "loss",
+        "win - loss",
+        "same text",
+        "unread",
+        "tokens",
+        "tokens against",
+    ]
     return headings, [
         [
             row["model"],
             row["against"],
             *(number(row[key], ".1%") for key in ("win", "tie", "loss")),
             with_error(row["win_minus_loss"], row["win_minus_loss_se"], "+.2f"),
+            number(row["same_text"] / (row["n"] + row["unread"]) if row["n"] + row["unread"] else None, ".1%"),
             str(row["unread"]),
             *(number(row[key], ".1f") for key in ("mean_length", "mean_length_against")),
         ]
@@ -197,10 +229,16 @@ def with_error(value: float | None, error: float | None, spec: str = ".2f") -> s
     return format(value, spec) + (f" +- {error:.2f}" if error is not None else "")
 
 
-def with_interval(row: Mapping[str, Any], key: str) -> str:
+def with_interval(row: Mapping[str, Any], key: str, spec: str = ".3f") -> str:
     """A figure and the interval beside it."""
-    shown, interval = number(row.get(key), ".3f"), row.get(f"{key}_interval")
-    return f"{shown} ({interval[0]:.2f} to {interval[1]:.2f})" if interval else shown
+    shown, between = number(row.get(key), spec), interval(row, key, spec)
+    return f"{shown} ({between})" if between != NONE else shown
+
+
+def interval(row: Mapping[str, Any], key: str, spec: str = ".3f") -> str:
+    """The interval alone, with a digit less than the figure."""
+    found, short = row.get(f"{key}_interval"), spec.replace("3", "2")
+    return f"{found[0]:{short}} to {found[1]:{short}}" if found else NONE
 
 
 def reasons(counts: Mapping[str, int]) -> str:

@@ -23,11 +23,11 @@ from selfreward.report import (
     build_report,
     graded_instructions,
     match_table,
-    match_title,
     model_table,
     number,
     reasons,
     time_table,
+    title_of_matches,
     with_error,
 )
 from selfreward.report_plots import Plot, draw_plots
@@ -88,7 +88,7 @@ def render(
         expected=(recipe.get("judge") or {}).get("score") == "expected",
         warnings=report["warnings"],
         compared=report["stages"].get(HEAD_TO_HEAD),
-        match_title=match_title(report) if matches else "",
+        match_title=title_of_matches(report) if matches else "",
         match_headings=match_headings,
         matches=[[cell.replace(" +- ", PLUS_MINUS) for cell in row] for row in matches],
         time_headings=time_headings,

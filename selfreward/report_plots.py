@@ -213,17 +213,25 @@ def _over_models(axes: Axes, models: Sequence[Row], key: str, label: str, colour
     points = [(place, row) for place, row in enumerate(models) if row.get(key) is not None]
     line = [(place, row[key]) for place, row in points if row["name"] != "SFT"]
     axes.plot([place for place, _ in line], [value for _, value in line], style, color=colour, linewidth=1.3)
-    errors = [row.get(f"{key}_se") or 0.0 for _, row in points]
+    errors = [_error(row, key) for _, row in points]
     axes.errorbar(
         [place for place, _ in points],
         [row[key] for _, row in points],
-        yerr=errors if any(errors) else None,
+        yerr=list(zip(*errors, strict=True)) if any(map(any, errors)) else None,
         fmt="o",
         markersize=4,
         capsize=3,
         color=colour,
         label=label,
     )
+
+
+def _error(row: Row, key: str) -> tuple[float, float]:
+    """Below and above a figure: its standard error, or how far its interval goes."""
+    if between := row.get(f"{key}_interval"):
+        return max(0.0, row[key] - between[0]), max(0.0, between[1] - row[key])
+    error = row.get(f"{key}_se") or 0.0
+    return error, error
 
 
 def _name_models(axes: Axes, models: Sequence[Row], ylabel: str, legend: bool) -> None:

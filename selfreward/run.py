@@ -33,6 +33,7 @@ from typing import Any
 from engine import InputError, NotBuiltError
 from selfreward import eval_command, evaluation, stages, training
 from selfreward.actions import ACTIONS, NOT_BUILT, SINGLE, described, stages_of
+from selfreward.changes import with_changes
 from selfreward.context import SPENT, GateError, Reached, Row, Run, Stopped
 from selfreward.formats import read_jsonl
 from selfreward.health import model_warnings
@@ -106,7 +107,7 @@ def loop(run: Run) -> list[Row]:
     if run.recipe.data.heldout is not None and run.recipe.evaluation.head_to_head is not None:
         stage(run, "evaluation/head_to_head", evaluation.compare_models, {name: path for name, path, _ in models})
         matches = run.rows("evaluation/head_to_head.jsonl")
-    rows = evaluation.with_matches(rows, matches)
+    rows = with_changes(run, rows, matches)
     for sentence in model_warnings(rows, run.recipe.dump()):
         run.report.warn(sentence)
     run.dir.write_jsonl(MEASURED, rows)

@@ -13,7 +13,7 @@ import pytest
 
 from engine import InputError
 from selfreward import head_to_head
-from selfreward.evaluation import OUTCOME, with_matches
+from selfreward.changes import OUTCOME, with_matches
 from selfreward.head_to_head import both_orders, compared, figures, matches, read_verdicts
 from selfreward.recipe import PACKAGE
 from selfreward.run import main

@@ -86,7 +86,7 @@ def all_models(rounds=2):
 
 def match(model, against, win=0.25, tie=0.5, **more):
     row = {"model": model, "against": against, "n": 8, "unread": 0, "win": win, "tie": tie, "loss": 1 - win - tie}
-    row |= {"win_minus_loss": 2 * win + tie - 1, "win_minus_loss_se": 0.05}
+    row |= {"win_minus_loss": 2 * win + tie - 1, "win_minus_loss_se": 0.05, "same_text": 2}
     return row | {"mean_length": 5.0, "mean_length_against": 6.0} | more
 
 
@@ -350,7 +350,9 @@ def test_matches_times_and_what_is_odd_stand_on_the_page_and_in_the_report(tmp_p
     run.append_timing({"stage": "iter_1/judgements", "seconds": 1.0, "sampler": sampled})  # it was interrupted
     report, page = write(run, all_models())
     assert report["matches"] == MATCHES
-    assert "by M3's scores" in page.text and "M2 SFT 50.0% 50.0% 0.0% +0.50\u00a0±\u00a00.05 0 5.0 6.0" in page.cells
+    assert (
+        "by M3's scores" in page.text and "M2 SFT 50.0% 50.0% 0.0% +0.50\u00a0±\u00a00.05 25.0% 0 5.0 6.0" in page.cells
+    )
     assert report["timing"]["seconds"]["iter_1/judgements"] == 3.5
     assert report["timing"]["sampler"] == {"iter_1/judgements": {key: 2 * value for key, value in sampled.items()}}
     assert "iter_1/judgements 3.5 1,500 154" in page.cells
