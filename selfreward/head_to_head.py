@@ -99,7 +99,7 @@ def by_command(run: Run, command: str, answers: Answers) -> dict[tuple[str, str]
     file, ids = run.dir.file("verdicts.jsonl"), {str(row["id"]) for row in asked}
     if not file.is_file():
         raw = run.dir.file("command_output.jsonl")
-        raw.write_bytes(_output(run, command, asked))
+        raw.write_bytes(_output(run, command, asked) if asked else b"")
         verdicts = read_verdicts(raw, ids)
         run.dir.write_jsonl("verdicts.jsonl", [row | {"winner": verdicts[str(row["id"])]} for row in asked])
         raw.unlink()

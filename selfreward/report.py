@@ -139,14 +139,10 @@ def print_report(report: Row, as_json: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100)  # a pipe has no width of its own
     graded = graded_instructions(report)
     title = f"true quality 0 to 5 on {graded} held-out instructions" if graded else "every model"
-    table = Table(title=f"Self-rewarding loop: {title}")
     headings, rows = model_table(report)
     shown = [place for place, heading in enumerate(headings) if heading not in PAGE_ONLY]  # the page has room
-    for place in shown:
-        table.add_column(headings[place], justify="left" if headings[place] == "model" else "right")
-    for row in rows:
-        table.add_row(*(row[place] for place in shown))
-    console.print(table)
+    cells = [[row[place] for place in shown] for row in rows]
+    console.print(_table(f"Self-rewarding loop: {title}", [headings[place] for place in shown], cells))
     if report["stopped"]:
         print(report["stopped"])
     if report["matches"]:
@@ -157,7 +153,10 @@ def print_report(report: Row, as_json: bool) -> None:
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right")
+        widest = max(
+            (len(row[place]) for row in rows), default=0
+        )  # where there is no room, headings break and not figures
+        table.add_column(heading, justify="left" if place == 0 else "right", min_width=widest)
     for row in rows:
         table.add_row(*row)
     return table

@@ -193,7 +193,7 @@ def test_rows_of_two_kinds_of_numbers_are_not_mixed(
         ({"turns": ["a", " "]}, "question.jsonl:2: 'turns[1]' is empty"),
         ({"turns": "ab"}, "question.jsonl:2: 'turns' is a string"),
         ({"question_id": True}, "question.jsonl:2: 'question_id' is the boolean true"),
-        ({"question_id": 82}, "question 82 stands twice"),
+        ({"question_id": 82}, "question.jsonl:2: question 82 stands at"),
         ({"category": None}, "question.jsonl:2: 'category' is missing or null"),
     ],
 )
@@ -352,7 +352,10 @@ def test_a_model_that_changed_is_refused_and_so_are_other_prompts_of_that_name(
     assert "answers-p/models/B holds another run; remove it to ask anew, or undo: model is" in capsys.readouterr().err
     write(file, [{"prompt": "copy a c"}])
     assert command(out, "--ask", str(file), *three[:2]) == 2
-    assert "answers-p holds another run; remove it to ask anew, or undo: file is" in capsys.readouterr().err
+    assert (
+        "answers-p holds another run; remove it to ask anew, or undo: hash of the file with the questions is"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_judge_that_cannot_be_asked_shows_before_the_answers(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from selfreward import evaluation
-from selfreward.metrics import judge_figures
 from selfreward.recipe import Recipe
 
 
@@ -23,8 +22,8 @@ def test_a_row_has_the_same_keys_in_every_run_and_nothing_measured_is_none(monke
     monkeypatch.setattr(evaluation, "sample_answers", lambda *given: answers)
     monkeypatch.setattr(
         evaluation,
-        "figures_as_judge",
-        lambda run, path, name, groups: judge_figures(groups, [[1.0] * len(group["answers"]) for group in groups]),
+        "judge_answers",
+        lambda run, path, name, groups: ([[1.0] * len(group["answers"]) for group in groups],) * 2,
     )
     full = row()
     assert full["true_quality"] == 4.0 and full["mean_length"] == 3.5 and full["judge_pairwise"] == 0.0

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from engine import InputError
+from engine import InputError, Tokenizer, load_checkpoint, save_checkpoint
 from selfreward import head_to_head
 from selfreward.changes import OUTCOME, with_matches
 from selfreward.head_to_head import both_orders, compared, figures, matches, read_verdicts
@@ -119,10 +120,21 @@ def test_a_models_row_has_its_match_with_the_one_before_and_with_the_baseline() 
     assert models == [{"name": row["name"]} for row in models]  # the rows of finished stages stay as they are
 
 
-def compare(tmp_path: Path, *more: str) -> int:
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers otherwise than M0."""
+    path = tmp_path_factory.mktemp("models") / "noisy"
+    model = load_checkpoint(M0)
+    for i, weights in enumerate(model.parameters()):
+        weights.data += 0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(i))
+    save_checkpoint(model, path, Tokenizer(M0))
+    return path
+
+
+def compare(tmp_path: Path, *more: str, other: Path = M0) -> int:
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"copy a b {letter}"}) + "\n" for letter in "cdef"))
-    two = ["--model", f"A={M0}", "--model", f"B={M0}"]
+    two = ["--model", f"A={M0}", "--model", f"B={other}"]
     words = ["eval", "--quiet", "--recipe", "tiny", "--out", str(tmp_path / "out"), "--compare", str(file), *two]
     return main([*words, *more])
 
@@ -140,22 +152,25 @@ def test_a_model_ties_with_itself_and_the_engine_shares_what_both_were_asked(
     )
 
 
-def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_outside_judge_is_asked_in_both_orders_and_once(
+    tmp_path: Path, noisy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script, log = tmp_path / "judge.py", tmp_path / "log"
     script.write_text(LONGER + f"open({str(log)!r}, 'a').write('asked ')\n")
     command = f"{sys.executable} {script}"
     for _ in range(2):
-        assert compare(tmp_path, "--json", "--judge-command", command) == 0
-        assert json.loads(capsys.readouterr().out)["matches"][0]["tie"] == 1.0
+        assert compare(tmp_path, "--json", "--judge-command", command, other=noisy) == 0
+        (match,) = json.loads(capsys.readouterr().out)["matches"]
+        assert match["n"] == 4 and match["same_text"] == 0
     assert log.read_text() == "asked "
     folder = tmp_path / "out/eval/answers-p/compare"
     (file,) = folder.glob("command-*/A,B/verdicts.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert compare(tmp_path, "--judge-command", f"{command} again") == 0
+    assert compare(tmp_path, "--judge-command", f"{command} again", other=noisy) == 0
     assert log.read_text() == "asked asked " and len(list(folder.glob("command-*/A,B/verdicts.jsonl"))) == 2
     file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[1:]))
     capsys.readouterr()
-    assert compare(tmp_path, "--judge-command", command) == 2
+    assert compare(tmp_path, "--judge-command", command, other=noisy) == 2
     assert "verdicts.jsonl lacks 1 of 8 verdicts" in capsys.readouterr().err
     assert len(rows) == 8 and [row["first"] for row in rows[::2]] == [row["second"] for row in rows[1::2]]
 
@@ -166,37 +181,55 @@ def test_an_outside_judge_is_asked_in_both_orders_and_once(tmp_path: Path, capsy
         ("import sys; sys.exit(3)", "ended with exit code 3"),
         ("print('no json')", "command_output.jsonl:1: not JSON"),
         ('print(\'{"id": "x", "winner": "tie"}\')', "'id' is 'x'; expected one that was asked"),
-        (LONGER.replace('"tie"', '"both"'), "'winner' is 'both'; expected first, second, tie or null"),
+        (LONGER.replace('"first" if', '"both" if'), "'winner' is 'both'; expected first, second, tie or null"),
         (LONGER.replace('"winner"', '"won"'), "command_output.jsonl:1: 'winner' is missing; expected first"),
         (LONGER.replace("sys.stdin.readlines()", "sys.stdin.readlines()[1:]"), "lacks 1 of 8 verdicts"),
     ],
 )
 def test_what_an_outside_judge_does_wrong_is_one_sentence(
-    script: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: str, said: str, tmp_path: Path, noisy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "judge.py").write_text(script)
-    assert compare(tmp_path, "--judge-command", f"{sys.executable} {tmp_path / 'judge.py'}") == 2
+    assert compare(tmp_path, "--judge-command", f"{sys.executable} {tmp_path / 'judge.py'}", other=noisy) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and len(err.splitlines()) == 1
 
 
-def test_a_command_that_failed_may_be_corrected_and_no_answer_is_lost(tmp_path: Path) -> None:
+def test_a_command_that_failed_may_be_corrected_and_no_answer_is_lost(tmp_path: Path, noisy: Path) -> None:
     (tmp_path / "judge.py").write_text("import sys\nif len(sys.argv) < 2:\n    sys.exit(3)\n" + LONGER)
     command = f"{sys.executable} {tmp_path / 'judge.py'}"
-    assert compare(tmp_path, "--judge-command", command) == 2
+    assert compare(tmp_path, "--judge-command", command, other=noisy) == 2
     file = tmp_path / "out/eval/answers-p/models/A/answers.jsonl"
     marked = file.read_text().replace('"prompt": "copy a b c"', '"prompt": "COPY a b c"')
     file.write_text(marked)
-    assert compare(tmp_path, "--judge-command", f"{command} now") == 0
+    assert compare(tmp_path, "--judge-command", f"{command} now", other=noisy) == 0
     assert file.read_text() == marked and "COPY" in marked  # not answered again
 
 
+def test_equal_texts_tie_and_nobody_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "judge.py").write_text("import sys; sys.exit(3)")
+    assert compare(tmp_path, "--json", "--judge-command", f"{sys.executable} {tmp_path / 'judge.py'}") == 0
+    (match,) = json.loads(capsys.readouterr().out)["matches"]
+    assert match["tie"] == 1.0 and match["same_text"] == match["n"] == 4 and match["win_minus_loss_se"] is None
+
+
+def test_a_script_that_was_changed_is_another_judge(
+    tmp_path: Path, noisy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, margins = tmp_path / "judge.py", []
+    for text in (LONGER, LONGER.replace("gap > 0", "gap < 0")):
+        script.write_text(text)
+        assert compare(tmp_path, "--json", "--judge-command", f"{sys.executable} {script}", other=noisy) == 0
+        margins.append(json.loads(capsys.readouterr().out)["matches"][0]["win_minus_loss"])
+    assert margins[0] == -margins[1] != 0
+
+
 def test_ctrl_c_while_the_command_works_is_no_failure_of_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, noisy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "interrupted.py"
     script.write_text("import os, sys\nos.kill(os.getppid(), 2)\nsys.exit(1)\n")
-    assert compare(tmp_path, "--judge-command", f"{sys.executable} {script}") == 130
+    assert compare(tmp_path, "--judge-command", f"{sys.executable} {script}", other=noisy) == 130
     said = capsys.readouterr().err
     assert "stopped by SIGINT" in said and "exit code" not in said
 

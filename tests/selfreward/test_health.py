@@ -142,7 +142,12 @@ def test_a_judge_without_an_error_may_be_worn_down_too() -> None:
 
 
 def test_a_match_without_an_error_is_lost_only_where_all_of_several_prompts_were() -> None:
-    lost = {"previous_win_minus_loss": -1.0, "previous_win_minus_loss_se": None, "previous_unread": 0}
+    lost = {
+        "previous_win_minus_loss": -1.0,
+        "previous_win_minus_loss_se": None,
+        "previous_unread": 0,
+        "previous_same_text": 0,
+    }
     assert len(model_warnings(rows(**lost, previous_n=2), {})) == 1
     assert model_warnings(rows(**lost, previous_n=1), {}) == []
     tied = lost | {"previous_win_minus_loss": 0.0}
@@ -154,11 +159,13 @@ def test_a_match_without_an_error_is_lost_only_where_all_of_several_prompts_were
 )
 def test_matches_without_a_verdict_are_said_once(how: str, said: str) -> None:
     recipe = {"evaluation": {"head_to_head": how}}
-    models = [row | {"previous_n": 90, "previous_unread": 10} for row in rows()]
+    models = [row | {"previous_n": 190, "previous_same_text": 100, "previous_unread": 10} for row in rows()]
     assert model_warnings(models, recipe) == []
     models[4] |= {"previous_unread": 11}
     (sentence,) = model_warnings(models, recipe)
-    assert sentence.startswith("head to head, 10% of the prompts have no verdict") and sentence.endswith(said)
+    assert sentence.startswith(
+        "head to head, 10% of the prompts with different texts have no verdict"
+    ) and sentence.endswith(said)
 
 
 def test_scores_that_cannot_be_read_are_said_to_be_the_reason() -> None:
