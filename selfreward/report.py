@@ -17,6 +17,7 @@ from selfreward.health import model_warnings, round_warnings
 Row = dict[str, Any]
 PROGRESS_SECONDS = 5.0
 NONE = "-"  # a figure that there is not
+LONGER = "longer text"  # the baseline of judges
 PAGE_ONLY = (
     "ties half, 95%",
     "judge change",
@@ -104,7 +105,8 @@ def build_report(
 
 
 def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
-    """Headings, and for every model its cells as text. What no model has is no column."""
+    """Headings, and for every model its cells as text; what no model has is no column. The last row is the baseline of judges:
+    what scoring a text by its length would give."""
     seconds = report["timing"]["seconds"]
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("model", lambda row: str(row["name"])),
@@ -114,7 +116,6 @@ def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
         ("judge pairwise", lambda row: number(row.get("judge_pairwise"), ".3f")),
         ("judge unread", lambda row: number(row.get("judge_unread") or None, ".1%")),
         ("ties half", lambda row: number(row.get("judge_pairwise_ties_half"), ".3f")),
-        ("longer wins", lambda row: number(row.get("longer_wins"), ".3f")),
         ("ties half, 95%", lambda row: interval(row, "judge_pairwise_ties_half")),
         ("judge change", lambda row: with_interval(row, "judge_change", "+.3f")),
         ("5-best", lambda row: with_interval(row, "judge_five_best")),
@@ -127,9 +128,18 @@ def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
         ("pairs", lambda row: number(row.get("pairs"), "d")),
         ("seconds", lambda row: number(seconds.get(row.get("stage", "")), ".0f")),
     ]
-    cells = [[cell(row) for row in report["models"]] for _, cell in columns]
+    cells = [[cell(row) for row in [*report["models"], *_length_as_judge(report["models"])]] for _, cell in columns]
     kept = [place for place, column in enumerate(cells) if any(cell != NONE for cell in column)]
     return [columns[place][0] for place in kept], [list(row) for row in zip(*(cells[p] for p in kept), strict=True)]
+
+
+def _length_as_judge(models: Sequence[Row]) -> list[Row]:
+    """`longer_*` in the columns of `judge_*`: the ranked answers are the same for all models."""
+    figures = next((row for row in models if row.get("longer_pairwise") is not None), None)
+    if figures is None:
+        return []
+    named = {"judge" + key.removeprefix("longer"): value for key, value in figures.items() if key.startswith("longer_")}
+    return [{"name": LONGER} | named]
 
 
 def print_report(report: Row, as_json: bool) -> None:

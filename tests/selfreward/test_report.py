@@ -75,7 +75,8 @@ def graded(quality, **more):
 
 
 def judged(share):
-    return {"judge_pairs": 900, "judge_pairwise": share, "judge_pairwise_ties_half": share + 0.05, "longer_wins": 0.53}
+    judge = {"judge_pairs": 900, "judge_pairwise": share, "judge_pairwise_ties_half": share + 0.05}
+    return judge | {"longer_wins": 0.53, "longer_pairwise": 0.48, "longer_pairwise_ties_half": 0.53}
 
 
 def all_models(rounds=2):
@@ -328,7 +329,17 @@ def test_the_page_shows_the_tables_and_the_plots(tmp_path):
     models = all_models()
     models[-1] |= {"pairs": 41, "true_quality_greedy": 4.321, "true_quality_greedy_se": 0.02}
     _, page = write(make_run(tmp_path / "run"), models)
-    for text in ("3.40 ± 0.05", "4.32 ± 0.02", "0.680", "0.730", "0.530", "41", "66.7%", "+1.00 ± 2.00", "enough 7"):
+    for text in (
+        "3.40 ± 0.05",
+        "4.32 ± 0.02",
+        "0.680",
+        "0.730",
+        "longer text--0.4800.530",
+        "41",
+        "66.7%",
+        "+1.00 ± 2.00",
+        "enough 7",
+    ):
         assert text in page.text, text
     images = page.all("img")
     assert len(images) == 8
@@ -430,7 +441,7 @@ def test_without_an_oracle_there_is_no_true_quality(tmp_path):
 def test_without_held_out_ranks_there_is_no_judge_accuracy(tmp_path):
     models = [{k: v for k, v in row.items() if not k.startswith(("judge", "longer"))} for row in all_models()]
     _, page = write(make_run(tmp_path / "run"), models)
-    assert len(page.all("img")) == 7 and "judgement was not measured" in page.text and "longer wins" not in page.text
+    assert len(page.all("img")) == 7 and "judgement was not measured" in page.text and "longer text" not in page.text
 
 
 def test_without_judge_data_m1_is_the_baseline(tmp_path):
@@ -535,7 +546,14 @@ def test_every_figure_of_the_page_is_explained(tmp_path):
     models = [
         row | {"judge_unread": 0.2, "distinct_2": 0.5, "repetition": 0.1, "judge_exact": 0.5} for row in all_models(1)
     ]
-    keys = {"judge_spearman": 0.5, "judge_kendall": 0.5, "judge_five_best": 0.5, "true_quality_greedy": 3.0, "pairs": 3}
+    changed = {"true_quality_change": 0.1, "judge_change": 0.1, "judge_pairwise_ties_half_interval": [0.5, 0.6]}
+    keys = changed | {
+        "judge_spearman": 0.5,
+        "judge_kendall": 0.5,
+        "judge_five_best": 0.5,
+        "true_quality_greedy": 3.0,
+        "pairs": 3,
+    }
     text = render(
         build_report([row | keys for row in models], [], [], {}, [{"stage": "m1/model", "seconds": 2.0}], {}),
         [],
@@ -544,7 +562,7 @@ def test_every_figure_of_the_page_is_explained(tmp_path):
     )
     headings = re.findall(r'<th scope="col">(.*?)</th>', text)
     assert (
-        len(headings) == 20
+        len(headings) == 22
         and [name for name in {*headings} - {"model", "stage"} if f"<b>{name}</b>" not in text] == []
     )
     rounds = [
