@@ -146,7 +146,7 @@ def print_report(report: Row, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else 100)  # a pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
     graded = graded_instructions(report)
     title = f"true quality 0 to 5 on {graded} held-out instructions" if graded else "every model"
     headings, rows = model_table(report)

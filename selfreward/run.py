@@ -280,7 +280,7 @@ def _report(arguments: argparse.Namespace, report: Reporter) -> None:
     if given:
         raise InputError(f"report reads the run in --out and has no settings; leave {given[0]!r} out")
     manifest = written_manifest(arguments.out)
-    if not manifest:
+    if "training_threads" not in manifest:  # eval's directories have none
         raise InputError(f"{arguments.out} holds no run; give the directory of one as --out")
     with RunDir(arguments.out, manifest) as directory:
         for name in directory.finished():
@@ -326,7 +326,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", metavar="NAME_OR_FILE", help=f"shipped recipe or YAML file ({RECIPE})")
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="directory of the run, resumed if it is one")
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object (the report; of a single stage its counts) and nothing else",
+    )
     return parser
 
 

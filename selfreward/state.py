@@ -211,6 +211,11 @@ class RunDir:
             self.write_json(MANIFEST, self.manifest)
         stages = self.file(STAGES)
         self._stages: dict[str, Any] = read_json(stages) if stages.exists() else {}
+        for name, counts in self._stages.items():
+            if not isinstance(counts, dict):
+                raise InputError(
+                    f"{stages}: {name!r} is no object of counts; restore it, or start again in a new directory"
+                )
 
     def _of_a_run_inside(self, file: Path) -> bool:
         """Whether it is the file of a run below this one (`eval` makes such), which may be writing it now."""

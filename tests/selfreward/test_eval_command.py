@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import Tokenizer, load_checkpoint, save_checkpoint
-from selfreward import context, eval_settings, mt_bench
+from selfreward import context, eval_command, eval_settings, mt_bench
 from selfreward.eval_compare import folder_name
 from selfreward.evaluation import text_figures
 from selfreward.formats import read_jsonl
@@ -340,6 +340,19 @@ def test_whatever_a_kill_left_the_same_command_ends_in_the_same_bytes(tmp_path: 
     shutil.rmtree(judged)
     assert command(out, *words) == 0
     assert snapshot(out) == whole
+
+
+def test_answers_may_be_judged_by_two_at_once(
+    tmp_path: Path, three: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out, asked = lines(tmp_path / "p.jsonl", 2, "heldout.jsonl"), tmp_path / "out", list[int]()
+
+    def meanwhile(*given: Any, real: Any = eval_command.compare) -> Any:
+        asked.append(command(out, "--ask", str(file), *three[:2]))
+        return real(*given)
+
+    monkeypatch.setattr(eval_command, "compare", meanwhile)
+    assert command(out, "--compare", str(file), *three[:2]) == 0 and asked == [0]
 
 
 def test_a_model_that_changed_is_refused_and_so_are_other_prompts_of_that_name(

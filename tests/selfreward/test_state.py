@@ -110,6 +110,14 @@ def test_a_torn_manifest_or_stage_list_is_refused(name: str, content: bytes, tmp
     assert (tmp_path / name).read_bytes() == content
 
 
+def test_a_stage_without_counts_is_named(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run", {}) as run:
+        run.mark_done("sft/model", {"rows": 1})
+    (tmp_path / "run/stages.json").write_text('{"sft/model": 3}')
+    with pytest.raises(InputError, match=r"stages.json: 'sft/model' is no object of counts; restore it"):
+        RunDir(tmp_path / "run", {})
+
+
 def test_a_kill_before_the_manifest_leaves_a_directory_that_can_be_used(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".manifest.json.tmp").write_text('{"rec')
