@@ -34,7 +34,8 @@ from selfreward.eval_run import read_prompts
 from selfreward.formats import load_ranked
 from selfreward.head_to_head import BASELINE, Answers, by_scores, matches
 from selfreward.judge import JudgeTemplate
-from selfreward.pairwise import PairwiseTemplate, by_pairs
+from selfreward.pairwise import by_pairs
+from selfreward.verdict import PairwiseTemplate
 
 NAMES = (BASELINE, "M1", "M2", "M3")
 ANSWER_TOKENS = 200  # about

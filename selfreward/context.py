@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +20,7 @@ from selfreward.judge import JudgeTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
 from selfreward.state import RunDir, row_seed
-
-if TYPE_CHECKING:
-    from selfreward.pairwise import PairwiseTemplate
+from selfreward.verdict import PairwiseTemplate
 
 Row = dict[str, Any]
 SPENT = ("seconds", "computed_rows", "new_tokens", "prefix_tokens_saved", "fork_tokens_saved")

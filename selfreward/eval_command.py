@@ -34,9 +34,9 @@ from selfreward.evaluation import judge_answers, text_figures
 from selfreward.files import stem
 from selfreward.formats import Read, as_group, read_file
 from selfreward.metrics import FIGURES, judge_change, judge_figures, length_figures
-from selfreward.pairwise import PairwiseTemplate
 from selfreward.prompts import PROMPT_TOO_LONG
 from selfreward.report import LONGER, Reporter, match_table, match_title, number, with_interval
+from selfreward.verdict import PairwiseTemplate
 
 OUT = "runs/tiny"
 SHOWN_PROMPTS, SHOWN_CHARACTERS = 10, 300  # of the table of `--ask`; the files hold all

@@ -35,10 +35,10 @@ from selfreward.evaluation import sample_answers
 from selfreward.files import stem
 from selfreward.formats import Read, as_prompt, read_file, read_jsonl, usable
 from selfreward.judge import JudgeTemplate
-from selfreward.pairwise import PairwiseTemplate
 from selfreward.recipe import Recipe
 from selfreward.report import Reporter
 from selfreward.state import TIMING, RunDir, file_hash, own_version
+from selfreward.verdict import PairwiseTemplate
 
 ANEW = "remove it to ask anew"
 FINISHED = "finished"  # the stage of a part

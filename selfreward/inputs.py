@@ -12,7 +12,6 @@ from selfreward.expected import score_labels
 from selfreward.few_shot import PromptTemplate
 from selfreward.filters import MAX_WORDS
 from selfreward.judge import JudgeTemplate
-from selfreward.pairwise import PairwiseTemplate
 from selfreward.prompts import seed_rows, take_prompts
 from selfreward.recipe import Recipe
 from selfreward.seeds import (
@@ -26,6 +25,7 @@ from selfreward.seeds import (
     same,
 )
 from selfreward.state import file_hash
+from selfreward.verdict import PairwiseTemplate
 
 Row = dict[str, Any]
 OTHERS = ("judge_model", "prompt_model")  # models that may come from elsewhere

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.head_to_head import BASELINE, Bench, block_tokens, measure, model_answers, table, texts_asked
 from benchmarks.stages import once_each
 from engine import Tokenizer
-from selfreward.pairwise import PairwiseTemplate
+from selfreward.verdict import PairwiseTemplate
 from tests.benchmarks.test_sharing import distinct_tokens
 from tests.engine.helpers import random_llama, small_config
 
