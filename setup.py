@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 headers = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+ParallelCompile("BUILD_JOBS").install()  # one compiler per core, or as many as BUILD_JOBS says
 
 setup(
     # No -march: one binary for every x86-64, with the faster variants chosen when it is loaded.
