@@ -102,10 +102,10 @@ def moments(seconds, half, rng):
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(unbroken, half, tmp_path):
+def test_a_run_that_is_killed_ten_times_or_more_ends_with_the_same_bytes(unbroken, half, tmp_path):
     block_size, expected, seconds = unbroken
     plan = moments(seconds, half, random.Random(half))
-    assert len(plan) == 10
+    assert len(plan) >= 10
     for stage, delay in plan:
         code, said = interrupt(tmp_path / "run", block_size, stage, delay, signal.SIGKILL)
         assert code == -signal.SIGKILL, f"the run ended with {code} before it could be killed in {stage}: {said}"
