@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,7 +106,12 @@ def test_sampler_and_training_are_asked_for_on_that_device(
     gpu: None, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(context, "LLM", lambda *a, **k: asked.append(("LLM", k["device"], k["dtype"])))
+
+    def sampler(*given: Any, **options: Any) -> Any:
+        asked.append(("LLM", options["device"], options["dtype"]))
+        return SimpleNamespace(stats=dict)  # that it did nothing
+
+    monkeypatch.setattr(context, "LLM", sampler)
     monkeypatch.setattr(context, "load_checkpoint", lambda path, dtype, device: asked.append((dtype, device)))
     monkeypatch.setattr(context, "LoRA", lambda *a: None)
     one = run("device=auto")
