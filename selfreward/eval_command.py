@@ -174,7 +174,7 @@ def _ranked(read: Read, report: Reporter, by_model: Row) -> Row:
         cells = [
             [name.replace("_", " "), *(with_interval(figures, name) for figures in judges.values())] for name in FIGURES
         ]
-        changes = [with_interval(figures, "change", "+.3f") for figures in judges.values()]
+        changes = [with_interval(figures, "change", "+") for figures in judges.values()]
         cells += [["ties half, from the model before", *changes]] if len(by_model) > 1 else []
         cells.append(["without a readable score", *(number(figures["unread"], ".1%") for figures in judges.values())])
         _print(title, ["figure", *judges], cells)

@@ -1,7 +1,7 @@
 """What is odd in a run's figures and yet no reason to stop it; what stops one is in gates.py.
 
 A sentence for each says what was found, what it may mean and which key to turn: one that has an effect in this recipe, which
-is that of Recipe.dump() or of a manifest. The bounds are wide: the tiny recipe's runs and its paper-like figures give none.
+is that of Recipe.dump() or of a manifest. The bounds are wide: ten seeds of the tiny recipe give none, its random judge does.
 """
 
 from __future__ import annotations

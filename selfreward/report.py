@@ -117,7 +117,7 @@ def model_table(report: Row) -> tuple[list[str], list[list[str]]]:
         ("judge unread", lambda row: number(row.get("judge_unread") or None, ".1%")),
         ("ties half", lambda row: number(row.get("judge_pairwise_ties_half"), ".3f")),
         ("ties half, 95%", lambda row: interval(row, "judge_pairwise_ties_half")),
-        ("judge change", lambda row: with_interval(row, "judge_change", "+.3f")),
+        ("judge change", lambda row: with_interval(row, "judge_change", "+")),
         ("5-best", lambda row: with_interval(row, "judge_five_best")),
         ("exact", lambda row: with_interval(row, "judge_exact")),
         ("Spearman", lambda row: with_interval(row, "judge_spearman")),
@@ -163,9 +163,8 @@ def print_report(report: Row, as_json: bool) -> None:
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
     for place, heading in enumerate(headings):
-        widest = max(
-            (len(row[place]) for row in rows), default=0
-        )  # where there is no room, headings break and not figures
+        # Where there is no room, headings break and not figures.
+        widest = max((len(row[place]) for row in rows), default=0)
         table.add_column(heading, justify="left" if place == 0 else "right", min_width=widest)
     for row in rows:
         table.add_row(*row)
@@ -238,16 +237,16 @@ def with_error(value: float | None, error: float | None, spec: str = ".2f") -> s
     return format(value, spec) + (f" +- {error:.2f}" if error is not None else "")
 
 
-def with_interval(row: Mapping[str, Any], key: str, spec: str = ".3f") -> str:
-    """A figure and the interval beside it."""
-    shown, between = number(row.get(key), spec), interval(row, key, spec)
+def with_interval(row: Mapping[str, Any], key: str, sign: str = "") -> str:
+    """A figure and the interval beside it; sign "+": of a difference."""
+    shown, between = number(row.get(key), f"{sign}.3f"), interval(row, key, sign)
     return f"{shown} ({between})" if between != NONE else shown
 
 
-def interval(row: Mapping[str, Any], key: str, spec: str = ".3f") -> str:
+def interval(row: Mapping[str, Any], key: str, sign: str = "") -> str:
     """The interval alone, with a digit less than the figure."""
-    found, short = row.get(f"{key}_interval"), spec.replace("3", "2")
-    return f"{found[0]:{short}} to {found[1]:{short}}" if found else NONE
+    found = row.get(f"{key}_interval")
+    return f"{found[0]:{sign}.2f} to {found[1]:{sign}.2f}" if found else NONE
 
 
 def reasons(counts: Mapping[str, int]) -> str:

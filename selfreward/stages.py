@@ -34,8 +34,9 @@ def written(stage: str, counts: Row) -> list[str]:
     folder, _, last = stage.partition("/")
     if stage == "evaluation/head_to_head":
         return ["evaluation/head_to_head.jsonl"]
-    if folder == "evaluation":  # the answers meet those of other models
-        return [] if counts.get("mean_length") is None else [f"{stage}/answers.jsonl"]
+    if folder == "evaluation":  # both meet those of other models
+        read = {"answers": counts.get("mean_length") is not None, "judgements": counts.get("judge_groups")}
+        return [f"{stage}/{name}.jsonl" for name, there in read.items() if there]
     if "same_as" in counts:
         return []
     if stage == "eft":

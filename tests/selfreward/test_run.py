@@ -32,6 +32,7 @@ FAST = [
 ]
 
 
+MODELS = ("M0", "SFT", "M1", "M2", "M3")
 UNMEASURED = ["data.heldout=null", "evaluation.oracle=null", "evaluation.greedy=false", "data.eft_heldout=null"]
 
 
@@ -293,6 +294,7 @@ def test_what_a_finished_stage_wrote_and_is_gone_is_named_and_can_be_made_again(
         ("eft/train.jsonl", "eft"),
         ("iter_1/judgements.jsonl", "iter_1/judgements"),
         ("evaluation/M1/answers.jsonl", "evaluation/M1"),
+        ("evaluation/M1/judgements.jsonl", "evaluation/M1"),
     ],
 )
 def test_what_a_finished_stage_wrote_and_was_changed_is_named_and_can_be_made_again(
@@ -330,7 +332,7 @@ def test_the_report_counts_and_does_not_hash(finished):
     assert {name for row in stages.values() for name in row.get("files", {})} == {
         "eft/train.jsonl",
         "evaluation/head_to_head.jsonl",
-        *(f"evaluation/{name}/answers.jsonl" for name in ("M0", "SFT", "M1", "M2", "M3")),
+        *(f"evaluation/{name}/{file}.jsonl" for name in MODELS for file in ("answers", "judgements")),
         *(
             f"iter_{k}/{name}.jsonl"
             for k in (1, 2)
